@@ -1,0 +1,95 @@
+"""What a conversion did to each layer. The same file, byte for byte, in probly_torch and probly_flax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+Exclude = str | type | Callable[[str, Any], bool]
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One layer: its path, its class, what was done with it, and its parameters before and after."""
+
+    path: str
+    kind: str
+    action: str  # "converted", "shared" or "excluded"
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """A table of the layers that have parameters; print it, or read its rows."""
+
+    rows: tuple[ReportRow, ...]
+
+    def __str__(self) -> str:
+        header = ("path", "kind", "action", "before", "after")
+        total = ("", "", "total", f"{sum(r.before for r in self.rows):,}", f"{sum(r.after for r in self.rows):,}")
+        cells = [(r.path or "(root)", r.kind, r.action, f"{r.before:,}", f"{r.after:,}") for r in self.rows]
+        table = [header, *cells, total]
+        widths = [max(len(row[i]) for row in table) for i in range(5)]
+        lines = [
+            "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in table
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+class Excluder:
+    """Decides which layers `exclude` names, by themselves or by a module that holds them."""
+
+    def __init__(self, exclude: Exclude | Iterable[Exclude]) -> None:
+        self.entries: Sequence[Exclude] = (
+            (exclude,) if isinstance(exclude, (str, type)) or callable(exclude) else tuple(exclude)
+        )
+        for entry in self.entries:
+            if not isinstance(entry, (str, type)) and not callable(entry):
+                raise TypeError(
+                    f"batchensemble expects exclude to hold name patterns, types or functions of (path, layer); got "
+                    f"{entry!r}. Pass exclude='head.*'."
+                )
+        self.matched = [False] * len(self.entries)
+        self.excluded: list[str] = []
+
+    def __call__(self, path: str, layer: Any) -> bool:
+        """Whether to leave out the layer, which comes after the modules that hold it."""
+        hits = [self._matches(entry, path, layer) for entry in self.entries]
+        self.matched = [old or new for old, new in zip(self.matched, hits, strict=True)]
+        if any(hits):
+            self.excluded.append(path)
+        return any(hits) or any(path.startswith(f"{parent}.") for parent in self.excluded)
+
+    @staticmethod
+    def _matches(entry: Exclude, path: str, layer: Any) -> bool:
+        if isinstance(entry, str):
+            return fnmatchcase(path, entry)
+        return isinstance(layer, entry) if isinstance(entry, type) else bool(entry(path, layer))
+
+    def check_all_matched(self, rows: Sequence[ReportRow]) -> None:
+        unused = [entry for entry, hit in zip(self.entries, self.matched, strict=True) if not hit]
+        if unused:
+            layers = ", ".join(row.path or "(root)" for row in rows)
+            raise ValueError(
+                f"batchensemble expects every entry of exclude to match a layer; got {unused!r}, which match none of: "
+                f"{layers}. Pass exclude={rows[0].path!r}, or leave it out."
+            )
+
+
+def make_report(what: str, rows: Sequence[ReportRow], convertible: Sequence[str]) -> Report:
+    if not any(row.action == "converted" for row in rows):
+        kinds = ", ".join(sorted({f"{row.kind} ({row.action})" for row in rows})) or "none"
+        raise ValueError(
+            f"{what} expects a network with a layer it can convert ({', '.join(convertible)}); got layers: {kinds}. "
+            f"For members with weights of their own, call ensemble(network, num_members)."
+        )
+    return Report(tuple(rows))
+
+
+def natural_order(path: str) -> list[tuple[int, int, str]]:
+    """Sorts paths by name, numbers by value: layers draw from rngs in this order, in both packages."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split(".")]

@@ -1,0 +1,178 @@
+"""BatchEnsemble for whole networks (Wen et al. 2020): one network, E members, almost no more parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import Array
+
+from probly_flax import random
+from probly_flax._checks import (
+    check_in_axes,
+    check_init,
+    check_member_axis,
+    check_module,
+    check_not_converted,
+    check_num_members,
+    common_num_members,
+    member_index,
+    member_indices,
+)
+from probly_flax._report import Exclude, Excluder, Report, ReportRow, make_report, natural_order
+from probly_flax.functional import split_members, tile_members
+from probly_flax.layers import BatchEnsembleLinear
+from probly_flax.random import Rngs
+
+__all__ = ["BatchEnsemble", "batchensemble"]
+
+
+class BatchEnsemble(nnx.Module):
+    """A network of BatchEnsemble layers, called with one batch and returning each member's outputs.
+
+    Shape:
+        model(x): x (B, ...), the same batch for every member. Returns (E, B, ...).
+        model(x, in_axes=0): x (E, B, ...), a batch for each member. Returns (E, B, ...).
+        Inputs and outputs may be several, tuples or dicts; what is not an array with an axis is passed on.
+    Args:
+        network: a module that holds BatchEnsemble layers and maps (E*B, ...) rows to (E*B, ...) rows.
+        report: what the conversion did, if one made the network.
+    Raises:
+        ValueError: if the network has no BatchEnsemble layer, or layers of different num_members.
+    Example:
+        >>> rngs = nnx.Rngs(0)
+        >>> base = nnx.Sequential(nnx.Linear(2, 8, rngs=rngs), nnx.relu, nnx.Linear(8, 3, rngs=rngs))
+        >>> model = batchensemble(base, 4)
+        >>> model(jax.numpy.ones((5, 2))).shape, len(model), type(model[0]).__name__
+        ((4, 5, 3), 4, 'Sequential')
+    """
+
+    def __init__(self, network: nnx.Module, report: Report | None = None) -> None:
+        check_module("BatchEnsemble", "network", network, nnx.Module)
+        self.num_members = common_num_members(layer.num_members for layer in _layers(network))
+        self.network = network
+        self.report = report
+
+    def __call__(self, *args: Any, in_axes: int | None = None, **kwargs: Any) -> Any:
+        check_in_axes("BatchEnsemble", in_axes)
+
+        def rows(x: Any) -> Any:
+            if not isinstance(x, Array) or not x.ndim:
+                return x
+            if in_axes is None:
+                return tile_members(x, self.num_members)
+            check_member_axis("BatchEnsemble", [x.shape], self.num_members)
+            return x.reshape(-1, *x.shape[2:])
+
+        def members(y: Any) -> Any:
+            return split_members(y, self.num_members) if isinstance(y, Array) else y
+
+        args, kwargs = jax.tree.map(rows, (args, kwargs))
+        return jax.tree.map(members, self.network(*args, **kwargs))
+
+    def __len__(self) -> int:
+        return self.num_members
+
+    def __iter__(self) -> Iterator[nnx.Module]:
+        return (self[i] for i in range(self.num_members))
+
+    def __getitem__(self, item: int | slice | Sequence[int]) -> Any:
+        """Member `item` as a plain network with folded weights; or, for a slice or a list, those members alone."""
+        network = nnx.clone(self.network, arrays=True)
+        if isinstance(item, (slice, list, tuple)):
+            indices = member_indices("BatchEnsemble", item, self.num_members)
+            for layer in _layers(network):
+                layer.keep_members(indices)
+            return BatchEnsemble(network, self.report)
+        i = member_index("BatchEnsemble", item, self.num_members)
+        return _replace(network, {id(layer): layer.member(i) for layer in _layers(network)})
+
+
+def batchensemble(
+    base: nnx.Module,
+    num_members: int,
+    *,
+    rngs: Rngs | int = 0,
+    use_base_weights: bool = True,
+    init: str = "normal",
+    r_mean: float = 1.0,
+    r_std: float = 0.5,
+    s_mean: float = 1.0,
+    s_std: float = 0.5,
+    exclude: Exclude | Iterable[Exclude] = (),
+) -> BatchEnsemble:
+    """Converts every Linear layer of a copy of the network; the network itself stays as it is.
+
+    Layers used twice stay one layer, tied weights stay tied, and each layer draws keys of its own from rngs,
+    in the order of their paths. Subclasses of Linear are left shared, since their __call__ may be their own.
+
+    Args:
+        base: the network.
+        num_members: the number of members E.
+        rngs: a seed or an Rngs.
+        use_base_weights: start from the network's weights; otherwise draw them anew, lecun_normal.
+        init: "normal" or "random_sign", see BatchEnsembleLinear.
+        r_mean: mean of r under init="normal".
+        r_std: standard deviation of r under init="normal".
+        s_mean: mean of s under init="normal".
+        s_std: standard deviation of s under init="normal".
+        exclude: layers to leave shared: name patterns ("head.*"), types, or functions of (path, layer).
+    Returns:
+        A BatchEnsemble; its `report` says what was done with each layer.
+    Raises:
+        ValueError: if nothing can be converted, or the network is converted already.
+        TypeError: if base is not a module.
+    Example:
+        >>> rngs = nnx.Rngs(0)
+        >>> base = nnx.Sequential(nnx.Linear(2, 8, rngs=rngs), nnx.relu, nnx.Linear(8, 3, rngs=rngs))
+        >>> model = batchensemble(base, 4, exclude="layers.2")
+        >>> print(model.report)
+        path      kind    action     before  after
+        layers.0  Linear  converted      24     88
+        layers.2  Linear  excluded       27     27
+                          total          51    115
+    """
+    what = "batchensemble"
+    check_module(what, "base", base, nnx.Module)
+    num_members = check_num_members(what, num_members)
+    check_init(what, init, r_mean, r_std, s_mean, s_std)
+    rngs, excluder = random.as_rngs(what, rngs), Excluder(exclude)
+    check_not_converted(what, (layer.num_members for layer in _layers(base)))
+
+    network = nnx.clone(base, arrays=True)
+    layers = [(".".join(map(str, path)), layer) for path, layer in nnx.iter_modules(network)]
+    new, rows, biases = {}, [], {}
+    for path, layer in sorted(layers, key=lambda item: natural_order(item[0])):
+        excluded = excluder(path, layer)
+        before = after = sum(p.size for p in vars(layer).values() if isinstance(p, nnx.Param))
+        if not before:
+            continue
+        action = "excluded" if excluded else "converted" if type(layer) is nnx.Linear else "shared"
+        if action == "converted":
+            converted = BatchEnsembleLinear(
+                layer, rngs, num_members, use_base_weights, init, r_mean, r_std, s_mean, s_std
+            )
+            layer.kernel.set_value(converted.kernel[...])
+            converted.kernel = layer.kernel  # the same Param, so that what was tied to it still is
+            converted.bias = biases.setdefault(id(layer.bias), converted.bias) if layer.use_bias else nnx.data(None)
+            new[id(layer)] = converted
+            after = sum(p.size for p in jax.tree.leaves(nnx.state(converted, nnx.Param)))
+        rows.append(ReportRow(path, type(layer).__name__, action, before, after))
+    excluder.check_all_matched(rows)
+    report = make_report(what, rows, ["Linear"])
+    return BatchEnsemble(_replace(network, new), report)
+
+
+def _layers(network: nnx.Module) -> list[BatchEnsembleLinear]:
+    return [layer for _, layer in nnx.iter_modules(network) if isinstance(layer, BatchEnsembleLinear)]
+
+
+def _replace(network: nnx.Module, new: dict[int, nnx.Module]) -> nnx.Module:
+    """Puts new layers in the place of old ones, at every path where the old one stands."""
+    for _, module in list(nnx.iter_modules(network)):
+        for name, child in list(vars(module).items()):
+            if id(child) in new:
+                setattr(module, name, new[id(child)])
+    return new.get(id(network), network)

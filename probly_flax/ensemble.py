@@ -1,0 +1,314 @@
+"""Deep ensembles (Lakshminarayanan et al. 2017): E networks with weights of their own, run by one vmap."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from probly_flax import random
+from probly_flax._checks import (
+    check_chunk_size,
+    check_distinct,
+    check_in_axes,
+    check_independent,
+    check_member_axis,
+    check_member_count,
+    check_members,
+    check_module,
+    check_num_members,
+    check_reset,
+    check_reset_value,
+    member_index,
+    member_indices,
+)
+from probly_flax.random import Rngs
+
+__all__ = ["Ensemble", "ensemble", "register_reset"]
+
+Rule = TypeVar("Rule", bound=Callable[..., None])
+_RESET: dict[type[nnx.Module], Callable[..., None]] = {}
+
+
+class Ensemble(nnx.Module):
+    """Networks of one structure with stacked weights, run at once.
+
+    `stacked` is one network whose variables have a leading axis of E members.
+
+    Shape:
+        model(x): x (B, ...), the same batch for every member. Returns (E, B, ...).
+        model(x, in_axes=0): x (E, B, ...), a batch for each member. Returns (E, B, ...).
+        Inputs and outputs may be several, tuples or dicts; inputs that are no arrays are passed on.
+    Weights:
+        those of one network, each (E, ...).
+    Args:
+        members: networks of one structure, in the same mode; they are copied.
+        chunk_size: how many members run at a time; None for all. Fewer need less memory.
+    Raises:
+        ValueError: if there is no member, one is given twice, or they differ in structure.
+    Example:
+        >>> model = Ensemble([nnx.Linear(2, 3, rngs=nnx.Rngs(i)) for i in range(4)])
+        >>> model(jnp.ones((5, 2))).shape, model.stacked.kernel.shape
+        ((4, 5, 3), (4, 2, 3))
+        >>> bool(jnp.allclose(model[1](jnp.ones((5, 2))), model(jnp.ones((5, 2)))[1]))
+        True
+    """
+
+    def __init__(self, members: Sequence[nnx.Module], *, chunk_size: int | None = None) -> None:
+        members = list(members)
+        for member in members:
+            check_module("Ensemble", "each member", member, nnx.Module)
+        check_distinct("Ensemble", members)
+        check_members("Ensemble", [_structure(member) for member in members])
+        self.num_members = len(members)
+        self.chunk_size = check_chunk_size("Ensemble", chunk_size)
+        graph, state = nnx.split(members[0])
+        states = [state, *(nnx.state(member) for member in members[1:])]
+        self.stacked = nnx.merge(graph, jax.tree.map(lambda *values: jnp.stack(values), *states))
+
+    def __call__(self, *args: Any, in_axes: int | None = None, **kwargs: Any) -> Any:
+        check_in_axes("Ensemble", in_axes)
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        mapped = [isinstance(leaf, Array) and in_axes == 0 for leaf in leaves]
+        batches = [leaf for leaf, is_mapped in zip(leaves, mapped, strict=True) if is_mapped]
+        check_member_axis("Ensemble", [batch.shape for batch in batches], self.num_members)
+        graph, state = nnx.split(self.stacked)
+
+        def call(state: nnx.State, batches: list[Array]) -> tuple[Any, nnx.State]:
+            own = iter(batches)
+            args, kwargs = structure.unflatten(
+                [next(own) if is_mapped else leaf for leaf, is_mapped in zip(leaves, mapped, strict=True)]
+            )
+            before = {path: variable.get_raw_value() for path, variable in nnx.to_flat_state(state)}
+            member = nnx.merge(graph, state)
+            y = member(*args, **kwargs)
+            after = nnx.to_flat_state(nnx.state(member))
+            return y, nnx.from_flat_state([(path, v) for path, v in after if v.get_raw_value() is not before[path]])
+
+        if self.chunk_size is None:
+            y, updates = jax.vmap(call)(state, batches)
+        else:
+            y, updates = jax.lax.map(lambda x: call(*x), (state, batches), batch_size=self.chunk_size)
+        if updates:
+            nnx.update(self.stacked, updates)
+        return y
+
+    def __len__(self) -> int:
+        return self.num_members
+
+    def __iter__(self) -> Iterator[nnx.Module]:
+        return (self[i] for i in range(self.num_members))
+
+    def __getitem__(self, item: int | slice | Sequence[int]) -> Any:
+        """Member `item` as a network of its own; or, for a slice or a list, an ensemble of those members."""
+        if isinstance(item, (slice, list, tuple)):
+            indices = member_indices("Ensemble", item, self.num_members)
+            return Ensemble([self[i] for i in indices], chunk_size=self.chunk_size)
+        i = member_index("Ensemble", item, self.num_members)
+        return _row(self.stacked, i)
+
+
+def ensemble(
+    base: nnx.Module | Sequence[nnx.Module] | Callable[..., nnx.Module],
+    num_members: int,
+    *,
+    rngs: Rngs | int = 0,
+    reset_params: bool = True,
+    reset: Callable[[nnx.Param, Rngs], Array] | None = None,
+    chunk_size: int | None = None,
+) -> Ensemble:
+    """Makes a deep ensemble: members of one structure, each with weights of its own.
+
+    Args:
+        base: a network, copied and re-initialised for each member; or a constructor, called with each member's
+            rngs; or a list of networks, stacked as they are.
+        num_members: the number of members E.
+        rngs: a seed or an Rngs, split as `nnx.split_rngs` splits it: members are drawn from keys of their own.
+        reset_params: False keeps the weights of the base network in every member.
+        reset: a rule for this call: given a parameter and the member's rngs, it returns the new value.
+        chunk_size: how many members run at a time; None for all.
+    Raises:
+        ValueError: if a parameter has no rule to re-initialise it, or a constructor ignores its rngs.
+        TypeError: if base is none of the three.
+    Example:
+        >>> model = ensemble(lambda rngs: nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), nnx.relu), 5)
+        >>> model(jnp.ones((7, 2))).shape
+        (5, 7, 3)
+        >>> base = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        >>> model = ensemble(base, 5, reset=lambda p, rngs: jax.random.normal(rngs.params(), p.shape))
+    """
+    what = "ensemble"
+    num_members, chunk_size = check_num_members(what, num_members), check_chunk_size(what, chunk_size)
+    rngs = random.as_rngs(what, rngs)
+    if isinstance(base, (list, tuple)):
+        check_member_count(what, len(base), num_members)
+        return Ensemble(base, chunk_size=chunk_size)
+    if not isinstance(base, nnx.Module) and not callable(base):
+        check_module(what, "base", base, nnx.Module)
+
+    @nnx.split_rngs(splits=num_members)
+    @nnx.vmap
+    def build(rngs: Rngs) -> nnx.Module:
+        if not isinstance(base, nnx.Module):
+            return _construct(base, rngs)
+        member = nnx.clone(base)
+        if reset is not None:
+            _reset_by_rule(member, reset, rngs)
+        elif reset_params:
+            _reset_by_layer(member, rngs)
+        _rekey(member, rngs)
+        return member
+
+    stacked = build(rngs)
+    model = Ensemble([_row(stacked, 0)], chunk_size=chunk_size)
+    model.stacked, model.num_members = stacked, num_members
+    if not isinstance(base, nnx.Module):
+        check_independent(what, num_members, _members_differ(model))
+    return model
+
+
+def register_reset(layer_type: type[nnx.Module]) -> Callable[[Rule], Rule]:
+    """Registers how `ensemble` re-initialises a layer, as a function of the layer and the member's rngs.
+
+    It serves the type and its subclasses.
+
+    Example:
+        >>> class Scale(nnx.Module):
+        ...     def __init__(self):
+        ...         self.scale = nnx.Param(jnp.ones(3))
+        ...     def __call__(self, x):
+        ...         return x * self.scale
+        >>> @register_reset(Scale)
+        ... def reset_scale(layer, rngs):
+        ...     layer.scale[...] = jax.random.normal(rngs.params(), layer.scale.shape)
+        >>> ensemble(Scale(), 2).stacked.scale.shape
+        (2, 3)
+    """
+
+    def register(rule: Rule) -> Rule:
+        _RESET[layer_type] = rule
+        return rule
+
+    return register
+
+
+def _row(stacked: nnx.Module, i: int) -> nnx.Module:
+    graph, state = nnx.split(stacked)
+    return nnx.merge(graph, jax.tree.map(lambda value: jnp.copy(value[i]), state))
+
+
+def _structure(module: nnx.Module) -> list[str]:
+    """What two members must share: layers, options, and the shapes and dtypes of their variables."""
+    lines = []
+    for path, layer in nnx.iter_modules(module):
+        name = ".".join(map(str, path)) or "network"
+        for attribute, value in vars(layer).items():
+            if isinstance(value, nnx.Variable):
+                lines.append(f"{name}.{attribute} {value.dtype} {tuple(value.shape)}")
+            elif not isinstance(value, nnx.Pytree) and not attribute.startswith("_pytree__"):
+                lines.append(f"{name}.{attribute}={value!r}")
+        lines.append(f"{name}: {type(layer).__name__}")
+    return lines
+
+
+def _construct(constructor: Callable[..., nnx.Module], rngs: Rngs) -> nnx.Module:
+    """Passes rngs by name where the constructor has that name, as keyword-only ones need."""
+    by_name = "rngs" in inspect.signature(constructor).parameters
+    member = constructor(rngs=rngs) if by_name else constructor(rngs)
+    check_module("ensemble", "what the constructor returns", member, nnx.Module)
+    return member
+
+
+def _rekey(member: nnx.Module, rngs: Rngs) -> None:
+    """Gives the streams inside a copied network, such as Dropout's, keys of their own."""
+    for _, stream in nnx.iter_graph(member):
+        if isinstance(stream, random.RngStream):
+            stream.key.set_value(rngs[stream.tag]())
+            stream.count.set_value(jnp.zeros_like(stream.count[...]))
+
+
+def _reset_by_rule(member: nnx.Module, reset: Callable[[nnx.Param, Rngs], Array], rngs: Rngs) -> None:
+    for path, parameter in nnx.to_flat_state(nnx.state(member, nnx.Param)):
+        value = reset(parameter, rngs)
+        check_reset_value("ensemble", ".".join(map(str, path)), parameter.shape, value.shape)
+        parameter.set_value(value.astype(parameter.dtype))
+
+
+def _reset_by_layer(member: nnx.Module, rngs: Rngs) -> None:
+    """Every layer with parameters by its own rule, inner layers first."""
+    parameters = {path: parameter for path, parameter in nnx.to_flat_state(nnx.state(member, nnx.Param))}
+    layers = [(path, layer) for path, layer in nnx.iter_modules(member) if _parameters(layer)]
+    rules = {path: _rule(layer) for path, layer in layers}
+    covered = {id(p) for path, layer in layers if rules[path] for p in _parameters(layer)}
+    check_reset("ensemble", [".".join(map(str, path)) for path, p in parameters.items() if id(p) not in covered])
+    for path, layer in layers:
+        rules[path](layer, rngs)
+
+
+def _parameters(layer: nnx.Module) -> list[nnx.Param]:
+    return [value for value in vars(layer).values() if isinstance(value, nnx.Param)]
+
+
+def _rule(layer: nnx.Module) -> Callable[..., None] | None:
+    return next((_RESET[layer_type] for layer_type in type(layer).__mro__ if layer_type in _RESET), None)
+
+
+def _members_differ(model: Ensemble) -> bool:
+    return any(bool((p[...] != p[:1]).any()) for p in jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=_is_param))
+
+
+def _is_param(value: Any) -> bool:
+    return isinstance(value, nnx.Param)
+
+
+# nnx layers do not keep their initialisers: these are the ones that they have by default.
+
+
+def _draw(parameter: nnx.Param | None, init: Callable[..., Array], rngs: Rngs) -> None:
+    if parameter is not None:
+        dtype = jnp.promote_types(parameter.dtype, jnp.float32)  # JAX's draws of half precision have few random bits
+        parameter.set_value(init(rngs.params(), parameter.shape, dtype).astype(parameter.dtype))
+
+
+@register_reset(nnx.Linear)
+@register_reset(nnx.Einsum)
+@register_reset(nnx.Conv)
+@register_reset(nnx.ConvTranspose)
+def _reset_kernel(layer: Any, rngs: Rngs) -> None:
+    _draw(layer.kernel, nnx.initializers.lecun_normal(), rngs)
+    _draw(layer.bias, nnx.initializers.zeros, rngs)
+
+
+@register_reset(nnx.LinearGeneral)
+def _reset_linear_general(layer: nnx.LinearGeneral, rngs: Rngs) -> None:
+    def lecun_normal(key: Array, shape: Sequence[int], dtype: Any) -> Array:
+        flat = (math.prod(shape) // math.prod(layer.out_features), math.prod(layer.out_features))
+        return nnx.initializers.lecun_normal()(key, flat, dtype).reshape(shape)
+
+    _draw(layer.kernel, lecun_normal, rngs)
+    _draw(layer.bias, nnx.initializers.zeros, rngs)
+
+
+@register_reset(nnx.Embed)
+def _reset_embed(layer: nnx.Embed, rngs: Rngs) -> None:
+    _draw(layer.embedding, nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0), rngs)
+
+
+@register_reset(nnx.LayerNorm)
+@register_reset(nnx.RMSNorm)
+@register_reset(nnx.GroupNorm)
+@register_reset(nnx.InstanceNorm)
+def _reset_norm(layer: Any, rngs: Rngs) -> None:
+    _draw(layer.scale, nnx.initializers.ones, rngs)
+    _draw(getattr(layer, "bias", None), nnx.initializers.zeros, rngs)
+
+
+@register_reset(nnx.PReLU)
+def _reset_prelu(layer: nnx.PReLU, rngs: Rngs) -> None:
+    _draw(layer.negative_slope, nnx.initializers.constant(0.01), rngs)

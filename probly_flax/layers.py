@@ -1,0 +1,181 @@
+"""BatchEnsemble layers: a shared ("slow") weight and two rank-one ("fast") factors for each member."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from probly_flax import random
+from probly_flax._checks import (
+    check_base_layer,
+    check_init,
+    check_member_rows,
+    check_num_members,
+    seed_is_not_num_members,
+)
+from probly_flax.functional import batch_ensemble_linear
+from probly_flax.random import Rngs
+
+__all__ = ["BatchEnsembleLinear"]
+
+
+class BatchEnsembleLinear(nnx.Linear):
+    r"""E linear layers that share one kernel and differ by rank-one scalings.
+
+    Member i computes  y_i = ((x_i * r_i) W) * s_i + b_i        (Wen et al. 2020, eq. 5)
+
+    Shape:
+        x: (E*B, ..., in_features), rows [k*B, (k+1)*B) belong to member k. Returns (E*B, ..., out_features).
+    Weights:
+        kernel (in_features, out_features), r (E, in_features), s (E, out_features), bias (E, out_features) or None.
+    Args:
+        base_layer: the Linear layer to start from. It is copied, never changed or shared.
+        rngs: a seed or an Rngs; keys come from `rngs.params()` for the kernel (if drawn), r and s, in this order.
+        num_members: the number of members E.
+        use_base_weights: share a copy of the base layer's kernel; otherwise draw one, lecun_normal.
+        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)) or "random_sign" (+-1 with equal
+            probability; Wen et al. 2020, appendix B).
+        r_mean: mean of r under init="normal".
+        r_std: standard deviation of r under init="normal".
+        s_mean: mean of s under init="normal".
+        s_std: standard deviation of s under init="normal".
+    Raises:
+        TypeError: if base_layer is not a Linear layer, or rngs neither a seed nor an Rngs.
+        ValueError: if the rows do not divide by num_members or the last axis is not in_features.
+    Example:
+        >>> layer = BatchEnsembleLinear(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), num_members=4)
+        >>> layer(jnp.ones((8, 3))).shape
+        (8, 2)
+        >>> [p.shape for p in (layer.kernel, layer.r, layer.s, layer.bias)]
+        [(3, 2), (4, 3), (4, 2), (4, 2)]
+    """
+
+    @seed_is_not_num_members
+    def __init__(
+        self,
+        base_layer: nnx.Linear,
+        rngs: Rngs | int = 1,
+        num_members: int = 1,
+        use_base_weights: bool = False,
+        init: str = "normal",
+        r_mean: float = 1.0,
+        r_std: float = 0.5,
+        s_mean: float = 1.0,
+        s_std: float = 0.5,
+    ) -> None:
+        what = "BatchEnsembleLinear"
+        check_base_layer(what, base_layer, nnx.Linear)
+        check_init(what, init, r_mean, r_std, s_mean, s_std)
+        self.num_members = check_num_members(what, num_members)
+        rngs = random.as_rngs(what, rngs)
+        for name in _OPTIONS:
+            setattr(self, name, getattr(base_layer, name))
+
+        base, bias = base_layer.kernel, base_layer.bias
+        kernel = jnp.copy(base[...]) if use_base_weights else _draw_kernel(rngs, base[...])
+        r = _draw_fast_weights(rngs, (self.num_members, self.in_features), init, r_mean, r_std, base.dtype)
+        s = _draw_fast_weights(rngs, (self.num_members, self.out_features), init, s_mean, s_std, base.dtype)
+        in_axis, out_axis = _axes(base)
+        self.kernel = base.copy(kernel)
+        self.r, self.s = _param(r, base, in_axis), _param(s, base, out_axis)
+        self.bias = nnx.data(None)
+        if bias is not None:
+            self.bias = _param(jnp.tile(bias[...], (self.num_members, 1)), bias, *_axes(bias))
+
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+        """Applies each member to its own rows.
+
+        Shape:
+            inputs: (E*B, ..., in_features). Returns (E*B, ..., out_features), sharded as asked.
+        """
+        check_member_rows("BatchEnsembleLinear", inputs.shape, self.num_members, self.in_features)
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
+        r, s = self.r[...].astype(x.dtype), self.s[...].astype(x.dtype)
+        options = {"preferred_element_type": self.preferred_element_type} if self.preferred_element_type else {}
+        return batch_ensemble_linear(
+            x,
+            kernel,
+            r,
+            s,
+            bias,
+            precision=self.precision,
+            dot_general=self.dot_general,
+            out_sharding=out_sharding,
+            **options,
+        )
+
+    def member(self, i: int) -> nnx.Linear:
+        """Member i as an ordinary Linear layer, with the kernel W * r_i s_i^T and the bias b_i.
+
+        Example:
+            >>> base, x = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jnp.ones((5, 3))
+            >>> layer = BatchEnsembleLinear(base, num_members=4)
+            >>> bool(jnp.allclose(layer.member(1)(x), layer(jnp.tile(x, (4, 1)))[5:10]))
+            True
+        """
+        linear = nnx.eval_shape(lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
+        for name in _OPTIONS:
+            setattr(linear, name, getattr(self, name))
+        kernel = self.kernel[...] * (self.r[i][:, None] * self.s[i])
+        linear.kernel = self.kernel.copy(kernel)
+        linear.bias = nnx.data(None) if self.bias is None else nnx.Param(self.bias[i])
+        return linear
+
+    def keep_members(self, indices: Sequence[int]) -> None:
+        """Drops every other member, in place."""
+        self.num_members = len(indices)
+        for name in ("r", "s", "bias"):
+            rows = getattr(self, name)
+            if rows is not None:
+                setattr(self, name, rows.copy(rows[jnp.array(indices)]))
+
+
+_OPTIONS = (
+    "in_features",
+    "out_features",
+    "use_bias",
+    "dtype",
+    "param_dtype",
+    "precision",
+    "dot_general",
+    "promote_dtype",
+    "preferred_element_type",
+)
+
+
+def _axes(parameter: nnx.Param) -> tuple[Any, ...]:
+    """The mesh axis of each of a parameter's axes, None where it is not sharded."""
+    return parameter.get_metadata("out_sharding", None) or (None,) * parameter.ndim
+
+
+def _param(value: Array, like: nnx.Param, feature_axis: Any) -> nnx.Param:
+    """A parameter with a row for each member, its features sharded as the base layer's are."""
+    metadata = like.get_metadata()
+    if feature_axis is not None:
+        metadata["out_sharding"] = (None, feature_axis)
+    else:
+        metadata.pop("out_sharding", None)
+    return type(like)(value, **metadata)
+
+
+def _draw_dtype(dtype: Any) -> Any:
+    """Half-precision weights are drawn in float32 and rounded: JAX's own draws of them have 7 or 10 random bits."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _draw_kernel(rngs: Rngs, like: Array) -> Array:
+    """A fresh kernel (in_features, out_features), lecun_normal."""
+    return nnx.initializers.lecun_normal()(rngs.params(), like.shape, _draw_dtype(like.dtype)).astype(like.dtype)
+
+
+def _draw_fast_weights(rngs: Rngs, shape: tuple[int, int], init: str, mean: float, std: float, dtype: Any) -> Array:
+    key = rngs.params()
+    if init == "random_sign":
+        half = jnp.float32(0.5)  # named, since the bits that are drawn depend on it
+        return jnp.where(random.bernoulli(key, half, shape), 1, -1).astype(dtype)
+    return (mean + std * random.normal(key, shape, _draw_dtype(dtype))).astype(dtype)

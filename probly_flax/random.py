@@ -1,0 +1,32 @@
+"""Random numbers: `jax.random` and `flax.nnx.Rngs`, under the names that probly_torch.random has twins for.
+
+The same key gives the same bits in both frameworks, so that layers drawn from the same seed start equal.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax.nnx import Rngs, RngStream
+from jax.random import bernoulli, bits, fold_in, key, normal, permutation, split, truncated_normal, uniform
+
+from probly_flax._checks import check_seed
+
+__all__ = [
+    "RngStream",
+    "Rngs",
+    "bernoulli",
+    "bits",
+    "fold_in",
+    "key",
+    "normal",
+    "permutation",
+    "split",
+    "truncated_normal",
+    "uniform",
+]
+
+
+def as_rngs(what: str, rngs: Any) -> Rngs:
+    """`rngs` itself, or the Rngs of a seed."""
+    return rngs if isinstance(rngs, Rngs) else Rngs(check_seed(what, rngs))

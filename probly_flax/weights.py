@@ -1,0 +1,118 @@
+"""Weights in the common form: torch's names and layouts, as NumPy arrays or one safetensors file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from probly_flax._checks import check_arrays, check_tied
+from probly_flax._files import read_arrays, write_arrays
+from probly_flax.ensemble import Ensemble
+from probly_flax.layers import BatchEnsembleLinear
+
+__all__ = ["load_arrays", "load_weights", "save_weights", "to_arrays"]
+
+# For each layer, its parameters and their names in torch. A kernel is the transpose of a weight.
+_NAMES = {
+    nnx.Linear: {"kernel": "weight", "bias": "bias"},
+    BatchEnsembleLinear: {"kernel": "weight", "r": "r", "s": "s", "bias": "bias"},
+}
+# Attributes of a container that its twin in torch has no name for.
+_UNNAMED = {nnx.Sequential: "layers", Ensemble: "stacked"}
+
+
+def to_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
+    """The weights of a model by the names of its twin's `state_dict`, copied.
+
+    Raises:
+        ValueError: naming every parameter that no rule covers yet. Linear and BatchEnsembleLinear have rules.
+
+    Example:
+        >>> {name: array.shape for name, array in to_arrays(nnx.Linear(3, 2, rngs=nnx.Rngs(0))).items()}
+        {'weight': (2, 3), 'bias': (2,)}
+    """
+    return {name: _transpose(name, np.array(variable[...])) for name, variable in _variables("to_arrays", model)}
+
+
+def load_arrays(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    """Copies arrays into a model, all of them or none.
+
+    Raises:
+        ValueError: listing every name that is missing or unexpected, and every other shape or dtype.
+
+    Example:
+        >>> source, target = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.Linear(3, 2, rngs=nnx.Rngs(1))
+        >>> load_arrays(target, to_arrays(source))
+        >>> bool((source.kernel[...] == target.kernel[...]).all())
+        True
+    """
+    variables = dict(_variables("load_arrays", model))
+    expected = {name: (_transposed_shape(name, v.shape), v.dtype.name) for name, v in variables.items()}
+    check_arrays("load_arrays", expected, {name: (a.shape, a.dtype.name) for name, a in arrays.items()})
+    check_tied("load_arrays", {name: id(v) for name, v in variables.items()}, arrays)
+    for name, variable in variables.items():
+        value = jnp.array(_transpose(name, np.asarray(arrays[name])))
+        variable.set_value(jax.device_put(value, variable[...].sharding))
+
+
+def save_weights(model: nnx.Module, path: str | os.PathLike[str]) -> None:
+    """Writes one safetensors file that plain torch loads, and probly_torch.load_weights.
+
+    `model.load_state_dict(safetensors.torch.load_file(path))` reads it into the twin without this library.
+    """
+    write_arrays(path, to_arrays(model))
+
+
+def load_weights(model: nnx.Module, path: str | os.PathLike[str]) -> None:
+    """Loads a safetensors file into a model, all of it or nothing.
+
+    Raises:
+        ValueError: if the file is damaged, or does not fit the model; it says how.
+    """
+    load_arrays(model, read_arrays("load_weights", path))
+
+
+def _variables(what: str, model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
+    """Every weight under every name it has in torch; a layer used twice has two."""
+    named = list(_walk(model, ""))
+    covered = {id(variable) for _, variable in named}
+    missed = [
+        ".".join(map(str, path))
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState)))
+        if id(variable) not in covered
+    ]
+    if missed:
+        raise ValueError(
+            f"{what} expects layers whose names and layouts in torch it knows ({', '.join(t.__name__ for t in _NAMES)})"
+            f"; got parameters of others: {', '.join(missed)}. Convert the layers it knows: {what}(model.linear)."
+        )
+    yield from named
+
+
+def _walk(module: nnx.Module, prefix: str) -> Iterator[tuple[str, nnx.Variable]]:
+    names = _of_type(_NAMES, module) or {}
+    for attribute, value in vars(module).items():
+        if isinstance(value, nnx.Variable) and attribute in names:
+            yield prefix + names[attribute], value
+        elif isinstance(value, nnx.Module):
+            unnamed = _of_type(_UNNAMED, module) == attribute
+            yield from _walk(value, prefix if unnamed else f"{prefix}{attribute}.")
+
+
+def _of_type(table: dict[type, Any], module: nnx.Module) -> Any:
+    return next((table[layer_type] for layer_type in type(module).__mro__ if layer_type in table), None)
+
+
+def _transpose(name: str, array: np.ndarray) -> np.ndarray:
+    """Between (..., in, out) and (..., out, in), for weights; their members' axis stays first."""
+    return np.ascontiguousarray(array.swapaxes(-1, -2)) if name.rpartition(".")[2] == "weight" else array
+
+
+def _transposed_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2]) if name.rpartition(".")[2] == "weight" else shape

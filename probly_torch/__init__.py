@@ -1,0 +1,34 @@
+"""Ensembles of networks in PyTorch: BatchEnsemble layers, deep ensembles, and their twins in probly_flax.
+
+One contract: a model of E members is called with a batch [B, ...] and returns member outputs [E, B, ...].
+"""
+
+from probly_torch import functional, layers, losses, random, uncertainty, weights
+from probly_torch.batchensemble import BatchEnsemble, batchensemble
+from probly_torch.ensemble import Ensemble, ensemble, register_reset
+from probly_torch.functional import split_members, tile_members
+from probly_torch.layers import BatchEnsembleLinear
+from probly_torch.random import Rngs
+from probly_torch.weights import load_arrays, load_weights, save_weights, to_arrays
+
+__all__ = [
+    "BatchEnsemble",
+    "BatchEnsembleLinear",
+    "Ensemble",
+    "Rngs",
+    "batchensemble",
+    "ensemble",
+    "functional",
+    "layers",
+    "load_arrays",
+    "load_weights",
+    "losses",
+    "random",
+    "register_reset",
+    "save_weights",
+    "split_members",
+    "tile_members",
+    "to_arrays",
+    "uncertainty",
+    "weights",
+]

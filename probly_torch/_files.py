@@ -1,0 +1,38 @@
+"""Weights on disk: safetensors, written whole or not at all. The same file, byte for byte, in both packages."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+
+def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes to a temporary file beside the path, and moves it into place once it is complete."""
+    path = Path(path)
+    # safetensors writes the memory of an array as it lies, whatever its strides
+    data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def read_arrays(what: str, path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    try:
+        return load(Path(path).read_bytes())
+    except SafetensorError as error:
+        raise ValueError(
+            f"{what} expects a whole safetensors file; got {os.fspath(path)}, which cannot be read: {error}. Write it "
+            f"with save_weights(model, path)."
+        ) from error
