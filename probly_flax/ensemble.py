@@ -272,8 +272,8 @@ def _is_param(value: Any) -> bool:
 
 def _draw(parameter: nnx.Param | None, init: Callable[..., Array], rngs: Rngs) -> None:
     if parameter is not None:
-        dtype = jnp.promote_types(parameter.dtype, jnp.float32)  # JAX's draws of half precision have few random bits
-        parameter.set_value(init(rngs.params(), parameter.shape, dtype).astype(parameter.dtype))
+        value = init(rngs.params(), parameter.shape, random.draw_dtype(parameter.dtype))
+        parameter.set_value(value.astype(parameter.dtype))
 
 
 @register_reset(nnx.Linear)

@@ -163,14 +163,9 @@ def _param(value: Array, like: nnx.Param, feature_axis: Any) -> nnx.Param:
     return type(like)(value, **metadata)
 
 
-def _draw_dtype(dtype: Any) -> Any:
-    """Half-precision weights are drawn in float32 and rounded: JAX's own draws of them have 7 or 10 random bits."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def _draw_kernel(rngs: Rngs, like: Array) -> Array:
     """A fresh kernel (in_features, out_features), lecun_normal."""
-    return nnx.initializers.lecun_normal()(rngs.params(), like.shape, _draw_dtype(like.dtype)).astype(like.dtype)
+    return nnx.initializers.lecun_normal()(rngs.params(), like.shape, random.draw_dtype(like.dtype)).astype(like.dtype)
 
 
 def _draw_fast_weights(rngs: Rngs, shape: tuple[int, int], init: str, mean: float, std: float, dtype: Any) -> Array:
@@ -178,4 +173,4 @@ def _draw_fast_weights(rngs: Rngs, shape: tuple[int, int], init: str, mean: floa
     if init == "random_sign":
         half = jnp.float32(0.5)  # named, since the bits that are drawn depend on it
         return jnp.where(random.bernoulli(key, half, shape), 1, -1).astype(dtype)
-    return (mean + std * random.normal(key, shape, _draw_dtype(dtype))).astype(dtype)
+    return (mean + std * random.normal(key, shape, random.draw_dtype(dtype))).astype(dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 from flax.nnx import Rngs, RngStream
 from jax.random import bernoulli, bits, fold_in, key, normal, permutation, split, truncated_normal, uniform
 
@@ -30,3 +31,8 @@ __all__ = [
 def as_rngs(what: str, rngs: Any) -> Rngs:
     """`rngs` itself, or the Rngs of a seed."""
     return rngs if isinstance(rngs, Rngs) else Rngs(check_seed(what, rngs))
+
+
+def draw_dtype(dtype: Any) -> Any:
+    """Half-precision weights are drawn in float32 and rounded: JAX's own draws of them have 7 or 10 random bits."""
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype

@@ -84,7 +84,7 @@ def mutual_information(logits: Array) -> Array:
         Array([2.], dtype=float32)
     """
     log_probs = _log_probs("mutual_information", logits)
-    divergence = (jnp.exp(log_probs) * (log_probs - _log_mean(log_probs))).sum(-1)
+    divergence = (jnp.exp(log_probs) * (log_probs - _log_mean(log_probs)[None])).sum(-1)
     return divergence.mean(0).clip(min=0)
 
 

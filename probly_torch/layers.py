@@ -123,19 +123,14 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _draw_dtype(like: Tensor) -> torch.dtype:
-    """Half-precision weights are drawn in float32 and rounded: JAX's own draws of them have 7 or 10 random bits."""
-    return torch.promote_types(like.dtype, torch.float32)
-
-
 def _draw_kernel(rngs: Rngs, like: Tensor) -> Tensor:
     """A fresh kernel (in_features, out_features), lecun_normal."""
     key = rngs.params().to(like.device)
-    return random.lecun_normal(key, like.shape, _draw_dtype(like)).to(like.dtype)
+    return random.lecun_normal(key, like.shape, random.draw_dtype(like.dtype)).to(like.dtype)
 
 
 def _draw_fast_weights(rngs: Rngs, shape: tuple[int, int], init: str, mean: float, std: float, like: Tensor) -> Tensor:
-    key, dtype = rngs.params().to(like.device), _draw_dtype(like)
+    key, dtype = rngs.params().to(like.device), random.draw_dtype(like.dtype)
     if init == "random_sign":
         half = torch.tensor(0.5, dtype=torch.float32)  # named, since the bits that are drawn depend on it
         return torch.where(random.bernoulli(key, half, shape), 1.0, -1.0).to(like.dtype)

@@ -329,6 +329,11 @@ def as_rngs(what: str, rngs: Any) -> Rngs:
     return rngs if isinstance(rngs, Rngs) else Rngs(check_seed(what, rngs))
 
 
+def draw_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half-precision weights are drawn in float32 and rounded: JAX's own draws of them have 7 or 10 random bits."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def lecun_normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """`jax.nn.initializers.lecun_normal` for a kernel `(in, out)`: truncated normal, variance 1 / in."""
     std = (torch.tensor(1 / shape[-2], dtype=dtype).sqrt() / torch.tensor(0.87962566103423978, dtype=dtype)).item()

@@ -83,7 +83,7 @@ def mutual_information(logits: Tensor) -> Tensor:
         tensor([2.])
     """
     log_probs = _log_probs("mutual_information", logits)
-    divergence = (log_probs.exp() * (log_probs - _log_mean(log_probs))).sum(-1)
+    divergence = (log_probs.exp() * (log_probs - _log_mean(log_probs)[None])).sum(-1)
     return divergence.mean(0).clamp(min=0)
 
 

@@ -1,0 +1,67 @@
+"""Both packages and the oracle compute the same numbers: every subject, dtype, gradient, eager and compiled."""
+
+import shutil
+
+import pytest
+
+from parity_tests import standard
+from parity_tests.subjects import EXACT_SUBJECTS, SUBJECTS, run_flax, run_oracle, run_torch, with_cotangent
+
+SEEDS = range(5)
+DTYPES = ("float32", "float64", "bfloat16")
+# One of each kind: torch.compile takes some seconds for each dtype.
+COMPILED = (
+    "batch_ensemble_linear-E3-B4-5to7",
+    "BatchEnsembleLinear",
+    "BatchEnsemble-shared_batch",
+    "Ensemble-shared_batch",
+    "mutual_information-3x5x4",
+    "mixture_cross_entropy-3x5x4-labels1d",
+)
+by_name = {"ids": lambda subject: subject.name}
+
+
+def exact_verdicts(subject, dtype, seed, torch_compiled=False, flax_compiled=False):
+    arrays = subject.draw_exact(seed, dtype)
+    assert subject.certificate(arrays, dtype) <= 2.0 ** standard.SIGNIFICANT_BITS[dtype], "the inputs prove nothing"
+    return standard.exact(
+        run_torch(subject, arrays, dtype, torch_compiled),
+        run_flax(subject, arrays, dtype, flax_compiled),
+        run_oracle(subject, arrays),
+    )
+
+
+def bounded_verdicts(subject, dtypes, torch_compiled=False, flax_compiled=False, seeds=SEEDS):
+    low = dtypes[0]
+    arrays = [with_cotangent(subject, subject.draw(seed, low), seed, low) for seed in seeds]
+    return standard.bounded(
+        {dtype: [run_torch(subject, a, dtype, torch_compiled) for a in arrays] for dtype in dtypes},
+        {dtype: [run_flax(subject, a, dtype, flax_compiled) for a in arrays] for dtype in dtypes},
+        [run_oracle(subject, a) for a in arrays],
+        low,
+    )
+
+
+@pytest.mark.parametrize("flax_compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("subject", EXACT_SUBJECTS, **by_name)
+def test_exact(subject, dtype, flax_compiled):
+    for seed in SEEDS:
+        standard.assert_holds(exact_verdicts(subject, dtype, seed, flax_compiled=flax_compiled))
+
+
+@pytest.mark.parametrize("flax_compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("dtypes", [("float32", "float64"), ("bfloat16",)], ids=["float32+float64", "bfloat16"])
+@pytest.mark.parametrize("subject", SUBJECTS, **by_name)
+def test_bounded(subject, dtypes, flax_compiled):
+    standard.assert_holds(bounded_verdicts(subject, dtypes, flax_compiled=flax_compiled))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is none")
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.name in COMPILED], **by_name)
+def test_compiled(subject):
+    if subject.exact:
+        for dtype in DTYPES:
+            standard.assert_holds(exact_verdicts(subject, dtype, 0, torch_compiled=True, flax_compiled=True))
+    dtypes = ("float32", "float64")
+    standard.assert_holds(bounded_verdicts(subject, dtypes, torch_compiled=True, flax_compiled=True, seeds=(0,)))
