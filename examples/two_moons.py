@@ -52,13 +52,9 @@ HIDDEN = 128
 BATCH_SIZE = 128
 LEARNING_RATE = 1e-3
 NUM_BINS = 15  # of the expected calibration error and of the reliability diagrams
-
 SINGLE, LOOP, STACKED, BATCH = "single network", "deep ensemble (loop)", "deep ensemble", "BatchEnsemble"
-METHODS = (SINGLE, LOOP, STACKED, BATCH)
-WIDTH = max(map(len, METHODS))
 
-
-# ---------------------------------------------------------------------------------------------------- data and batches
+Batches = Callable[[int], list[tuple[np.ndarray, np.ndarray]]]  # the batches of an epoch, given its number
 
 
 class Data(NamedTuple):
@@ -84,9 +80,6 @@ def epoch_batches(data: Data, seed: int, epoch: int) -> list[tuple[np.ndarray, n
     return [(data.x_train[rows], data.y_train[rows]) for rows in order.split(BATCH_SIZE)]
 
 
-Batches = Callable[[int], list[tuple[np.ndarray, np.ndarray]]]  # those of an epoch, given its number
-
-
 def member_logits(model: Any, x: Any) -> Any:
     """Logits (E, B, C), in either framework: a network that is no ensemble counts as an ensemble of one."""
     logits = model(x)
@@ -94,30 +87,21 @@ def member_logits(model: Any, x: Any) -> Any:
 
 
 class Fit(NamedTuple):
-    """What a training run took. One forward call is one batch through one model."""
+    """What a training run took. A forward call is one batch through one model."""
 
     forward_calls: int
     seconds: float
     compile_seconds: float = 0.0
 
 
-# -------------------------------------------------------------------------------------------------------------- torch
-
-
 class TorchMLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(2, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 2)
-        )
+        layers = nn.Linear(2, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 2)
+        self.net = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)
-
-
-def new_torch_mlp(seed: int) -> TorchMLP:
-    torch.manual_seed(seed)
-    return TorchMLP()
 
 
 class Classifier(lightning.LightningModule):
@@ -148,7 +132,7 @@ def fit_torch(model: nn.Module, batches: Batches, epochs: int) -> Fit:
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        reload_dataloaders_every_n_epochs=1,
+        reload_dataloaders_every_n_epochs=1,  # each epoch has an order of its own
         callbacks=RichProgressBar(refresh_rate=10, console_kwargs={"stderr": True}),
         logger=False,
         enable_checkpointing=False,
@@ -158,7 +142,7 @@ def fit_torch(model: nn.Module, batches: Batches, epochs: int) -> Fit:
     with warnings.catch_warnings():
         # The batches are in memory, so that worker processes, which Lightning advises, would only slow them down.
         warnings.filterwarnings("ignore", message=".*does not have many workers")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own code, torch 2.13
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # in Lightning's own code
         trainer.fit(classifier)
     return Fit(classifier.forward_calls, time.perf_counter() - start)
 
@@ -168,28 +152,16 @@ def torch_logits(model: nn.Module, x: np.ndarray) -> np.ndarray:
         return member_logits(model.eval(), torch.from_numpy(x)).numpy()
 
 
-# --------------------------------------------------------------------------------------------------------------- Flax
-
-
 class FlaxMLP(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
-        self.net = nnx.Sequential(
-            nnx.Linear(2, HIDDEN, rngs=rngs),
-            nnx.relu,
-            nnx.Linear(HIDDEN, HIDDEN, rngs=rngs),
-            nnx.relu,
-            nnx.Linear(HIDDEN, 2, rngs=rngs),
-        )
+        linear = partial(nnx.Linear, rngs=rngs)
+        self.net = nnx.Sequential(linear(2, HIDDEN), nnx.relu, linear(HIDDEN, HIDDEN), nnx.relu, linear(HIDDEN, 2))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.net(x)
 
 
-def new_flax_mlp(seed: int) -> FlaxMLP:
-    return FlaxMLP(nnx.Rngs(seed))
-
-
-ADAM = optax.adam(LEARNING_RATE)  # one object: with a new one, nnx.jit would compile the step again for each model
+ADAM = optax.adam(LEARNING_RATE)  # one object: given a new one, nnx.jit would compile the step again for each model
 
 
 @nnx.jit
@@ -205,17 +177,21 @@ def train_step(model: nnx.Module, optimizer: nnx.Optimizer, x: jax.Array, y: jax
 def fit_flax(model: nnx.Module, batches: Batches, epochs: int) -> Fit:
     """Trains the model in place. The seconds are those of the steps, without compiling them."""
     optimizer = nnx.Optimizer(model, ADAM, wrt=nnx.Param)
-    start = time.perf_counter()
-    first, trial = batches(0), nnx.clone((model, optimizer))
-    for x, y in (*first[:2], first[-1]):  # compiles the step for both sizes of batch, on a copy
-        train_step(*trial, x, y)
-    compiled = time.perf_counter()
-    forward_calls = 0
+    first, forward_calls = batches(0), 0
     steps = (batch for epoch in range(epochs) for batch in batches(epoch))
-    for x, y in track(steps, f"{epochs} epochs", total=epochs * len(first), console=Console(stderr=True)):
-        forward_calls += 1
-        loss = train_step(model, optimizer, x, y)
-    jax.block_until_ready(loss)
+    progress = track(steps, f"{epochs} epochs", total=epochs * len(first), console=Console(stderr=True))
+    # Weights stay float32, but optax takes Adam's bias corrections, 1 - 0.999**t, in float64, as torch does. In float32
+    # they would be off by 1e-5, for hundreds of steps in the same direction.
+    with jax.enable_x64(True):
+        start = time.perf_counter()
+        trial = nnx.clone((model, optimizer))
+        for x, y in (*first[:2], first[-1]):  # compiles the step for both sizes of batch, on a copy
+            train_step(*trial, x, y)
+        compiled = time.perf_counter()
+        for x, y in progress:
+            forward_calls += 1
+            loss = train_step(model, optimizer, x, y)
+        loss.block_until_ready()
     return Fit(forward_calls, time.perf_counter() - compiled, compiled - start)
 
 
@@ -224,32 +200,29 @@ def flax_logits(model: nnx.Module, x: np.ndarray) -> np.ndarray:
     return np.array(member_logits(model, jnp.asarray(x)))
 
 
-# ------------------------------------------------------------------------------------------ the same steps for the two
-
-
 class Framework(NamedTuple):
     """What differs between the two. The packages do not: their functions have the same names and arguments."""
 
     name: str
     package: ModuleType
-    new_mlp: Callable[[int], Any]
+    network: Callable[[], Any]
     fit: Callable[[Any, Batches, int], Fit]
     logits: Callable[[Any, np.ndarray], np.ndarray]
 
 
-TORCH = Framework("torch", probly_torch, new_torch_mlp, fit_torch, torch_logits)
-FLAX = Framework("Flax", probly_flax, new_flax_mlp, fit_flax, flax_logits)
+TORCH = Framework("torch", probly_torch, TorchMLP, fit_torch, torch_logits)
+FLAX = Framework("Flax", probly_flax, lambda: FlaxMLP(nnx.Rngs(0)), fit_flax, flax_logits)
 
 
 @dataclass(frozen=True)
 class Result:
-    """A trained model and how it does on the test points; `probs` (N, C) are the members' mean probabilities."""
+    """A trained model and how it does on the test points; `probs` (N, 2) are the members' mean probabilities."""
 
     framework: Framework
     method: str
     model: Any
-    parameters: int
     fit: Fit
+    parameters: int
     probs: np.ndarray
     accuracy: float
     nll: float
@@ -257,8 +230,11 @@ class Result:
     mutual_information: float
 
 
+Pair = tuple[Result, Result]  # of torch and Flax
+
+
 def new_model(framework: Framework, method: str, seed: int) -> Any:
-    network = framework.new_mlp(seed)
+    network = framework.network()
     if method == SINGLE:
         return network
     if method == BATCH:
@@ -266,24 +242,13 @@ def new_model(framework: Framework, method: str, seed: int) -> Any:
     return framework.package.ensemble(network, NUM_MEMBERS, rngs=seed)
 
 
-def start_models(method: str, seed: int) -> tuple[Any, Any]:
-    """The same weights twice: drawn in torch, and handed to Flax."""
-    torch_model, flax_model = new_model(TORCH, method, seed), new_model(FLAX, method, seed)
-    probly_flax.load_arrays(flax_model, probly_torch.to_arrays(torch_model))
-    return torch_model, flax_model
-
-
 def train(framework: Framework, method: str, model: Any, batches: Batches, epochs: int) -> tuple[Any, Fit]:
+    print(f"Training: {method}, {framework.name}", file=sys.stderr)
     if method != LOOP:
         return model, framework.fit(model, batches, epochs)
     members = list(model)  # ordinary networks, trained one after the other
     fits = [framework.fit(member, batches, epochs) for member in members]
-    return framework.package.Ensemble(members), Fit(*(sum(column) for column in zip(*fits, strict=True)))
-
-
-def predict(framework: Framework, model: Any, x: np.ndarray) -> np.ndarray:
-    """The members' mean probabilities (N, C)."""
-    return mean_probs(torch.from_numpy(framework.logits(model, x))).numpy()
+    return framework.package.Ensemble(members), Fit(*map(sum, zip(*fits, strict=True)))
 
 
 def evaluate(framework: Framework, method: str, model: Any, fit: Fit, data: Data) -> Result:
@@ -294,8 +259,8 @@ def evaluate(framework: Framework, method: str, model: Any, fit: Fit, data: Data
         framework,
         method,
         model,
+        fit,
         parameters=sum(array.size for array in framework.package.to_arrays(model).values()),
-        fit=fit,
         probs=probs.numpy(),
         accuracy=(probs.argmax(-1) == labels).float().mean().item(),
         nll=probly_torch.losses.mixture_cross_entropy(logits, labels).item(),
@@ -304,56 +269,50 @@ def evaluate(framework: Framework, method: str, model: Any, fit: Fit, data: Data
     )
 
 
-def run_method(method: str, data: Data, epochs: int, seed: int) -> tuple[Result, Result]:
-    batches = partial(epoch_batches, data, seed)
-    results = []
-    for framework, start in zip((TORCH, FLAX), start_models(method, seed), strict=True):
-        print(f"Training: {method}, {framework.name}", file=sys.stderr)
-        model, fit = train(framework, method, start, batches, epochs)
-        results.append(evaluate(framework, method, model, fit, data))
-    return results[0], results[1]
+def run_method(method: str, data: Data, epochs: int, seed: int) -> Pair:
+    """Draws weights in torch, hands them to Flax, and trains and judges both."""
+    torch.manual_seed(seed)
+    torch_model, flax_model = new_model(TORCH, method, seed), new_model(FLAX, method, seed)
+    probly_flax.load_arrays(flax_model, probly_torch.to_arrays(torch_model))
+
+    def run(framework: Framework, model: Any) -> Result:
+        trained, fit = train(framework, method, model, partial(epoch_batches, data, seed), epochs)
+        return evaluate(framework, method, trained, fit, data)
+
+    return run(TORCH, torch_model), run(FLAX, flax_model)
 
 
-# ------------------------------------------------------------------------------------------- exchange of weight files
-
-
-class Exchange(NamedTuple):
-    """How far test probabilities move, at most, when a file of trained weights is loaded in a new model."""
-
-    torch_to_flax: float
-    flax_to_torch: float
-    flax_to_plain_torch: float  # by torch and safetensors alone, as anyone who is sent the file can do it
-
-
-def exchange_weights(pair: tuple[Result, Result], data: Data, seed: int, out: Path) -> Exchange:
-    paths = [weights_path(out, result) for result in pair]
-    for result, path in zip(pair, paths, strict=True):
-        result.framework.package.save_weights(result.model, path)
+def exchange_weights(pair: Pair, data: Data, seed: int, out: Path) -> dict[str, float]:
+    """Loads each framework's file in the other; how far the test probabilities move, at most."""
+    torch_file, flax_file = (out / f"{file_name(result)}.safetensors" for result in pair)
+    probly_torch.save_weights(pair[0].model, torch_file)
+    probly_flax.save_weights(pair[1].model, flax_file)
 
     method = pair[0].method
-    in_flax, in_torch, in_plain_torch = (new_model(f, method, seed + 1) for f in (FLAX, TORCH, TORCH))  # other weights
-    probly_flax.load_weights(in_flax, paths[0])
-    probly_torch.load_weights(in_torch, paths[1])
-    in_plain_torch.load_state_dict(safetensors.torch.load_file(paths[1]))
+    in_flax, in_torch, plainly = (new_model(framework, method, seed + 1) for framework in (FLAX, TORCH, TORCH))
+    probly_flax.load_weights(in_flax, torch_file)
+    probly_torch.load_weights(in_torch, flax_file)
+    plainly.load_state_dict(safetensors.torch.load_file(flax_file))  # without this library
 
-    def gap(result: Result, framework: Framework, model: Any) -> float:
-        return float(np.abs(result.probs - predict(framework, model, data.x_test)).max())
+    def change(source: Result, framework: Framework, model: Any) -> float:
+        loaded = evaluate(framework, method, model, source.fit, data)
+        return float(np.abs(loaded.probs - source.probs).max())
 
-    return Exchange(gap(pair[0], FLAX, in_flax), gap(pair[1], TORCH, in_torch), gap(pair[1], TORCH, in_plain_torch))
-
-
-def weights_path(out: Path, result: Result) -> Path:
-    name = f"{result.method} {result.framework.name}".lower()
-    return out / f"{re.sub('[^a-z]+', '_', name)}.safetensors"
-
-
-# ------------------------------------------------------------------------------------------------ tables and figures
+    return {
+        "torch to Flax": change(pair[0], FLAX, in_flax),
+        "Flax to torch": change(pair[1], TORCH, in_torch),
+        "by load_state_dict alone": change(pair[1], TORCH, plainly),
+    }
 
 
-def print_table(pairs: Sequence[tuple[Result, Result]]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def file_name(result: Result) -> str:
+    return re.sub("[^a-z]+", "_", f"{result.method} {result.framework.name}".lower())
+
+
+def print_table(pairs: Sequence[Pair]) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
     for header in ("framework", "method"):
-        table.add_column(header, no_wrap=True)
+        table.add_column(header)
     for header in (
         "parameters",
         "forward\ncalls",
@@ -363,16 +322,16 @@ def print_table(pairs: Sequence[tuple[Result, Result]]) -> None:
         "ECE",
         "mutual\ninformation",
     ):
-        table.add_column(header, justify="right", no_wrap=True)
+        table.add_column(header, justify="right")
     for pair in pairs:
         for r in pair:
-            counts = (f"{r.parameters:,}", f"{r.fit.forward_calls:,}", f"{r.fit.seconds:.1f}")
-            scores = (f"{value:.4f}" for value in (r.accuracy, r.nll, r.ece, r.mutual_information))
+            counts = f"{r.parameters:,}", f"{r.fit.forward_calls:,}", f"{r.fit.seconds:.1f}"
+            scores = f"{r.accuracy:.4f}", f"{r.nll:.4f}", f"{r.ece:.4f}", f"{r.mutual_information:.5f}"
             table.add_row(r.framework.name, r.method, *counts, *scores, end_section=r.framework is FLAX)
-    Console(width=120).print(table)  # the table is narrower, but not than the 80 columns that rich takes for a file
+    Console(width=120).print(table)  # whole in a file too, for which rich takes a width of 80
 
 
-def print_notes(pairs: Sequence[tuple[Result, Result]], exchanges: Sequence[Exchange]) -> None:
+def print_notes(pairs: Sequence[Pair], exchanges: Sequence[dict[str, float]]) -> None:
     compiling = sum(flax.fit.compile_seconds for _, flax in pairs)
     print(f"NLL and mutual information in nats; ECE with {NUM_BINS} bins. torch ran on one thread, and its seconds are")
     print(f"those of Trainer.fit; XLA chose its own threads, and compiled for {compiling:.1f} s, not in the table.")
@@ -381,24 +340,21 @@ def print_notes(pairs: Sequence[tuple[Result, Result]], exchanges: Sequence[Exch
     print("float32 sums round differently in the two, and training lets that grow.")
     for torch_result, flax_result in pairs:
         gaps = np.abs(torch_result.probs - flax_result.probs)
-        print(f"  {torch_result.method:<{WIDTH}}  at most {gaps.max():.1e}, {gaps.mean():.1e} on average")
+        print(f"  {torch_result.method:<20}  at most {gaps.max():.1e}, {gaps.mean():.1e} on average")
 
-    print("\nHow far test probabilities move, at most, when a weight file is loaded elsewhere:")
-    for (result, _), gaps in zip(pairs, exchanges, strict=True):
-        named = zip(("torch to Flax", "Flax to torch", "by load_state_dict alone"), gaps, strict=True)
-        print(f"  {result.method:<{WIDTH}}  {', '.join(f'{name} {gap:.1e}' for name, gap in named)}")
+    print("\nHow far test probabilities move, at most, when a file of trained weights is loaded elsewhere:")
+    for (result, _), changes in zip(pairs, exchanges, strict=True):
+        print(f"  {result.method:<20}  {', '.join(f'{way} {change:.1e}' for way, change in changes.items())}")
 
 
-def plot_reliability(pairs: Sequence[tuple[Result, Result]], labels: np.ndarray) -> Figure:
+def plot_reliability(pairs: Sequence[Pair], labels: np.ndarray) -> Figure:
     figure = Figure(figsize=(3.2 * len(pairs), 4), layout="constrained")
     panels = figure.subplots(1, len(pairs), sharex=True, sharey=True)
     for panel, pair in zip(panels, pairs, strict=True):
         panel.plot([0.5, 1], [0.5, 1], color="0.6", linewidth=1, label="perfectly calibrated")
-        for result, style in zip(pair, ("o-", "x--"), strict=True):
-            correct = result.probs.argmax(-1) == labels
-            confidence = result.probs.max(-1).clip(max=1)  # rounding may take it above
+        for result, style, color in zip(pair, ("o-", "x--"), ("#0072B2", "#D55E00"), strict=True):
+            correct, confidence = result.probs.argmax(-1) == labels, result.probs.max(-1)
             accuracy, mean_confidence = calibration_curve(correct, confidence, n_bins=NUM_BINS)
-            color = "#0072B2" if result.framework is TORCH else "#D55E00"
             panel.plot(mean_confidence, accuracy, style, color=color, label=result.framework.name)
         eces = ", ".join(f"{result.ece:.4f} ({result.framework.name})" for result in pair)
         panel.set_title(f"{pair[0].method}\nECE {eces}", fontsize="medium")
@@ -408,27 +364,23 @@ def plot_reliability(pairs: Sequence[tuple[Result, Result]], labels: np.ndarray)
     return figure
 
 
-def plot_epistemic_uncertainty(pairs: Sequence[tuple[Result, Result]], data: Data) -> Figure:
+def plot_epistemic_uncertainty(pairs: Sequence[Pair], data: Data) -> Figure:
     low, high = data.x_test.min(0) - 1, data.x_test.max(0) + 1
-    axes = [np.linspace(low[i], high[i], 200, dtype=np.float32) for i in (0, 1)]
-    grid = np.stack(np.meshgrid(*axes), -1)
-    columns = [pair for pair in pairs if pair[0].method in (STACKED, BATCH)]
-    maps = [[map_uncertainty(result, grid) for result in pair] for pair in columns]
+    grid = np.stack(np.meshgrid(*np.linspace(low, high, 200, dtype=np.float32).T), -1)
+    results = [result for pair in zip(*pairs, strict=True) for result in pair if result.method in (STACKED, BATCH)]
+    maps = [map_uncertainty(result, grid) for result in results]
 
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    panels = figure.subplots(2, len(columns), sharex=True, sharey=True)
-    for column, (pair, pair_maps) in enumerate(zip(columns, maps, strict=True)):
-        for panel, result, values in zip(panels[:, column], pair, pair_maps, strict=True):
-            extent = (low[0], high[0], low[1], high[1])
-            image = panel.imshow(values, cmap="cividis", origin="lower", extent=extent, vmin=0, vmax=np.max(maps))
-            for label, marker in ((0, "o"), (1, "^")):
-                x, y = data.x_test[data.y_test == label][:150].T
-                panel.scatter(
-                    x, y, s=8, marker=marker, facecolors="none", edgecolors="white", linewidths=0.5, alpha=0.7
-                )
-            panel.set(title=f"{result.method}, {result.framework.name}", xlabel="$x_1$", ylabel="$x_2$")
-            panel.label_outer()
-    figure.colorbar(image, ax=panels, label="mutual information (nats)", shrink=0.8)
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    for panel, result, values in zip(panels.flat, results, maps, strict=True):
+        extent = (low[0], high[0], low[1], high[1])
+        image = panel.imshow(values, cmap="cividis", origin="lower", extent=extent, vmin=0, vmax=np.max(maps))
+        for label, marker in enumerate(("o", "^")):
+            x, y = data.x_test[data.y_test == label][:150].T
+            panel.scatter(x, y, s=8, marker=marker, facecolors="none", edgecolors="white", linewidths=0.5, alpha=0.7)
+        panel.set(title=f"{result.method}, {result.framework.name}", xlabel="$x_1$", ylabel="$x_2$")
+        panel.label_outer()
+    figure.colorbar(image, ax=panels, label="mutual information (nats)")
     return figure
 
 
@@ -438,17 +390,8 @@ def map_uncertainty(result: Result, grid: np.ndarray) -> np.ndarray:
     return mutual_information(torch.from_numpy(logits)).numpy().reshape(grid.shape[:2])
 
 
-# --------------------------------------------------------------------------------------------------------------- main
-
-
-class Outcome(NamedTuple):
-    """For each method, its results in torch and in Flax, and what the exchange of weights showed."""
-
-    results: list[tuple[Result, Result]]
-    exchanges: list[Exchange]
-
-
-def main(argv: Sequence[str] | None = None) -> Outcome:
+def main(argv: Sequence[str] | None = None) -> tuple[list[Pair], list[dict[str, float]]]:
+    """Returns, for each method, its results in torch and in Flax, and what the exchange of weights showed."""
     parser = argparse.ArgumentParser(description="Ensembles on two moons, trained alike in PyTorch and in Flax.")
     parser.add_argument("--fast", action="store_true", help="3,000 points and 2 epochs instead of 30,000 and 10")
     parser.add_argument("--seed", type=int, default=42, help="of the data, the weights and the batches")
@@ -456,19 +399,19 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
     args = parser.parse_args(argv)
     num_points, epochs = (3_000, 2) if args.fast else (30_000, 10)
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advertisements
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what hardware there is does not matter here
     torch.set_num_threads(1)  # networks this small lose more to a second thread than they gain
     args.out.mkdir(parents=True, exist_ok=True)
 
     data = load_data(num_points, args.seed)
-    pairs = [run_method(method, data, epochs, args.seed) for method in METHODS]
+    pairs = [run_method(method, data, epochs, args.seed) for method in (SINGLE, LOOP, STACKED, BATCH)]
     exchanges = [exchange_weights(pair, data, args.seed, args.out) for pair in pairs]
     print_table(pairs)
     print_notes(pairs, exchanges)
     plot_reliability(pairs, data.y_test).savefig(args.out / "reliability.png", dpi=150)
     plot_epistemic_uncertainty(pairs, data).savefig(args.out / "epistemic_uncertainty.png", dpi=150)
     print(f"\nWeights and figures are in {args.out}.")
-    return Outcome(pairs, exchanges)
+    return pairs, exchanges
 
 
 if __name__ == "__main__":

@@ -57,6 +57,14 @@ def error(a: np.ndarray, b: np.ndarray, reference: np.ndarray, dtype: str) -> fl
     return float(difference / scale) if np.isfinite(difference) and scale > 0 else float("inf")
 
 
+def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The number of representable values between two arrays, for random draws and nothing else."""
+    integer = np.dtype({4: np.int32, 8: np.int64}[a.dtype.itemsize])
+    lowest = -(2 ** (8 * integer.itemsize - 1))
+    steps = [np.where((i := v.view(integer).astype(np.int64)) < 0, lowest - i, i) for v in (a, b)]
+    return np.abs(steps[0] - steps[1])
+
+
 def exact(torch_run: Arrays, flax_run: Arrays, oracle_run: Arrays) -> list[Verdict]:
     """Values are equal, in both frameworks and the oracle; -0 equals 0."""
     return [
@@ -99,6 +107,11 @@ def bounded(
             ):
                 verdicts.append(Verdict(name, rule, worst(a, b, name, "float64"), MEANING_LIMIT * noise))
     return verdicts
+
+
+def assert_close(a: np.ndarray, b: np.ndarray, dtype: str) -> None:
+    """Two ways to compute one thing in one framework agree up to rounding: the limit of meaning, without noise."""
+    assert_holds([Verdict("values", "distance", error(a, b, b, dtype), MEANING_LIMIT * NOISE_FLOOR)])
 
 
 def assert_holds(verdicts: list[Verdict]) -> None:

@@ -6,9 +6,9 @@ all of them and lives in `run_torch`, `run_flax` and `run_oracle`. Weights are d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ class Subject:
     """
 
     name: str
-    shapes: dict[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
     torch: Callable[..., Any]
     flax: Callable[..., Any]
     oracle: Callable[..., Any]
@@ -65,17 +65,17 @@ class Subject:
 
     def draw_exact(self, seed: int, dtype: str) -> Arrays:
         """Small integers times a power of two: signs only in bfloat16, whose stored values have 8 bits."""
-        largest, scale, _ = (1, 1.0, 0) if dtype == "bfloat16" else self.exact
+        largest, scale, _ = self._dyadic(dtype)
         rng = np.random.default_rng([seed, *self.name.encode()])
         arrays = {
             name: rng.integers(-largest, largest + 1, shape) * scale
-            for name, shape in (self.shapes | {"g": self.output_shape}).items()
+            for name, shape in ({**self.shapes, "g": self.output_shape}).items()
         }
         return arrays | self._draw_integers(rng)
 
     def certificate(self, arrays: Arrays, dtype: str) -> float:
         """The largest value that any partial sum can reach, in units of the smallest one: all signs made plus."""
-        _, scale, degree = (1, 1.0, 0) if dtype == "bfloat16" else self.exact
+        _, scale, degree = self._dyadic(dtype)
         worst = {name: np.maximum(np.abs(v), scale) if v.dtype.kind == "f" else v for name, v in arrays.items()}
         return max(float(np.abs(v).max()) for v in run_oracle(self, worst).values()) / scale**degree
 
@@ -88,6 +88,10 @@ class Subject:
         if not self.model:
             return tuple(self.torch(**inputs, **self.options).shape)
         return tuple(self.torch(torch.float64)(inputs["x"], **self.options).shape)
+
+    def _dyadic(self, dtype: str) -> tuple[int, float, int]:
+        assert self.exact is not None, "the exact tier is for linear operations"
+        return (1, 1.0, 0) if dtype == "bfloat16" else self.exact
 
     def _draw_integers(self, rng: np.random.Generator) -> Arrays:
         return {name: rng.integers(0, bound, shape) for name, (shape, bound) in self.integers.items()}
@@ -124,7 +128,7 @@ def run_torch(subject: Subject, arrays: Arrays, dtype: str, compiled: bool = Fal
     return {name: value.detach().double().numpy() for name, value in results.items()}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _torch_call(subject: Subject, dtype: str, compiled: bool) -> tuple[Any, Callable[..., Any]]:
     function = subject.torch(getattr(torch, dtype)) if subject.model else subject.torch
     return function, torch.compile(function, fullgraph=True) if compiled else function
@@ -144,22 +148,22 @@ def run_flax(subject: Subject, arrays: Arrays, dtype: str, compiled: bool = Fals
     else:
         leaves = {name: jnp.asarray(v) for name, v in values.items() if v.dtype.kind != "i"}
         integers = {name: jnp.asarray(v) for name, v in values.items() if v.dtype.kind == "i"}
-        output, (grads,) = run(g, leaves, **integers)
+        output, grads = run(g, leaves, **integers)
+        grads = grads[0]
     results = {"output": output} | {f"gradient by {name}": grad for name, grad in grads.items()}
     return {name: np.asarray(value).astype(np.float64) for name, value in results.items()}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _flax_call(subject: Subject, dtype: str, compiled: bool) -> tuple[Any, Callable[..., Any]]:
     model = subject.flax(jnp.dtype(dtype)) if subject.model else None
-    if model is not None:
-        graph, _, rest = nnx.split(model, nnx.Param, ...)
 
     def forward(*leaves: Any, **integers: jax.Array) -> jax.Array:
         if model is None:
             return subject.flax(**leaves[0], **integers, **subject.options)
         x, params = leaves
-        return nnx.merge(graph, params, rest, copy=True)(x, **subject.options)
+        graph, *states = nnx.split(model, nnx.Param, ...)
+        return nnx.merge(graph, params, *states[1:], copy=True)(x, **subject.options)
 
     def forward_and_backward(g: jax.Array, *leaves: Any, **integers: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
         output, backward = jax.vjp(lambda *leaves: forward(*leaves, **integers), *leaves)
@@ -192,7 +196,7 @@ def _linear(sizes: tuple[int, int, int, int], middle: tuple[int, ...] = (), bias
     )
 
 
-def flax_linear(x: jax.Array, weight: jax.Array, **rest: jax.Array) -> jax.Array:
+def flax_linear(x: jax.Array, weight: jax.Array, **rest: Any) -> jax.Array:
     """batch_ensemble_linear of torch's weight layout."""
     return pf.functional.batch_ensemble_linear(x, weight.T, **rest)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import jax
 from flax import nnx
@@ -143,14 +143,17 @@ def batchensemble(
 
     network = nnx.clone(base, arrays=True)
     layers = [(".".join(map(str, path)), layer) for path, layer in nnx.iter_modules(network)]
-    new, rows, biases = {}, [], {}
+    new: dict[int, nnx.Module] = {}
+    biases: dict[int, Any] = {}
+    rows = []
     for path, layer in sorted(layers, key=lambda item: natural_order(item[0])):
         excluded = excluder(path, layer)
         before = after = sum(p.size for p in vars(layer).values() if isinstance(p, nnx.Param))
         if not before:
             continue
-        action = "excluded" if excluded else "converted" if type(layer) is nnx.Linear else "shared"
-        if action == "converted":
+        action = "excluded" if excluded else "shared"
+        if not excluded and _is_convertible(layer):
+            action = "converted"
             converted = BatchEnsembleLinear(
                 layer, rngs, num_members, use_base_weights, init, r_mean, r_std, s_mean, s_std
             )
@@ -169,7 +172,12 @@ def _layers(network: nnx.Module) -> list[BatchEnsembleLinear]:
     return [layer for _, layer in nnx.iter_modules(network) if isinstance(layer, BatchEnsembleLinear)]
 
 
-def _replace(network: nnx.Module, new: dict[int, nnx.Module]) -> nnx.Module:
+def _is_convertible(layer: nnx.Module) -> TypeGuard[nnx.Linear]:
+    """A Linear layer itself."""
+    return type(layer) is nnx.Linear
+
+
+def _replace(network: nnx.Module, new: Mapping[int, nnx.Module]) -> nnx.Module:
     """Puts new layers in the place of old ones, at every path where the old one stands."""
     for _, module in list(nnx.iter_modules(network)):
         for name, child in list(vars(module).items()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -82,9 +83,8 @@ class Ensemble(nnx.Module):
 
         def call(state: nnx.State, batches: list[Array]) -> tuple[Any, nnx.State]:
             own = iter(batches)
-            args, kwargs = structure.unflatten(
-                [next(own) if is_mapped else leaf for leaf, is_mapped in zip(leaves, mapped, strict=True)]
-            )
+            own_leaves = [next(own) if is_mapped else leaf for leaf, is_mapped in zip(leaves, mapped, strict=True)]
+            args, kwargs = jax.tree.unflatten(structure, own_leaves)
             before = {path: variable.get_raw_value() for path, variable in nnx.to_flat_state(state)}
             member = nnx.merge(graph, state)
             y = member(*args, **kwargs)
@@ -149,23 +149,15 @@ def ensemble(
     if isinstance(base, (list, tuple)):
         check_member_count(what, len(base), num_members)
         return Ensemble(base, chunk_size=chunk_size)
-    if not isinstance(base, nnx.Module) and not callable(base):
+    make: Callable[[Rngs], nnx.Module]
+    if isinstance(base, nnx.Module):
+        make = partial(_copy, base, reset_params, reset)
+    elif callable(base):
+        make = partial(_construct, base)
+    else:
         check_module(what, "base", base, nnx.Module)
 
-    @nnx.split_rngs(splits=num_members)
-    @nnx.vmap
-    def build(rngs: Rngs) -> nnx.Module:
-        if not isinstance(base, nnx.Module):
-            return _construct(base, rngs)
-        member = nnx.clone(base)
-        if reset is not None:
-            _reset_by_rule(member, reset, rngs)
-        elif reset_params:
-            _reset_by_layer(member, rngs)
-        _rekey(member, rngs)
-        return member
-
-    stacked = build(rngs)
+    stacked = nnx.split_rngs(splits=num_members)(nnx.vmap(make))(rngs)
     model = Ensemble([_row(stacked, 0)], chunk_size=chunk_size)
     model.stacked, model.num_members = stacked, num_members
     if not isinstance(base, nnx.Module):
@@ -225,6 +217,18 @@ def _construct(constructor: Callable[..., nnx.Module], rngs: Rngs) -> nnx.Module
     return member
 
 
+def _copy(
+    base: nnx.Module, reset_params: bool, reset: Callable[[nnx.Param, Rngs], Array] | None, rngs: Rngs
+) -> nnx.Module:
+    member = nnx.clone(base)
+    if reset is not None:
+        _reset_by_rule(member, reset, rngs)
+    elif reset_params:
+        _reset_by_layer(member, rngs)
+    _rekey(member, rngs)
+    return member
+
+
 def _rekey(member: nnx.Module, rngs: Rngs) -> None:
     """Gives the streams inside a copied network, such as Dropout's, keys of their own."""
     for _, stream in nnx.iter_graph(member):
@@ -234,7 +238,7 @@ def _rekey(member: nnx.Module, rngs: Rngs) -> None:
 
 
 def _reset_by_rule(member: nnx.Module, reset: Callable[[nnx.Param, Rngs], Array], rngs: Rngs) -> None:
-    for path, parameter in nnx.to_flat_state(nnx.state(member, nnx.Param)):
+    for path, parameter in _named_parameters(member):
         value = reset(parameter, rngs)
         check_reset_value("ensemble", ".".join(map(str, path)), parameter.shape, value.shape)
         parameter.set_value(value.astype(parameter.dtype))
@@ -242,13 +246,16 @@ def _reset_by_rule(member: nnx.Module, reset: Callable[[nnx.Param, Rngs], Array]
 
 def _reset_by_layer(member: nnx.Module, rngs: Rngs) -> None:
     """Every layer with parameters by its own rule, inner layers first."""
-    parameters = {path: parameter for path, parameter in nnx.to_flat_state(nnx.state(member, nnx.Param))}
-    layers = [(path, layer) for path, layer in nnx.iter_modules(member) if _parameters(layer)]
-    rules = {path: _rule(layer) for path, layer in layers}
-    covered = {id(p) for path, layer in layers if rules[path] for p in _parameters(layer)}
-    check_reset("ensemble", [".".join(map(str, path)) for path, p in parameters.items() if id(p) not in covered])
-    for path, layer in layers:
-        rules[path](layer, rngs)
+    rules = [(layer, _rule(layer)) for _, layer in nnx.iter_modules(member) if _parameters(layer)]
+    covered = {id(p) for layer, rule in rules if rule for p in _parameters(layer)}
+    check_reset("ensemble", [".".join(map(str, path)) for path, p in _named_parameters(member) if id(p) not in covered])
+    for layer, rule in rules:
+        if rule:
+            rule(layer, rngs)
+
+
+def _named_parameters(module: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.Param]]:
+    return list(nnx.to_flat_state(nnx.state(module, nnx.Param)))
 
 
 def _parameters(layer: nnx.Module) -> list[nnx.Param]:
@@ -260,11 +267,7 @@ def _rule(layer: nnx.Module) -> Callable[..., None] | None:
 
 
 def _members_differ(model: Ensemble) -> bool:
-    return any(bool((p[...] != p[:1]).any()) for p in jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=_is_param))
-
-
-def _is_param(value: Any) -> bool:
-    return isinstance(value, nnx.Param)
+    return any(bool((p[...] != p[:1]).any()) for _, p in _named_parameters(model))
 
 
 # nnx layers do not keep their initialisers: these are the ones that they have by default.

@@ -80,11 +80,11 @@ class BatchEnsembleLinear(nnx.Linear):
         r = _draw_fast_weights(rngs, (self.num_members, self.in_features), init, r_mean, r_std, base.dtype)
         s = _draw_fast_weights(rngs, (self.num_members, self.out_features), init, s_mean, s_std, base.dtype)
         in_axis, out_axis = _axes(base)
-        self.kernel = base.copy(kernel)
-        self.r, self.s = _param(r, base, in_axis), _param(s, base, out_axis)
+        self.kernel = _param(kernel, base, in_axis, out_axis)
+        self.r, self.s = _param(r, base, None, in_axis), _param(s, base, None, out_axis)
         self.bias = nnx.data(None)
         if bias is not None:
-            self.bias = _param(jnp.tile(bias[...], (self.num_members, 1)), bias, *_axes(bias))
+            self.bias = _param(jnp.tile(bias[...], (self.num_members, 1)), bias, None, *_axes(bias))
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         """Applies each member to its own rows.
@@ -121,9 +121,9 @@ class BatchEnsembleLinear(nnx.Linear):
         linear = nnx.eval_shape(lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
         for name in _OPTIONS:
             setattr(linear, name, getattr(self, name))
-        kernel = self.kernel[...] * (self.r[i][:, None] * self.s[i])
-        linear.kernel = self.kernel.copy(kernel)
-        linear.bias = nnx.data(None) if self.bias is None else nnx.Param(self.bias[i])
+        kernel = self.kernel[...] * (self.r[i][:, None] * self.s[i][None])
+        linear.kernel = _param(kernel, self.kernel, *_axes(self.kernel))
+        linear.bias = nnx.data(None) if self.bias is None else _param(self.bias[i], self.bias, _axes(self.bias)[1])
         return linear
 
     def keep_members(self, indices: Sequence[int]) -> None:
@@ -153,13 +153,11 @@ def _axes(parameter: nnx.Param) -> tuple[Any, ...]:
     return parameter.get_metadata("out_sharding", None) or (None,) * parameter.ndim
 
 
-def _param(value: Array, like: nnx.Param, feature_axis: Any) -> nnx.Param:
-    """A parameter with a row for each member, its features sharded as the base layer's are."""
-    metadata = like.get_metadata()
-    if feature_axis is not None:
-        metadata["out_sharding"] = (None, feature_axis)
-    else:
-        metadata.pop("out_sharding", None)
+def _param(value: Array, like: nnx.Param, *axes: Any) -> nnx.Param:
+    """A parameter of the same type and metadata, sharded along these mesh axes if there are any."""
+    metadata = like.get_metadata() | {"out_sharding": axes}
+    if not any(axes):
+        del metadata["out_sharding"]
     return type(like)(value, **metadata)
 
 

@@ -58,7 +58,7 @@ def load_arrays(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> None:
     check_tied("load_arrays", {name: id(v) for name, v in variables.items()}, arrays)
     for name, variable in variables.items():
         value = jnp.array(_transpose(name, np.asarray(arrays[name])))
-        variable.set_value(jax.device_put(value, variable[...].sharding))
+        variable.set_value(jax.device_put(value, getattr(variable.get_value(), "sharding", None)))
 
 
 def save_weights(model: nnx.Module, path: str | os.PathLike[str]) -> None:
@@ -105,7 +105,7 @@ def _walk(module: nnx.Module, prefix: str) -> Iterator[tuple[str, nnx.Variable]]
             yield from _walk(value, prefix if unnamed else f"{prefix}{attribute}.")
 
 
-def _of_type(table: dict[type, Any], module: nnx.Module) -> Any:
+def _of_type(table: Mapping[Any, Any], module: nnx.Module) -> Any:
     return next((table[layer_type] for layer_type in type(module).__mro__ if layer_type in table), None)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -140,19 +140,23 @@ def batchensemble(
     paths: dict[nn.Module, str] = {}
     for path, layer in network.named_modules(remove_duplicate=False):
         paths[layer] = min(paths.get(layer, path), path, key=natural_order)
-    new, rows, biases = {}, [], {}
+    new: dict[nn.Module, nn.Module] = {}
+    biases: dict[Tensor | None, Any] = {}
+    rows = []
     for layer, path in sorted(paths.items(), key=lambda item: natural_order(item[1])):
         excluded = excluder(path, layer)
         before = after = sum(p.numel() for p in layer.parameters(recurse=False))
         if not before:
             continue
-        action = "excluded" if excluded else "converted" if _is_convertible(layer) else "shared"
-        if action == "converted":
+        action = "excluded" if excluded else "shared"
+        if not excluded and _is_convertible(layer):
+            action = "converted"
             converted = BatchEnsembleLinear(
                 layer, rngs, num_members, use_base_weights, init, r_mean, r_std, s_mean, s_std
             )
             layer.weight.data.copy_(converted.weight.data)
-            converted.weight = layer.weight  # the same Parameter, so that what was tied to it still is
+            # The same Parameter, so that what was tied to it still is.
+            converted.weight = layer.weight  # type: ignore[assignment]
             converted.bias = biases.setdefault(layer.bias, converted.bias)
             _move_hooks(layer, converted)
             new[layer] = converted.train(layer.training)
@@ -167,12 +171,12 @@ def _layers(network: nn.Module) -> list[BatchEnsembleLinear]:
     return [layer for layer in network.modules() if isinstance(layer, BatchEnsembleLinear)]
 
 
-def _is_convertible(layer: nn.Module) -> bool:
+def _is_convertible(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """A Linear layer itself, whose weight is a parameter (weight_norm, for one, makes it something else)."""
     return type(layer) is nn.Linear and set(layer._parameters) == {"weight", "bias"}
 
 
-def _replace(network: nn.Module, new: dict[Any, nn.Module]) -> nn.Module:
+def _replace(network: nn.Module, new: Mapping[Any, nn.Module]) -> nn.Module:
     """Puts new layers in the place of old ones, at every path where the old one stands."""
     for module in list(network.modules()):
         for name, child in module._modules.items():

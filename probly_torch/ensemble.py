@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,7 @@ from probly_torch._checks import (
     member_index,
     member_indices,
 )
+from probly_torch._report import natural_order
 from probly_torch.random import Rngs
 
 __all__ = ["Ensemble", "ensemble", "register_reset"]
@@ -60,6 +62,8 @@ class Ensemble(nn.Module):
         >>> torch.allclose(model[1](torch.ones(5, 2)), model(torch.ones(5, 2))[1])
         True
     """
+
+    _network: nn.Module
 
     def __init__(self, members: Sequence[nn.Module], *, chunk_size: int | None = None) -> None:
         super().__init__()
@@ -154,23 +158,20 @@ def ensemble(
     if isinstance(base, (list, tuple)):
         check_member_count(what, len(base), num_members)
         return Ensemble(base, chunk_size=chunk_size)
-    if not isinstance(base, nn.Module) and not callable(base):
+    make: Callable[[Rngs], nn.Module]
+    if isinstance(base, nn.Module):
+        make = partial(_copy, base, reset_params, reset)
+    elif callable(base):
+        make = partial(_construct, base)
+    else:
         check_module(what, "base", base, nn.Module)
+    split = rngs.split(num_members)  # as nnx.split_rngs does, so that rules that draw from rngs agree
     seeds = random.split(rngs.params(), num_members)
-    split = rngs.split(num_members)
     members = []
     for i in range(num_members):
         own = Rngs({name: stream.key[i] for name, stream in split.items()})
         with _seeded(seeds[i]):
-            if not isinstance(base, nn.Module):
-                members.append(_construct(base, own))
-                continue
-            member = copy.deepcopy(base)
-            if reset is not None:
-                _reset_by_rule(member, reset, own)
-            elif reset_params:
-                _reset_by_layer(member, own)
-            members.append(member)
+            members.append(make(own))
     model = Ensemble(members, chunk_size=chunk_size)
     if not isinstance(base, nn.Module):
         check_independent(what, num_members, _members_differ(model))
@@ -226,6 +227,15 @@ def _construct(constructor: Callable[..., nn.Module], rngs: Rngs) -> nn.Module:
     return member
 
 
+def _copy(base: nn.Module, reset_params: bool, reset: Callable[[Tensor, Rngs], Tensor] | None, rngs: Rngs) -> nn.Module:
+    member = copy.deepcopy(base)
+    if reset is not None:
+        _reset_by_rule(member, reset, rngs)
+    elif reset_params:
+        _reset_by_layer(member, rngs)
+    return member
+
+
 @contextmanager
 def _seeded(key: Tensor) -> Iterator[None]:
     """Seeds torch's global generators, which layers draw their weights from, and then restores them."""
@@ -239,7 +249,7 @@ def _seeded(key: Tensor) -> Iterator[None]:
 
 def _reset_by_rule(member: nn.Module, reset: Callable[[Tensor, Rngs], Tensor], rngs: Rngs) -> None:
     with torch.no_grad():
-        for name, parameter in member.named_parameters():
+        for name, parameter in sorted(member.named_parameters(), key=lambda item: natural_order(item[0])):
             value = reset(parameter, rngs)
             check_reset_value("ensemble", name, parameter.shape, value.shape)
             parameter.copy_(value)
@@ -247,19 +257,12 @@ def _reset_by_rule(member: nn.Module, reset: Callable[[Tensor, Rngs], Tensor], r
 
 def _reset_by_layer(member: nn.Module, rngs: Rngs) -> None:
     """Every layer with parameters by its own rule, inner layers first."""
-    layers = [(name, layer) for name, layer in member.named_modules() if layer._parameters]
-    rules = {name: _rule(layer) for name, layer in layers}
-    check_reset(
-        "ensemble",
-        [
-            f"{name}.{parameter}".lstrip(".")
-            for name, layer in layers
-            if rules[name] is None
-            for parameter, value in layer.named_parameters(recurse=False)
-        ],
-    )
-    for name, layer in reversed(layers):
-        rules[name](layer, rngs)
+    rules = [(layer, _rule(layer)) for layer in member.modules() if layer._parameters]
+    covered = {id(p) for layer, rule in rules if rule for p in layer.parameters(recurse=False)}
+    check_reset("ensemble", [name for name, p in member.named_parameters() if id(p) not in covered])
+    for layer, rule in reversed(rules):
+        if rule:
+            rule(layer, rngs)
 
 
 def _rule(layer: nn.Module) -> Callable[..., None] | None:

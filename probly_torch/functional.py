@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import linear
 
 from probly_torch._checks import check_fast_weights, check_member_rows, check_num_members, check_split, check_tile
 
@@ -39,15 +39,15 @@ def batch_ensemble_linear(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias:
     )
     num_members, rows = r.shape[0], x.shape[0]
     check_member_rows("batch_ensemble_linear", x.shape, num_members, in_features)
-    x, weight, r, s, bias = _autocast(x, weight, r, s, bias)
+    x, weight, r, s = _autocast(x), _autocast(weight), _autocast(r), _autocast(s)
     if x.dtype != weight.dtype:
         raise TypeError(
             f"batch_ensemble_linear expects inputs of the weight's dtype, {weight.dtype}; got {x.dtype}. "
             f"Convert them: x.to({weight.dtype})."
         )
     members = x.reshape(num_members, rows // num_members, *x.shape[1:])
-    y = F.linear(members * _rows(r, members), weight) * _rows(s, members)
-    return (y if bias is None else y + _rows(bias, members)).flatten(0, 1)
+    y = linear(members * _rows(r, members), weight) * _rows(s, members)
+    return (y if bias is None else y + _rows(_autocast(bias), members)).flatten(0, 1)
 
 
 def tile_members(x: Tensor, num_members: int) -> Tensor:
@@ -86,10 +86,8 @@ def _rows(weights: Tensor, members: Tensor) -> Tensor:
     return weights.reshape(weights.shape[0], *(1,) * (members.ndim - 2), weights.shape[-1])
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Casts as torch.autocast casts the arguments of F.linear, so that r, s and bias do not widen the result."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+def _autocast(tensor: Tensor) -> Tensor:
+    """Casts as torch.autocast casts the arguments of a linear layer, so that r, s and bias do not widen the result."""
+    device = tensor.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return tensor.to(torch.get_autocast_dtype(device)) if enabled and tensor.dtype != torch.float64 else tensor

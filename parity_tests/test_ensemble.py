@@ -1,0 +1,327 @@
+"""ensemble(): independent members, one call, and the ways in and out."""
+
+import copy
+import itertools
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from torch import nn
+
+import probly_flax as pf
+import probly_torch as pt
+from parity_tests.standard import assert_close
+
+
+class TorchNet(nn.Module):
+    """Several inputs, a tuple as output, tied weights, a buffer, an embedding, attention and norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.GroupNorm(2, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.act = nn.PReLU()
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("offset", torch.arange(8.0))
+
+    def forward(self, tokens, scale):
+        x = self.embed(tokens) * scale + self.offset
+        x, _ = self.attention(x, x, x, need_weights=False)
+        x = self.act(self.conv(self.norm(x.mT)).mT)
+        return self.head(x), {"pooled": x.mean(1)}
+
+
+class FlaxNet(nnx.Module):
+    """The like of it in Flax."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(11, 8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.norm = nnx.GroupNorm(8, num_groups=2, rngs=rngs)
+        self.conv = nnx.Conv(8, 8, (3,), rngs=rngs)
+        self.act = nnx.PReLU()
+
+    def __call__(self, tokens, scale):
+        x = self.embed(tokens) * scale
+        x = self.act(self.conv(self.norm(self.attention(x))))
+        return self.embed.attend(x), {"pooled": x.mean(1)}
+
+
+TOKENS = np.arange(10).reshape(2, 5)
+
+
+def torch_outputs(model, **options):
+    tokens, scale = torch.tensor(TOKENS), torch.tensor(2.0)
+    return model(tokens, scale, **options)
+
+
+def flax_outputs(model):
+    return model(jnp.asarray(TOKENS), jnp.float32(2.0))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_a_call_equals_the_loop_over_members(chunk_size):
+    model = pt.ensemble(TorchNet(), 5, chunk_size=chunk_size)
+    y, extra = torch_outputs(model)
+    assert y.shape == (5, 2, 5, 11)
+    for i, member in enumerate(model):
+        assert type(member) is TorchNet
+        alone, alone_extra = torch_outputs(member)
+        assert_close(y[i].detach(), alone.detach(), "float32")
+        assert_close(extra["pooled"][i].detach(), alone_extra["pooled"].detach(), "float32")
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        model = pf.ensemble(FlaxNet(nnx.Rngs(0)), 5, chunk_size=chunk_size)
+        y, extra = flax_outputs(model)
+        assert y.shape == (5, 2, 5, 11)
+        for i, member in enumerate(model):
+            assert type(member) is FlaxNet
+            alone, alone_extra = flax_outputs(member)
+            assert_close(y[i], alone, "float32")
+            assert_close(extra["pooled"][i], alone_extra["pooled"], "float32")
+
+
+def test_members_never_share_a_draw():
+    members = [TorchNet().state_dict(), *(m.state_dict() for m in pt.ensemble(TorchNet(), 4))]
+    drawn = [name for name in members[0] if not name.startswith(("norm", "act", "offset")) and "proj_bias" not in name]
+    drawn.remove("attention.out_proj.bias")  # attention starts these, and its norms and slopes, at constants
+    for a, b in itertools.combinations(members, 2):
+        assert not any((a[name] == b[name]).any() for name in drawn)
+    states = [nnx.state(FlaxNet(nnx.Rngs(0)), nnx.Param)]
+    states += [nnx.state(m, nnx.Param) for m in pf.ensemble(FlaxNet(nnx.Rngs(0)), 4)]
+    flat = [dict(nnx.to_flat_state(state)) for state in states]
+    kernels = [path for path in flat[0] if path[-1] in ("kernel", "embedding")]
+    assert len(kernels) == 6
+    for a, b in itertools.combinations(flat, 2):
+        assert not any((a[path][...] == b[path][...]).any() for path in kernels)
+
+
+@pytest.mark.parametrize(
+    ("make", "parameter"),
+    [
+        (lambda rngs: nnx.Linear(6, 4, rngs=rngs), "kernel"),
+        (lambda rngs: nnx.LinearGeneral((2, 3), (4, 5), axis=(-2, -1), rngs=rngs), "kernel"),
+        (lambda rngs: nnx.Conv(4, 6, (3, 3), feature_group_count=2, rngs=rngs), "kernel"),
+        (lambda rngs: nnx.ConvTranspose(4, 6, (3, 3), rngs=rngs), "kernel"),
+        (lambda rngs: nnx.Embed(7, 5, rngs=rngs), "embedding"),
+        (lambda rngs: nnx.Einsum("bi,io->bo", (4, 3), (3,), rngs=rngs), "kernel"),
+        (lambda rngs: nnx.LayerNorm(4, rngs=rngs), "scale"),
+        (lambda rngs: nnx.PReLU(), "negative_slope"),
+    ],
+)
+def test_flax_reset_draws_what_a_new_layer_draws(make, parameter):
+    copied = pf.ensemble(make(nnx.Rngs(9)), 2, rngs=4)
+    built = nnx.split_rngs(splits=2)(nnx.vmap(make))(nnx.Rngs(4))
+    np.testing.assert_array_equal(getattr(copied.stacked, parameter)[...], getattr(built, parameter)[...])
+
+
+def test_torch_draws_are_reproducible_and_leave_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    a, b = pt.ensemble(TorchNet(), 2, rngs=1), pt.ensemble(TorchNet(), 2, rngs=pt.Rngs(1))
+    torch.manual_seed(0)
+    pt.ensemble(nn.Linear(2, 2), 2)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    other = pt.ensemble(TorchNet(), 2, rngs=2)
+    assert not torch.equal(a.embed.weight, other.embed.weight)
+
+
+def test_names_are_natural_and_ties_are_kept():
+    base = TorchNet()
+    model = pt.ensemble(base, 3)
+    assert list(model.state_dict()) == list(base.state_dict())
+    assert {name: tuple(p.shape[1:]) for name, p in model.named_parameters()} == {
+        name: tuple(p.shape) for name, p in base.named_parameters()
+    }
+    assert model.head.weight is model.embed.weight
+    assert model[1].head.weight is model[1].embed.weight
+    weight = copy.deepcopy(base.state_dict())
+    assert all(torch.equal(v, weight[k]) for k, v in base.state_dict().items())
+    root = pt.ensemble(nn.Linear(2, 3), 4)
+    assert list(root.state_dict()) == ["weight", "bias"]
+
+
+def test_a_constructor_gives_the_numbers_of_the_recipe_with_split_rngs_and_vmap():
+    @nnx.split_rngs(splits=4)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def make_model(rngs):
+        return nnx.Linear(3, 2, rngs=rngs)
+
+    recipe = make_model(nnx.Rngs(7))
+    model = pf.ensemble(lambda rngs: nnx.Linear(3, 2, rngs=rngs), 4, rngs=nnx.Rngs(7))
+    np.testing.assert_array_equal(model.stacked.kernel[...], recipe.kernel[...])
+    x = jnp.ones((5, 3), "float32")
+    forward = nnx.vmap(lambda model, x: model(x), in_axes=(0, None))
+    np.testing.assert_array_equal(model(x), forward(recipe, x))
+
+
+def test_constructors_may_name_rngs_as_keyword_only():
+    class Net(nn.Module):
+        def __init__(self, *, rngs):
+            super().__init__()
+            self.weight = nn.Parameter(pt.random.normal(rngs.params(), (3,)))
+
+        def forward(self, x):
+            return x * self.weight
+
+    model = pt.ensemble(Net, 3, rngs=4)
+    keys = pt.Rngs(4)
+    keys.params()
+    expected = pt.random.normal(pt.Rngs(keys.split(3).default.key[1]).params(), (3,))
+    assert torch.equal(model.weight[1], expected)
+
+
+def test_a_list_of_trained_networks_is_stacked_as_it_is_and_comes_back():
+    members = [TorchNet() for _ in range(3)]
+    model = pt.ensemble(members, 3)
+    for member, back in zip(members, model, strict=True):
+        assert all(torch.equal(v, back.state_dict()[k]) for k, v in member.state_dict().items())
+    again = pt.Ensemble(list(model))
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    twins = [FlaxNet(nnx.Rngs(i)) for i in range(3)]
+    model = pf.ensemble(twins, 3)
+    again = pf.Ensemble(list(model))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
+    np.testing.assert_array_equal(model[2].embed.embedding[...], twins[2].embed.embedding[...])
+
+
+def test_pruning():
+    model = pt.ensemble(TorchNet(), 4)
+    assert_close(torch_outputs(model[[0, 2]])[0].detach(), torch_outputs(model)[0].detach()[[0, 2]], "float32")
+    assert len(model[1:]) == 3
+
+
+def test_reset_params_false_starts_every_member_from_the_base():
+    base = TorchNet()
+    model = pt.ensemble(base, 3, reset_params=False)
+    assert all((p == q).all() for p, q in zip(model.parameters(), base.parameters(), strict=True))
+    base = FlaxNet(nnx.Rngs(0))
+    model = pf.ensemble(base, 3, reset_params=False)
+    assert (model.stacked.embed.embedding[...] == base.embed.embedding[...][None]).all()
+
+
+def test_a_rule_for_one_call_gives_twins_the_same_numbers():
+    ours = pt.ensemble(
+        nn.Linear(3, 2),
+        4,
+        rngs=3,
+        reset=lambda p, rngs: pt.random.normal(rngs.params(), p.shape[::-1]).permute(*range(p.ndim)[::-1]),
+    )
+    theirs = pf.ensemble(
+        nnx.Linear(3, 2, rngs=nnx.Rngs(0)),
+        4,
+        rngs=3,
+        reset=lambda p, rngs: jax.random.normal(rngs.params(), p.shape, "float32"),
+    )
+    a, b = pt.to_arrays(ours), pf.to_arrays(theirs)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_modes_and_frozen_parameters_are_kept():
+    base = TorchNet().eval()
+    base.embed.weight.requires_grad_(False)
+    model = pt.ensemble(base, 2)
+    assert not model.training
+    assert not model.embed.weight.requires_grad
+    assert not model[0].embed.weight.requires_grad
+    assert not model[0].training
+    assert model.train().norm.training
+    assert model[0].training
+
+
+def test_dropout_differs_between_members():
+    model = pt.ensemble(nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5)), 3, reset_params=False)
+    y = model(torch.ones(1, 4))
+    assert not torch.equal(y[0] == 0, y[1] == 0)
+    assert torch.equal(*model.eval()(torch.ones(1, 4))[:2])
+    rngs = nnx.Rngs(0)
+    base = nnx.Sequential(nnx.Linear(4, 64, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+    model = pf.ensemble(base, 3, reset_params=False)
+    first, second = model(jnp.ones((1, 4), "float32")), model(jnp.ones((1, 4), "float32"))
+    assert not (first[0] == first[1]).all()
+    assert not (first == second).all(), "the members' streams do not advance"
+    model.eval()
+    y = model(jnp.ones((1, 4), "float32"))
+    assert (y[0] == y[1]).all()
+
+
+def test_a_batch_for_each_member():
+    x = np.random.default_rng(0).standard_normal((3, 2, 4)).astype("float32")
+    model = pt.ensemble(nn.Linear(4, 2), 3)
+    y = model(torch.tensor(x), in_axes=0).detach()
+    for i in range(3):
+        assert_close(y[i], model[i](torch.tensor(x[i])).detach(), "float32")
+    twin = pf.ensemble(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), 3)
+    y = twin(jnp.asarray(x), in_axes=0)
+    for i in range(3):
+        assert_close(y[i], twin[i](jnp.asarray(x[i])), "float32")
+
+
+def test_a_member_trains_as_if_it_were_alone():
+    x, labels = torch.randn(16, 4, dtype=torch.float64), torch.randint(0, 3, (16,))
+    base = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    model = pt.ensemble(base, 3)
+    alone = model[1]
+    together = torch.optim.SGD(model.parameters(), lr=0.1)
+    single = torch.optim.SGD(alone.parameters(), lr=0.1)
+    for _ in range(20):
+        together.zero_grad()
+        (3 * pt.losses.member_cross_entropy(model(x), labels)).backward()
+        together.step()
+        single.zero_grad()
+        nn.functional.cross_entropy(alone(x), labels).backward()
+        single.step()
+    for name, p in alone.named_parameters():
+        assert_close(model.get_parameter(name)[1].detach(), p.detach(), "float64")
+
+
+def test_torch_ensembles_are_copied_pickled_and_moved():
+    model = pt.ensemble(TorchNet(), 3)
+    y = torch_outputs(model)[0]
+    for variant in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(torch_outputs(variant)[0], y)
+        with torch.no_grad():
+            variant.embed.weight.zero_()
+        assert torch.equal(torch_outputs(model)[0], y), "the copy shares weights"
+        assert not torch.equal(torch_outputs(variant)[0], y), "the copy does not use its own weights"
+    model = pt.ensemble(nn.Linear(2, 3), 3).double()
+    assert model(torch.ones(4, 2, dtype=torch.float64)).dtype == torch.float64
+    model.load_state_dict({name: torch.zeros_like(v) for name, v in model.state_dict().items()})
+    assert (model(torch.ones(4, 2, dtype=torch.float64)) == 0).all()
+    assert "num_members=3" in repr(model)
+
+
+def test_flax_ensembles_work_under_nnx_transforms():
+    model, x = pf.ensemble(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), 3), jnp.ones((5, 4), "float32")
+    y = model(x)
+    assert_close(nnx.jit(lambda model, x: model(x))(model, x), y, "float32")
+    assert nnx.grad(lambda model: model(x).sum())(model)["stacked"]["kernel"].shape == (3, 4, 2)
+    assert_close(jax.jit(lambda x: model(x))(x), y, "float32")
+    assert_close(nnx.clone(model)(x), y, "float32")
+    assert_close(copy.deepcopy(model)(x), y, "float32")
+
+
+def test_a_registered_rule_goes_first_and_serves_subclasses():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+    class Wide(Scale):
+        pass
+
+    @pt.register_reset(Scale)
+    def reset_scale(layer, rngs):
+        layer.scale.data = pt.random.normal(rngs.params(), layer.scale.shape)
+
+    model = pt.ensemble(nn.Sequential(Wide()), 2)
+    assert not torch.equal(*model.get_parameter("0.scale"))

@@ -1,0 +1,127 @@
+"""The packages mirror each other: files, names, signatures, docstring headings; and neither imports the other."""
+
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import probly_flax
+import probly_torch
+
+TORCH, FLAX = (Path(package.__file__).parent for package in (probly_torch, probly_flax))
+MODULES = sorted(path.stem for path in TORCH.glob("*.py") if not path.stem.startswith("_"))
+IDENTICAL = ("_checks.py", "_files.py", "_report.py")
+
+# Every difference that has to be there, and why. One that is gone fails the suite too.
+RENAMED = {
+    ("functional.batch_ensemble_linear", "weight", "kernel"): "each framework's word, and its layout",
+}
+ONLY_FLAX = {
+    ("functional.batch_ensemble_linear", "precision"): "an option of nnx.Linear, torch sets it globally",
+    ("functional.batch_ensemble_linear", "dot_general"): "an option of nnx.Linear",
+    ("functional.batch_ensemble_linear", "dot_general_kwargs"): "options of nnx.Linear",
+    ("random.key", "impl"): "jax.random has other generators",
+    ("random.key", "dtype"): "jax.random has other generators",
+    **{
+        (f"random.{name}", "out_sharding"): "jax.random's own; torch shards tensors after they are made"
+        for name in ("bernoulli", "bits", "normal", "permutation", "truncated_normal", "uniform")
+    },
+}
+OTHER_DEFAULT = {("random.bits", "dtype"): "jax names its default by None"}
+OTHER_HEADINGS = {
+    "weights.to_arrays": "torch names its own tensors; each nnx layer needs a rule",
+}
+HEADINGS = re.compile(r"^ *(Shape|Weights|Args|Returns|Raises|Example):$", re.MULTILINE)
+
+
+def module(package, name):
+    return importlib.import_module(f"{package.__name__}.{name}")
+
+
+def public():
+    for name in MODULES:
+        for item in module(probly_torch, name).__all__:
+            yield f"{name}.{item}", getattr(module(probly_torch, name), item), getattr(module(probly_flax, name), item)
+
+
+def parameters(subject):
+    signature = inspect.signature(subject.__init__ if inspect.isclass(subject) else subject)
+    return {name: p for name, p in signature.parameters.items() if name != "self"}
+
+
+def test_files_have_the_same_names():
+    assert sorted(p.name for p in TORCH.iterdir() if p.is_file()) == sorted(
+        p.name for p in FLAX.iterdir() if p.is_file()
+    )
+
+
+@pytest.mark.parametrize("name", IDENTICAL)
+def test_files_without_a_framework_are_identical(name):
+    assert (TORCH / name).read_bytes() == (FLAX / name).read_bytes()
+    assert not re.search(r"^(import|from) (torch|jax|flax|probly)", (TORCH / name).read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["", *MODULES])
+def test_all_is_the_same_sorted_and_complete(name):
+    ours, theirs = (module(p, name) if name else p for p in (probly_torch, probly_flax))
+    assert ours.__all__ == theirs.__all__ == sorted(ours.__all__)
+    assert all(hasattr(package, item) for package in (ours, theirs) for item in ours.__all__)
+
+
+def test_signatures_agree_but_for_the_table():
+    renamed, only_flax, other_default = set(), set(), set()
+    for path, ours, theirs in public():
+        a, b = parameters(ours), parameters(theirs)
+        extra = [name for name in b if (path, name) in ONLY_FLAX]
+        only_flax |= {(path, name) for name in extra}
+        b = {name: p for name, p in b.items() if name not in extra}
+        for (name, p), (other, q) in zip(a.items(), b.items(), strict=True):
+            if name != other:
+                renamed.add((path, name, other))
+            if p.default != q.default:
+                other_default.add((path, name))
+            assert p.kind == q.kind, f"{path}({name})"
+    assert renamed == RENAMED.keys()
+    assert only_flax == ONLY_FLAX.keys()
+    assert other_default == OTHER_DEFAULT.keys()
+
+
+def test_methods_agree():
+    call = {"forward": "__call__"}
+    only_torch = {"extra_repr", "train"}  # nn.Module's own hooks for printing and for the mode
+    for path, ours, theirs in public():
+        if not inspect.isclass(ours) or path.startswith("random."):
+            continue
+        a = {call.get(name, name) for name, v in vars(ours).items() if inspect.isfunction(v)} - only_torch
+        b = {name for name, v in vars(theirs).items() if inspect.isfunction(v)}
+        assert {n for n in a if not n.startswith("_") or n.startswith("__")} == {
+            n for n in b if (not n.startswith("_") or n.startswith("__")) and not n.startswith("_pytree")
+        }, path
+
+
+def test_docstring_headings_agree():
+    for path, ours, theirs in public():
+        if path.startswith("random."):  # jax and nnx document their own
+            assert ours.__doc__, path
+            continue
+        headings = HEADINGS.findall(ours.__doc__)
+        assert headings[-1:] == ["Example"] or path.endswith("_weights"), path
+        assert (headings == HEADINGS.findall(theirs.__doc__)) == (path not in OTHER_HEADINGS), path
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("probly_torch", ("jax", "flax", "optax", "lightning", "pytorch_lightning", "torchmetrics", "matplotlib")),
+        ("probly_flax", ("torch", "lightning", "pytorch_lightning", "torchmetrics", "matplotlib")),
+    ],
+)
+def test_importing_brings_neither_the_other_framework_nor_training_tools(package, forbidden):
+    code = f"import sys, {package}; print([m for m in {forbidden!r} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]", run.stdout
+    assert run.stderr == ""

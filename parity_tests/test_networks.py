@@ -1,0 +1,233 @@
+"""batchensemble() on networks of linear layers: what it converts, what it keeps, what it hands out."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from torch import nn
+
+import probly_flax as pf
+import probly_torch as pt
+from parity_tests.standard import assert_close
+
+
+class TorchNet(nn.Module):
+    """Names that are not in order, a layer used twice, tied weights, a norm, and a nested container."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6))
+        self.block = nn.Linear(6, 6)
+        self.again = self.block
+        self.norm = nn.LayerNorm(6)
+        self.embed = nn.Embedding(5, 6)
+        self.a_head = nn.Linear(6, 5)
+        self.a_head.weight = self.embed.weight
+
+    def forward(self, x, scale=1.0):
+        x = self.again(torch.relu(self.block(self.encoder(x)))) * scale
+        return {"logits": self.a_head(self.norm(x)), "hidden": (x,)}
+
+
+class FlaxNet(nnx.Module):
+    """The twin."""
+
+    def __init__(self, rngs):
+        self.encoder = nnx.Sequential(nnx.Linear(4, 6, rngs=rngs), nnx.relu, nnx.Linear(6, 6, rngs=rngs))
+        self.block = nnx.Linear(6, 6, rngs=rngs)
+        self.again = self.block
+        self.norm = nnx.LayerNorm(6, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.a_head = nnx.Linear(6, 5, rngs=rngs)
+
+    def __call__(self, x, scale=1.0):
+        x = self.again(jax.nn.relu(self.block(self.encoder(x)))) * scale
+        return {"logits": self.a_head(self.norm(x)), "hidden": (x,)}
+
+
+def torch_model(**options):
+    return pt.batchensemble(TorchNet(), 3, **options)
+
+
+def flax_model(**options):
+    return pf.batchensemble(FlaxNet(nnx.Rngs(0)), 3, **options)
+
+
+def test_outputs_are_trees_of_members():
+    y = torch_model()(torch.ones(2, 4), scale=2.0)
+    assert y["logits"].shape == (3, 2, 5)
+    assert y["hidden"][0].shape == (3, 2, 6)
+    y = flax_model()(jnp.ones((2, 4), "float32"), scale=2.0)
+    assert y["logits"].shape == (3, 2, 5)
+    assert y["hidden"][0].shape == (3, 2, 6)
+
+
+def test_the_same_seed_draws_the_same_fast_weights_whatever_the_order_of_definition():
+    ours, theirs = torch_model(rngs=5).network, flax_model(rngs=5).network
+    for path in ("a_head", "block", "encoder.0", "encoder.2"):
+        layer = ours.get_submodule(path)
+        twin = theirs
+        for part in path.split("."):
+            twin = twin.layers[int(part)] if part.isdigit() else getattr(twin, part)
+        for name in ("r", "s"):
+            np.testing.assert_array_equal(getattr(layer, name).detach().numpy(), getattr(twin, name)[...])
+    draws = [
+        layer.r for layer in ours.modules() if isinstance(layer, pt.BatchEnsembleLinear) and layer.in_features == 6
+    ]
+    assert not any(torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
+
+
+def test_reused_layers_stay_one_and_tied_weights_tied():
+    network = torch_model().network
+    assert network.again is network.block
+    assert network.a_head.weight is network.embed.weight
+    assert torch_model(use_base_weights=False).network.a_head.weight is not None
+    network = torch_model(use_base_weights=False).network
+    assert network.a_head.weight is network.embed.weight
+    network = flax_model().network
+    assert network.again is network.block
+
+
+def test_the_network_itself_is_left_alone():
+    base = TorchNet()
+    before, text = copy.deepcopy(base.state_dict()), repr(base)
+    model = pt.batchensemble(base, 3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert repr(base) == text
+    assert all(torch.equal(before[k], v) for k, v in base.state_dict().items())
+    twin = FlaxNet(nnx.Rngs(0))
+    state = nnx.to_pure_dict(nnx.state(twin))
+    model = pf.batchensemble(twin, 3)
+    model.network.block.kernel[...] = jnp.zeros((6, 6), "float32")
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(twin)), state)
+    assert type(twin.block) is nnx.Linear
+
+
+def test_the_report_names_every_layer_with_parameters():
+    rows = {row.path: row for row in torch_model(exclude=["encoder.*", nn.Embedding]).report.rows}
+    assert {path: (row.kind, row.action) for path, row in rows.items()} == {
+        "a_head": ("Linear", "converted"),
+        "again": ("Linear", "converted"),
+        "embed": ("Embedding", "excluded"),
+        "encoder.0": ("Linear", "excluded"),
+        "encoder.2": ("Linear", "excluded"),
+        "norm": ("LayerNorm", "shared"),
+    }
+    assert (rows["again"].before, rows["again"].after) == (42, 36 + 3 * (6 + 6 + 6))
+    rows = {row.path: row.action for row in flax_model(exclude=lambda path, layer: path == "encoder").report.rows}
+    assert rows["encoder.layers.0"] == rows["encoder.layers.2"] == "excluded"
+    assert rows["a_head"] == "converted"
+
+
+def test_subclasses_and_reparametrised_layers_are_left_shared_and_reported():
+    class Custom(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    base = nn.Sequential(nn.Linear(4, 4), Custom(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    report = pt.batchensemble(base, 2).report
+    assert [row.action for row in report.rows][:2] == ["converted", "shared"]
+    assert "converted" not in [row.action for row in report.rows][1:]
+
+    class Twin(nnx.Linear):
+        pass
+
+    rngs = nnx.Rngs(0)
+    report = pf.batchensemble(nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), Twin(4, 4, rngs=rngs)), 2).report
+    assert [row.action for row in report.rows] == ["converted", "shared"]
+
+
+def test_a_single_layer_is_a_network():
+    assert pt.batchensemble(nn.Linear(4, 2), 3)(torch.ones(5, 4)).shape == (3, 5, 2)
+    assert type(pt.batchensemble(nn.Linear(4, 2), 3)[0]) is nn.Linear
+    layer = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    assert pf.batchensemble(layer, 3)(jnp.ones((5, 4), "float32")).shape == (3, 5, 2)
+    assert type(pf.batchensemble(layer, 3)[0]) is nnx.Linear
+
+
+def test_members_are_plain_networks_with_the_same_outputs():
+    x = torch.randn(2, 4, dtype=torch.float64)
+    model = torch_model().double()
+    y = model(x)["logits"].detach()
+    for i, member in enumerate(model):
+        assert type(member) is TorchNet
+        assert not any(type(m).__module__.startswith("probly") for m in member.modules())
+        assert member.again is member.block
+        assert_close(member(x)["logits"].detach(), y[i], "float64")
+    model, x = flax_model(), jnp.asarray(x.numpy(), "float32")
+    y = model(x)["logits"]
+    for i, member in enumerate(model):
+        assert type(member) is FlaxNet
+        assert not any(type(m).__module__.startswith("probly") for _, m in nnx.iter_modules(member))
+        assert_close(member(x)["logits"], y[i], "float32")
+    assert len(model) == 3
+
+
+@pytest.mark.parametrize("item", [[0, 2], slice(1, None), [-1]])
+def test_pruning_keeps_the_chosen_members(item):
+    chosen = np.arange(3)[item]
+    x = torch.randn(2, 4)
+    model = torch_model()
+    pruned = model[item]
+    assert len(pruned) == len(chosen)
+    assert pruned.network.again is pruned.network.block
+    assert_close(pruned(x)["logits"].detach(), model(x)["logits"].detach()[chosen], "float32")
+    assert len(model) == 3
+    model, x = flax_model(), jnp.asarray(x.numpy())
+    assert_close(model[item](x)["logits"], model(x)["logits"][chosen], "float32")
+
+
+def test_a_batch_for_each_member_equals_the_members_alone():
+    x = torch.randn(3, 2, 4)
+    model = torch_model()
+    y = model(x, in_axes=0)["logits"].detach()
+    for i in range(3):
+        assert_close(y[i], model(x[i])["logits"][i].detach(), "float32")
+
+
+def test_training_state_hooks_and_frozen_parameters_survive():
+    base = TorchNet().eval()
+    base.block.weight.requires_grad_(False)
+    calls = []
+    base.a_head.register_forward_hook(lambda module, args, output: calls.append(type(module).__name__))
+    model = pt.batchensemble(base, 3)
+    assert not any(m.training for m in model.network.modules())
+    assert not model.network.block.weight.requires_grad
+    model(torch.ones(2, 4))
+    assert calls == ["BatchEnsembleLinear"]
+
+
+def test_the_fast_path_of_transformer_layers_does_not_pass_the_new_layers_by():
+    base = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).eval()
+    model = pt.batchensemble(base, 3).eval()
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        y = model(x)
+    assert_close(y, model(x.requires_grad_()).detach(), "float32")
+    assert not torch.equal(y[0], y[1])
+
+
+def test_flax_models_work_under_nnx_transforms():
+    model, x = flax_model(), jnp.ones((2, 4), "float32")
+    y = model(x)["logits"]
+    assert_close(nnx.jit(lambda model, x: model(x))(model, x)["logits"], y, "float32")
+    grads = nnx.grad(lambda model: model(x)["logits"].sum())(model)
+    assert grads["network"]["block"]["r"].shape == (3, 6)
+    graph, state = nnx.split(model)
+    assert_close(nnx.merge(graph, state)(x)["logits"], y, "float32")
+    assert len(nnx.clone(model).report.rows) == len(model.report.rows)
+
+
+def test_torch_models_are_copied_and_exported():
+    model, x = torch_model().eval(), torch.ones(2, 4)
+    y = model(x)["logits"]
+    assert torch.equal(copy.deepcopy(model)(x)["logits"], y)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch}, None)[:1]).module()
+    assert torch.equal(exported(x)["logits"], y)
+    assert exported(torch.ones(7, 4))["logits"].shape == (3, 7, 5)
