@@ -24,7 +24,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import lightning
 import numpy as np
 import optax
@@ -197,7 +196,7 @@ def fit_flax(model: nnx.Module, batches: Batches, epochs: int) -> Fit:
 
 def flax_logits(model: nnx.Module, x: np.ndarray) -> np.ndarray:
     model.eval()
-    return np.array(member_logits(model, jnp.asarray(x)))
+    return np.array(nnx.jit(member_logits)(model, x))
 
 
 class Framework(NamedTuple):
@@ -211,7 +210,7 @@ class Framework(NamedTuple):
 
 
 TORCH = Framework("torch", probly_torch, TorchMLP, fit_torch, torch_logits)
-FLAX = Framework("Flax", probly_flax, lambda: FlaxMLP(nnx.Rngs(0)), fit_flax, flax_logits)
+FLAX = Framework("Flax", probly_flax, nnx.jit(lambda: FlaxMLP(nnx.Rngs(0))), fit_flax, flax_logits)
 
 
 @dataclass(frozen=True)

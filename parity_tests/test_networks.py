@@ -74,9 +74,8 @@ def test_the_same_seed_draws_the_same_fast_weights_whatever_the_order_of_definit
             twin = twin.layers[int(part)] if part.isdigit() else getattr(twin, part)
         for name in ("r", "s"):
             np.testing.assert_array_equal(getattr(layer, name).detach().numpy(), getattr(twin, name)[...])
-    draws = [
-        layer.r for layer in ours.modules() if isinstance(layer, pt.BatchEnsembleLinear) and layer.in_features == 6
-    ]
+    layers = [layer for layer in ours.modules() if isinstance(layer, pt.BatchEnsembleLinear)]
+    draws = [layer.r for layer in layers if layer.in_features == 6]
     assert not any(torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
 
 
@@ -217,7 +216,7 @@ def test_flax_models_work_under_nnx_transforms():
     y = model(x)["logits"]
     assert_close(nnx.jit(lambda model, x: model(x))(model, x)["logits"], y, "float32")
     grads = nnx.grad(lambda model: model(x)["logits"].sum())(model)
-    assert grads["network"]["block"]["r"].shape == (3, 6)
+    assert grads["network"]["again"]["r"].shape == (3, 6)
     graph, state = nnx.split(model)
     assert_close(nnx.merge(graph, state)(x)["logits"], y, "float32")
     assert len(nnx.clone(model).report.rows) == len(model.report.rows)
@@ -227,7 +226,7 @@ def test_torch_models_are_copied_and_exported():
     model, x = torch_model().eval(), torch.ones(2, 4)
     y = model(x)["logits"]
     assert torch.equal(copy.deepcopy(model)(x)["logits"], y)
-    batch = torch.export.Dim("batch", min=2, max=64)
-    exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch}, None)[:1]).module()
+    any_batch = {"args": ({0: torch.export.Dim.DYNAMIC},)}
+    exported = torch.export.export(model, (x,), dynamic_shapes=any_batch).module()
     assert torch.equal(exported(x)["logits"], y)
     assert exported(torch.ones(7, 4))["logits"].shape == (3, 7, 5)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load_file, save
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
@@ -30,7 +30,7 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray])
 
 def read_arrays(what: str, path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     try:
-        return load(Path(path).read_bytes())
+        return load_file(path)
     except SafetensorError as error:
         raise ValueError(
             f"{what} expects a whole safetensors file; got {os.fspath(path)}, which cannot be read: {error}. Write it "

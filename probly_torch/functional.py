@@ -47,7 +47,7 @@ def batch_ensemble_linear(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias:
         )
     members = x.reshape(num_members, rows // num_members, *x.shape[1:])
     y = linear(members * _rows(r, members), weight) * _rows(s, members)
-    return (y if bias is None else y + _rows(_autocast(bias), members)).flatten(0, 1)
+    return (y if bias is None else y + _rows(_autocast(bias), members)).reshape(*x.shape[:-1], out_features)
 
 
 def tile_members(x: Tensor, num_members: int) -> Tensor:
@@ -62,7 +62,7 @@ def tile_members(x: Tensor, num_members: int) -> Tensor:
         [[1, 2], [3, 4], [1, 2], [3, 4]]
     """
     check_tile("tile_members", x.shape)
-    return x.expand(check_num_members("tile_members", num_members), *x.shape).flatten(0, 1)
+    return x.repeat(check_num_members("tile_members", num_members), *(1,) * (x.ndim - 1))
 
 
 def split_members(y: Tensor, num_members: int) -> Tensor:
