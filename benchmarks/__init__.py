@@ -1,0 +1,1 @@
+"""Timings, side by side and as ratios: `python -m benchmarks.import_time`."""
