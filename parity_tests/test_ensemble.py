@@ -260,6 +260,77 @@ def test_a_batch_for_each_member():
         assert_close(y[i], twin[i](jnp.asarray(x[i])), "float32")
 
 
+def test_running_statistics_are_each_members_own():
+    x = np.random.default_rng(0).standard_normal((7, 3, 5, 5)).astype("float32")
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2)]
+    model = pt.ensemble(nn.Sequential(*layers), 3)
+    alone = list(model)
+    for _ in range(2):
+        y = model(torch.tensor(x))
+        for i, member in enumerate(alone):
+            assert_close(y[i].detach(), member(torch.tensor(x)).detach(), "float32")
+    for i, member in enumerate(alone):
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            assert_close(model.get_buffer(f"1.{name}")[i], member.get_buffer(f"1.{name}"), "float32")
+    assert not torch.equal(*model.get_buffer("1.running_mean")[:2])
+    with jax.numpy_rank_promotion("allow"):
+        rngs = nnx.Rngs(0)
+        base = nnx.Sequential(nnx.Conv(3, 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, rngs=rngs), nnx.relu)
+        twin, images = pf.ensemble(base, 3), jnp.asarray(x.transpose(0, 2, 3, 1))
+        alone = list(twin)
+        for _ in range(2):
+            y = twin(images)
+            for i, member in enumerate(alone):
+                assert_close(y[i], member(images), "float32")
+        for i, member in enumerate(alone):
+            for name in ("mean", "var"):
+                ours = getattr(twin.stacked.layers[1], name)
+                assert_close(ours[i], getattr(member.layers[1], name)[...], "float32")
+        assert not (twin.stacked.layers[1].mean[0] == twin.stacked.layers[1].mean[1]).all()
+
+
+class Recurrent(nn.Module):
+    """The last state of a recurrent layer, through a norm."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.rnn = kind(3, 4, num_layers=2, batch_first=True, bidirectional=True)
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return self.norm(self.rnn(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_torch_recurrent_networks_run_in_a_loop_behind_the_same_call(kind):
+    model, x = pt.ensemble(Recurrent(kind), 3), torch.randn(3, 5, 6, 3)
+    alone = list(model)
+    for y, rows in ((model(x[0]), [x[0]] * 3), (model(x, in_axes=0), x)):
+        for i, member in enumerate(alone):
+            assert torch.equal(y[i], member(rows[i]))
+    for i, member in enumerate(alone):
+        assert torch.equal(model.norm.running_mean[i], member.norm.running_mean)
+    gradient = torch.autograd.grad(model(x[0])[1].pow(3).sum(), model.rnn.weight_hh_l0)[0]
+    own = torch.autograd.grad(alone[1](x[0]).pow(3).sum(), alone[1].rnn.weight_hh_l0)[0]
+    assert_close(gradient[1], own, "float32")
+    assert (gradient[0] == 0).all()
+    outputs, state = pt.ensemble(kind(3, 4), 2)(torch.randn(6, 5, 3))
+    assert outputs.shape == (2, 6, 5, 4)
+    assert (state[0] if kind is nn.LSTM else state).shape == (2, 1, 5, 4)
+
+
+@pytest.mark.parametrize("cell", [nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell])
+def test_flax_recurrent_networks(cell):
+    x = jnp.ones((5, 6, 3), "float32")
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        model = pf.ensemble(nnx.RNN(cell(3, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), 3)
+        y = model(x)
+        for i, member in enumerate(model):
+            assert_close(y[i], member(x), "float32")
+    assert y.shape == (3, 5, 6, 4)
+    assert not (y[0] == y[1]).any()
+
+
 def test_a_member_trains_as_if_it_were_alone():
     x, labels = torch.randn(16, 4, dtype=torch.float64), torch.randint(0, 3, (16,))
     base = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()

@@ -61,6 +61,12 @@ def test_any_finite_logits_give_finite_non_negative_uncertainty(logits):
             assert (np.asarray(values) >= 0).all()
 
 
+@pytest.mark.parametrize("num_members", [1, 3, 7, 47, 49])
+def test_no_probability_is_above_one(num_members):
+    for values in both("mean_probs", np.tile([50.0, -50.0], (num_members, 5, 1))):
+        assert (np.asarray(values) <= 1).all()
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 30.0])
 def test_total_is_aleatoric_plus_epistemic(scale):
     logits = scale * np.random.default_rng(0).standard_normal((5, 7, 4))

@@ -164,6 +164,21 @@ def test_flax_names_the_parameters_it_has_no_rule_for():
     assert sorted(pf.to_arrays(dropout)) == ["0.bias", "0.weight"]
 
 
+def test_files_have_the_rights_that_the_umask_gives(tmp_path):
+    old = os.umask(0o022)
+    try:
+        pt.save_weights(pair()[0], tmp_path / "w.safetensors")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_loading_does_not_tie_arrays_to_a_device():
+    ours, theirs = pair()
+    pf.load_arrays(theirs, pt.to_arrays(ours))
+    assert not theirs.body.layers[0].kernel[...].committed
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
     ours, _ = pair()
     path = tmp_path / "w.safetensors"

@@ -246,7 +246,7 @@ def _reset_by_rule(member: nnx.Module, reset: Callable[[nnx.Param, Rngs], Array]
 
 def _reset_by_layer(member: nnx.Module, rngs: Rngs) -> None:
     """Every layer with parameters by its own rule, inner layers first."""
-    rules = [(layer, _rule(layer)) for _, layer in nnx.iter_modules(member) if _parameters(layer)]
+    rules = [(layer, _rule(layer)) for _, layer in nnx.iter_modules(member)]
     covered = {id(p) for layer, rule in rules if rule for p in _parameters(layer)}
     check_reset("ensemble", [".".join(map(str, path)) for path, p in _named_parameters(member) if id(p) not in covered])
     for layer, rule in rules:
@@ -273,7 +273,7 @@ def _members_differ(model: Ensemble) -> bool:
 # nnx layers do not keep their initialisers: these are the ones that they have by default.
 
 
-def _draw(parameter: nnx.Param | None, init: Callable[..., Array], rngs: Rngs) -> None:
+def _draw(parameter: nnx.Variable | None, init: Callable[..., Array], rngs: Rngs) -> None:
     if parameter is not None:
         value = init(rngs.params(), parameter.shape, random.draw_dtype(parameter.dtype))
         parameter.set_value(value.astype(parameter.dtype))
@@ -310,6 +310,32 @@ def _reset_embed(layer: nnx.Embed, rngs: Rngs) -> None:
 def _reset_norm(layer: Any, rngs: Rngs) -> None:
     _draw(layer.scale, nnx.initializers.ones, rngs)
     _draw(getattr(layer, "bias", None), nnx.initializers.zeros, rngs)
+
+
+@register_reset(nnx.BatchNorm)
+def _reset_batch_norm(layer: nnx.BatchNorm, rngs: Rngs) -> None:
+    _reset_norm(layer, rngs)
+    layer.mean.set_value(jnp.zeros_like(layer.mean[...]))
+    layer.var.set_value(jnp.ones_like(layer.var[...]))
+
+
+@register_reset(nnx.OptimizedLSTMCell)
+@register_reset(nnx.GRUCell)
+@register_reset(nnx.SimpleCell)
+def _reset_cell(layer: Any, rngs: Rngs) -> None:
+    _draw(layer.dense_h.kernel, nnx.initializers.orthogonal(), rngs)  # after its Linear layers, which come first
+
+
+@register_reset(nnx.LSTMCell)
+def _reset_lstm_cell(layer: nnx.LSTMCell, rngs: Rngs) -> None:
+    for linear in (layer.hi, layer.hf, layer.hg, layer.ho):
+        _draw(linear.kernel, nnx.initializers.orthogonal(), rngs)
+
+
+@register_reset(nnx.LoRA)
+def _reset_lora(layer: nnx.LoRA, rngs: Rngs) -> None:
+    _draw(layer.lora_a, nnx.initializers.he_uniform(), rngs)
+    _draw(layer.lora_b, nnx.initializers.zeros, rngs)
 
 
 @register_reset(nnx.PReLU)

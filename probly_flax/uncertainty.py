@@ -111,7 +111,8 @@ def _log_probs(what: str, logits: Array) -> Array:
 
 
 def _log_mean(log_probs: Array) -> Array:
-    return jax.nn.logsumexp(log_probs, 0) - math.log(len(log_probs))
+    log_mean = jax.nn.logsumexp(log_probs, 0) - math.log(len(log_probs))
+    return jnp.where(log_mean > 0, 0.0, log_mean)  # rounding could make a probability larger than 1
 
 
 def _entropy(log_probs: Array) -> Array:

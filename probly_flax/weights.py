@@ -57,8 +57,9 @@ def load_arrays(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> None:
     check_arrays("load_arrays", expected, {name: (a.shape, a.dtype.name) for name, a in arrays.items()})
     check_tied("load_arrays", {name: id(v) for name, v in variables.items()}, arrays)
     for name, variable in variables.items():
-        value = jnp.array(_transpose(name, np.asarray(arrays[name])))
-        variable.set_value(jax.device_put(value, getattr(variable.get_value(), "sharding", None)))
+        old, value = variable.get_value(), jnp.array(_transpose(name, np.asarray(arrays[name])))
+        placed = getattr(old, "committed", False)  # else a jitted step would compile again for arrays tied to a device
+        variable.set_value(jax.device_put(value, old.sharding) if placed else value)
 
 
 def save_weights(model: nnx.Module, path: str | os.PathLike[str]) -> None:

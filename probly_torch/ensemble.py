@@ -37,6 +37,7 @@ __all__ = ["Ensemble", "ensemble", "register_reset"]
 
 Rule = TypeVar("Rule", bound=Callable[..., None])
 _RESET: dict[type[nn.Module], Callable[..., None]] = {}
+_WITHOUT_VMAP = (nn.RNNBase, nn.RNNCellBase)  # torch has no batching rules for their kernels
 
 
 class Ensemble(nn.Module):
@@ -92,12 +93,12 @@ class Ensemble(nn.Module):
             shapes = [x.shape for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             check_member_axis("Ensemble", shapes, self.num_members)
         axes = tree_map(lambda x: in_axes if isinstance(x, Tensor) else None, (args, kwargs))
-
-        def call(state: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-            return functional_call(self._network, state, args, kwargs)
-
-        batched = vmap(call, in_dims=(0, *axes), randomness="different", chunk_size=self.chunk_size)
+        run = _loop if any(isinstance(m, _WITHOUT_VMAP) for m in self._network.modules()) else vmap
+        batched = run(self._call, in_dims=(0, *axes), randomness="different", chunk_size=self.chunk_size)
         return batched(dict(_named_tensors(self)), args, kwargs)
+
+    def _call(self, state: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+        return functional_call(self._network, state, args, kwargs)
 
     def train(self, mode: bool = True) -> Ensemble:
         super().train(mode)
@@ -200,6 +201,20 @@ def register_reset(layer_type: type[nn.Module]) -> Callable[[Rule], Rule]:
         return rule
 
     return register
+
+
+def _loop(call: Callable[..., Any], in_dims: Any, randomness: str, chunk_size: int | None) -> Callable[..., Any]:
+    """torch.vmap's result, one member at a time."""
+
+    def run(state: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+        outputs = []
+        for i in range(len(next(iter(state.values())))):
+            row = {name: tensor[i] for name, tensor in state.items()}
+            own = tree_map(lambda x, axis: x if axis is None else x[i], (args, kwargs), in_dims[1:])  # noqa: B023
+            outputs.append(call(row, *own))
+        return tree_map(lambda *ys: torch.stack(ys), *outputs)
+
+    return run
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

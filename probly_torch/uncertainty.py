@@ -110,7 +110,8 @@ def _log_probs(what: str, logits: Tensor) -> Tensor:
 
 
 def _log_mean(log_probs: Tensor) -> Tensor:
-    return log_probs.logsumexp(0) - math.log(len(log_probs))
+    log_mean = log_probs.logsumexp(0) - math.log(len(log_probs))
+    return torch.where(log_mean > 0, 0.0, log_mean)  # rounding could make a probability larger than 1
 
 
 def _entropy(log_probs: Tensor) -> Tensor:
