@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
+from flax import linen, nnx
 from torch import nn
 
 import probly_flax as pf
@@ -162,6 +162,29 @@ def test_a_constructor_gives_the_numbers_of_the_recipe_with_split_rngs_and_vmap(
     x = jnp.ones((5, 3), "float32")
     forward = nnx.vmap(lambda model, x: model(x), in_axes=(0, None))
     np.testing.assert_array_equal(model(x), forward(recipe, x))
+
+
+class LinenNet(linen.Module):
+    """A nested Linen module with statistics."""
+
+    @linen.compact
+    def __call__(self, x):
+        x = linen.relu(linen.Dense(8)(x))
+        return linen.Dense(3)(linen.BatchNorm(use_running_average=True)(x))
+
+
+@pytest.mark.parametrize("network", [linen.Dense(3), LinenNet()], ids=["Dense", "LinenNet"])
+def test_a_linen_module_gives_the_numbers_of_the_recipe_with_split_and_vmap(network):
+    x = jnp.arange(5, dtype="float32")
+    keys = jax.random.split(jax.random.PRNGKey(7), 4)
+    variables = jax.vmap(network.init, in_axes=(0, None))(keys, x)
+    expected = jax.vmap(network.apply, in_axes=(0, None))(variables, x)
+    model = pf.ensemble(network, 4, rngs=7, example_input=x)
+    np.testing.assert_array_equal(model(x), expected)
+    for i, member in enumerate(model):
+        assert_close(member(x), network.apply(jax.tree.map(lambda v, i=i: v[i], variables), x), "float32")
+    with pytest.raises(TypeError, match="example_input=x"):
+        pf.ensemble(network, 4)
 
 
 def test_constructors_may_name_rngs_as_keyword_only():

@@ -24,6 +24,7 @@ ONLY_FLAX = {
     ("functional.batch_ensemble_linear", "precision"): "an option of nnx.Linear, torch sets it globally",
     ("functional.batch_ensemble_linear", "dot_general"): "an option of nnx.Linear",
     ("functional.batch_ensemble_linear", "dot_general_kwargs"): "options of nnx.Linear",
+    ("ensemble.ensemble", "example_input"): "Linen modules have no weights before they see an input",
     ("random.key", "impl"): "jax.random has other generators",
     ("random.key", "dtype"): "jax.random has other generators",
     **{

@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import linen, nnx
 from jax import Array
 
 from probly_flax import random
 from probly_flax._checks import (
     check_chunk_size,
     check_distinct,
+    check_example_input,
     check_in_axes,
     check_independent,
     check_member_axis,
@@ -26,6 +27,7 @@ from probly_flax._checks import (
     check_num_members,
     check_reset,
     check_reset_value,
+    check_seed,
     member_index,
     member_indices,
 )
@@ -115,24 +117,27 @@ class Ensemble(nnx.Module):
 
 
 def ensemble(
-    base: nnx.Module | Sequence[nnx.Module] | Callable[..., nnx.Module],
+    base: nnx.Module | linen.Module | Sequence[nnx.Module] | Callable[..., nnx.Module],
     num_members: int,
     *,
     rngs: Rngs | int = 0,
     reset_params: bool = True,
     reset: Callable[[nnx.Param, Rngs], Array] | None = None,
     chunk_size: int | None = None,
+    example_input: Any = None,
 ) -> Ensemble:
     """Makes a deep ensemble: members of one structure, each with weights of its own.
 
     Args:
         base: a network, copied and re-initialised for each member; or a constructor, called with each member's
-            rngs; or a list of networks, stacked as they are.
+            rngs; or a list of networks, stacked as they are; or a Linen module, initialised with each of the keys
+            that its seed splits into.
         num_members: the number of members E.
         rngs: a seed or an Rngs, split as `nnx.split_rngs` splits it: members are drawn from keys of their own.
         reset_params: False keeps the weights of the base network in every member.
         reset: a rule for this call: given a parameter and the member's rngs, it returns the new value.
         chunk_size: how many members run at a time; None for all.
+        example_input: what a Linen module is initialised with.
     Raises:
         ValueError: if a parameter has no rule to re-initialise it, or a constructor ignores its rngs.
         TypeError: if base is none of the three.
@@ -145,10 +150,16 @@ def ensemble(
     """
     what = "ensemble"
     num_members, chunk_size = check_num_members(what, num_members), check_chunk_size(what, chunk_size)
-    rngs = random.as_rngs(what, rngs)
     if isinstance(base, (list, tuple)):
         check_member_count(what, len(base), num_members)
         return Ensemble(base, chunk_size=chunk_size)
+    if isinstance(base, linen.Module):
+        check_example_input(what, example_input)
+        key = rngs.params() if isinstance(rngs, Rngs) else random.key(check_seed(what, rngs))
+        keys = random.split(key, num_members)
+        build = nnx.vmap(lambda key: nnx.bridge.ToNNX(base).lazy_init(example_input, rngs=key))
+        return _from_stacked(build(keys), num_members, chunk_size)
+    rngs = random.as_rngs(what, rngs)
     make: Callable[[Rngs], nnx.Module]
     if isinstance(base, nnx.Module):
         make = partial(_copy, base, reset_params, reset)
@@ -157,9 +168,7 @@ def ensemble(
     else:
         check_module(what, "base", base, nnx.Module)
 
-    stacked = nnx.split_rngs(splits=num_members)(nnx.vmap(make))(rngs)
-    model = Ensemble([_row(stacked, 0)], chunk_size=chunk_size)
-    model.stacked, model.num_members = stacked, num_members
+    model = _from_stacked(nnx.split_rngs(splits=num_members)(nnx.vmap(make))(rngs), num_members, chunk_size)
     if not isinstance(base, nnx.Module):
         check_independent(what, num_members, _members_differ(model))
     return model
@@ -188,6 +197,12 @@ def register_reset(layer_type: type[nnx.Module]) -> Callable[[Rule], Rule]:
         return rule
 
     return register
+
+
+def _from_stacked(stacked: nnx.Module, num_members: int, chunk_size: int | None) -> Ensemble:
+    model = Ensemble([_row(stacked, 0)], chunk_size=chunk_size)
+    model.stacked, model.num_members = stacked, num_members
+    return model
 
 
 def _row(stacked: nnx.Module, i: int) -> nnx.Module:

@@ -335,6 +335,14 @@ def check_reset_value(what: str, path: str, shape: Sequence[int], value: Sequenc
         )
 
 
+def check_example_input(what: str, example_input: Any) -> None:
+    if example_input is None:
+        raise TypeError(
+            f"{what} expects an example_input to initialise a Linen module with; got none. Pass one, "
+            f"{what}(module, num_members, example_input=x)."
+        )
+
+
 def check_independent(what: str, num_members: int, differ: bool) -> None:
     if num_members > 1 and not differ:
         raise ValueError(
