@@ -3,6 +3,9 @@
 import copy
 import itertools
 import pickle
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -396,6 +399,34 @@ def test_flax_ensembles_work_under_nnx_transforms():
     assert_close(jax.jit(lambda x: model(x))(x), y, "float32")
     assert_close(nnx.clone(model)(x), y, "float32")
     assert_close(copy.deepcopy(model)(x), y, "float32")
+
+
+def test_flax_members_spread_over_devices_without_communication_until_they_are_averaged():
+    program = """
+    import re
+    import jax, jax.numpy as jnp
+    from flax import nnx
+    from jax.sharding import NamedSharding, PartitionSpec
+    import probly_flax as pf
+    mesh = jax.make_mesh((8,), ("members",), axis_types=(jax.sharding.AxisType.Auto,))
+    rngs = nnx.Rngs(0)
+    model = pf.ensemble(nnx.Sequential(nnx.Linear(4, 6, rngs=rngs), nnx.relu, nnx.Linear(6, 3, rngs=rngs)), 16)
+    x = jnp.ones((5, 4))
+    expected = model(x)
+    nnx.update(model, jax.device_put(nnx.state(model), NamedSharding(mesh, PartitionSpec("members"))))
+    y = nnx.jit(lambda model, x: model(x))(model, x)
+    print(bool((y == expected).all()), len({shard.device for shard in y.addressable_shards}), tuple(y.sharding.spec))
+    graph, state = nnx.split(model)
+    for reduce in (lambda y: y, lambda y: y.mean(0)):
+        compiled = jax.jit(lambda state, x: reduce(nnx.merge(graph, state)(x))).lower(state, x).compile().as_text()
+        print(sorted(set(re.findall(r"(all-[a-z]+|collective-[a-z]+)\\(", compiled))))
+    """
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["True 8 ('members',)", "[]", "['all-reduce']"]
 
 
 def test_a_registered_rule_goes_first_and_serves_subclasses():
