@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,11 @@ from probly_flax import Ensemble, ensemble
 
 REINITIALISED, CONSTRUCTED, RULE = "copies, re-initialised", "constructor", "copies, normal rule"
 UNCHANGED = "copies as they are"  # not much of an ensemble: it shows that the checks see members that share
+
+NOTES = """\
+Draws: every parameter that does not start as zeros, of every member. All are distinct unless two share a key.
+The normal rule ignores how wide a layer is: its members lie far apart, where the usual initialisation keeps scale.
+Constructor and re-initialised copies split one seed into the same keys, so that they may come out equal."""
 
 
 def small_linear(rngs: nnx.Rngs) -> nnx.Sequential:
@@ -80,7 +85,6 @@ class Result(NamedTuple):
     model: Ensemble
     x: Array
     y: Array
-    parameters_of_one: int
     draws: list[bytes]
     base_untouched: bool | None  # None where there is no base
 
@@ -105,9 +109,9 @@ def equal(some: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:
 
 
 def find_draws(model: Ensemble) -> list[bytes]:
-    """The first two numbers of every parameter of every member: equal ones were drawn from one key.
+    """The first two numbers of every parameter of every member: equal ones come from one key.
 
-    Two, because a small bias has no more. A parameter that starts as zeros, as biases do by default, was not drawn.
+    Two, because a small bias has no more. A parameter that starts as zeros, as biases do by default, is not drawn.
     """
     starts = [parameter.ravel()[:2] for stacked in weights(model) for parameter in stacked]
     return [start.tobytes() for start in starts if start.any()]
@@ -119,63 +123,53 @@ def run(case: Case, way: str, seed: int) -> Result:
     model = make_ensemble(case, way, base, seed)
     x = jax.random.normal(jax.random.key(seed), case.x_shape, jnp.float32)
     untouched = None if way == CONSTRUCTED else equal(weights(base), before)
-    return Result(case, way, model, x, model(x), sum(w.size for w in before), find_draws(model), untouched)
-
-
-def new_table(*headers: str, left: int) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    for i, header in enumerate(headers):
-        table.add_column(header, justify="left" if i < left else "right")
-    return table
+    return Result(case, way, model, x, model(x), find_draws(model), untouched)
 
 
 def print_tables(results: Sequence[Result]) -> None:
-    sizes = new_table("architecture", "members", "parameters\nof one", "of the\nensemble", "output shape", left=1)
-    checks = new_table("", "members are", "base\nuntouched", "draws", "distinct", "variance\nover members", left=3)
-    for case, way, model, _, y, parameters, draws, untouched in results:
+    sizes, checks = Table(box=box.SIMPLE_HEAD), Table(box=box.SIMPLE_HEAD)
+    for header in ("architecture", "members", "parameters of one", "of the ensemble", "output shape"):
+        sizes.add_column(header)
+    for header in ("architecture", "members are", "base untouched", "draws", "distinct", "variance over members"):
+        checks.add_column(header)
+    for column in (*sizes.columns[1:], *checks.columns[3:]):
+        column.justify = "right"
+    for case, way, model, _, y, draws, untouched in results:
         if way == REINITIALISED:  # the other ways give the same sizes
-            total = sum(w.size for w in weights(model))
-            sizes.add_row(case.name, f"{len(model)}", f"{parameters:,}", f"{total:,}", str(y.shape))
+            counts = [sum(w.size for w in weights(network)) for network in (model[0], model)]
+            sizes.add_row(case.name, f"{len(model)}", f"{counts[0]:,}", f"{counts[1]:,}", str(y.shape))
         found = {True: "yes", False: "NO", None: "-"}[untouched], f"{len(draws)}", f"{len(set(draws))}"
-        checks.add_row(case.name, way, *found, f"{y.var(axis=0).mean():.4f}", end_section=way == UNCHANGED)
+        checks.add_row(case.name, way, *found, f"{y.var(axis=0).mean():,.4f}", end_section=way == UNCHANGED)
     Console(width=120).print(sizes, checks)
-    print(
-        "Draws are the parameters that do not start as zeros, times members; no two may come from one key. The normal"
-    )
-    print(
-        "rule ignores how wide a layer is, so that its members lie far apart; the other two ways take that into account."
-    )
+    print(NOTES)
 
 
 def inspect_members(result: Result) -> dict[str, float | bool]:
-    """Averages, takes out and prunes the members; how far single ones are from their row of the ensemble, at most."""
-    _, _, model, x, y, *_ = result
-    print(f"\n{result.case.name}, {result.way}, for the first of {len(x)} inputs:")
+    """Averages, takes out and prunes members; returns how far their outputs move and whether pruning kept weights."""
+    model, x, y = result.model, result.x, result.y
+    print(f"\nThe first ensemble of {result.case.name}, for the first of {len(x)} inputs:")
     rows = {f"member {i}": y[i, 0] for i in range(len(model))} | {"mean": y.mean(0)[0], "variance": y.var(0)[0]}
     for name, values in rows.items():
         print(f"  {name:<9}" + "".join(f"{value:9.4f}" for value in values))
 
-    alone = jnp.stack([member(x) for member in model])
-    pruned = model[[0, 2]]
-    found = {
-        "index": float(abs(model[1](x) - y[1]).max()),
-        "iteration": float(abs(alone - y).max()),
-        "pruned": equal(weights(pruned), [w[[0, 2]] for w in weights(model)]),
-    }
-    print(f"\nmodel[1] is a plain {type(model[1]).__name__}; its outputs differ by {found['index']:.1e} at most.")
-    print(f"The {len(alone)} members, one after the other, differ by {found['iteration']:.1e} at most.")
-    kept = "has the weights" if found["pruned"] else "DOES NOT have the weights"
-    print(f"model[[0, 2]] {kept} of members 0 and 2, and outputs of shape {pruned(x).shape}.")
-    return found
+    one, alone, pruned = model[1], jnp.stack([member(x) for member in model]), model[[0, 2]]
+    by_index, by_iteration = float(abs(one(x) - y[1]).max()), float(abs(alone - y).max())
+    kept = equal(weights(pruned), [w[[0, 2]] for w in weights(model)])
+    print(f"""
+Members are plain networks, whose outputs differ from those they give in the ensemble by at most
+  {by_index:.1e}  for model[1], a {type(one).__name__}
+  {by_iteration:.1e}  for member in model, {len(alone)} of them
+Pruned, model[[0, 2]] has the weights of members 0 and 2: {"yes" if kept else "NO"}. Its outputs: {pruned(x).shape}.""")
+    return {"by index": by_index, "by iteration": by_iteration, "pruning keeps weights": kept}
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[list[Result], dict[str, float | bool]]:
     """Returns a result for each architecture and way, and what the members of the first one showed."""
     parser = argparse.ArgumentParser(description="Deep ensembles of three networks in Flax.")
     parser.add_argument("--seed", type=int, default=0, help="of the networks, the members and the inputs")
-    args = parser.parse_args(argv)
+    seed = parser.parse_args(argv).seed
     ways = REINITIALISED, CONSTRUCTED, RULE, UNCHANGED
-    results = [run(case, way, args.seed) for case in CASES for way in ways]
+    results = [run(case, way, seed) for case in CASES for way in ways]
     print_tables(results)
     return results, inspect_members(results[0])
 

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -429,6 +430,209 @@ def test_flax_members_spread_over_devices_without_communication_until_they_are_a
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == ["8 ('members',)", "[]", "['all-reduce']"]
+
+
+def test_numpy_batches_for_each_member():
+    model = pf.ensemble(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), 3)
+    x = np.ones((3, 5, 4), "float32")
+    assert_close(model(x, in_axes=0), model(jnp.asarray(x), in_axes=0), "float32")
+    assert model(x[0]).shape == (3, 5, 2)
+
+
+def test_the_networks_own_train_is_called():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.norm(x)
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.norm.eval()
+            return self
+
+    model = pt.ensemble(Frozen(), 2).train()
+    assert model.training
+    assert not model.norm.training
+
+
+def test_members_with_other_options_or_plain_tensors_are_refused():
+    class Scaled(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.layer, self.scale, self.offset = nn.Linear(2, 2), scale, torch.tensor([scale])
+
+        def forward(self, x):
+            return self.layer(x) * self.scale + self.offset
+
+    with pytest.raises(ValueError, match=r"network\.scale=1\.0"):
+        pt.Ensemble([Scaled(1.0), Scaled(2.0)])
+    alike = [Scaled(1.0), Scaled(1.0)]
+    alike[1].offset = torch.tensor([9.0])
+    with pytest.raises(ValueError, match="offset"):
+        pt.Ensemble(alike)
+    for network in alike:
+        network.offset, network.act = alike[0].offset, lambda x: x
+    pt.Ensemble(alike)
+
+
+def test_buffers_that_the_network_assigns_anew_are_kept():
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("steps", torch.tensor(0))
+
+        def forward(self, x):
+            self.steps = self.steps + 1
+            return x * self.steps
+
+    model = pt.ensemble(Counter(), 3)
+    for _ in range(2):
+        y = model(torch.ones(2))
+    assert model.steps.tolist() == [2, 2, 2]
+    assert y.tolist() == [[2.0, 2.0]] * 3
+
+
+def test_a_subclass_with_a_parameter_of_its_own_needs_a_rule_of_its_own():
+    class TorchGain(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.gain = nn.Parameter(torch.randn(2))
+
+    class FlaxGain(nnx.Linear):
+        def __init__(self, rngs):
+            super().__init__(2, 2, rngs=rngs)
+            self.gain = nnx.Param(jnp.ones(2))
+
+    for package, network in ((pt, TorchGain()), (pf, FlaxGain(nnx.Rngs(0)))):
+        with pytest.raises(ValueError, match="got none for gain"):
+            package.ensemble(network, 2)
+
+
+def test_a_container_with_a_rule_is_reset_by_it_after_its_layers():
+    class Sevens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def reset_parameters(self):
+            nn.init.constant_(self.layer.weight, 7.0)
+
+    assert (pt.ensemble(Sevens(), 2).layer.weight == 7).all()
+
+
+def test_an_rngs_given_to_a_call_is_split_between_members_and_advances():
+    class Noisy(nnx.Module):
+        def __init__(self):
+            self.drop = nnx.Dropout(0.5)
+
+        def __call__(self, x, rngs):
+            return self.drop(x, rngs=rngs)
+
+    rngs, x = nnx.Rngs(5), jnp.ones((1, 64), "float32")
+    model = pf.ensemble(Noisy(), 2)
+    first, second = model(x, rngs), model(x, rngs)
+    assert not (first[0] == first[1]).all()
+    assert not (first == second).all()
+    assert int(rngs.default.count[...]) == 2
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv1d(4, 4, 1), nn.Linear(4, 4, bias=False)])
+def test_autocast_gives_the_dtype_of_a_member_alone(layer):
+    model, x = pt.ensemble(layer, 3), torch.ones(2, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+        assert y.dtype == model[0](x).dtype == torch.bfloat16
+        assert torch.equal(y[1], model[1](x))
+
+
+def test_apply_sees_one_member_at_a_time():
+    model = pt.ensemble(nn.Linear(50, 40), 3)
+    shapes = []
+
+    def init(module):
+        shapes.append(tuple(module.weight.shape))
+        nn.init.kaiming_normal_(module.weight)
+
+    nn.Sequential(model).apply(lambda module: init(module) if isinstance(module, nn.Linear) else None)
+    assert shapes == [(40, 50)] * 3
+    assert not torch.equal(model.weight[0], model.weight[1])
+
+
+def test_a_cumulative_average_and_the_tools_that_use_it():
+    model = pt.ensemble(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None)), 3)
+    alone, x = list(model), torch.randn(8, 4)
+    for _ in range(2):
+        model(x)
+        for member in alone:
+            member(x)
+    for i, member in enumerate(alone):
+        assert torch.equal(model.get_buffer("1.running_mean")[i], member[1].running_mean)
+
+
+def test_outputs_that_are_no_arrays_are_passed_on():
+    class TorchPair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None, 3
+
+    y, nothing, number = pt.ensemble(TorchPair(4, 2), 3)(torch.ones(5, 4))
+    assert (y.shape, nothing, number) == ((3, 5, 2), None, 3)
+
+
+def test_scalars_are_shared_under_in_axes():
+    class Scale(nn.Linear):
+        def forward(self, x, scale):
+            return super().forward(x) * scale
+
+    model, x = pt.ensemble(Scale(4, 2), 3), torch.randn(3, 5, 4)
+    assert_close(
+        model(x, torch.tensor(2.0), in_axes=0).detach(), 2 * model(x, torch.tensor(1.0), in_axes=0).detach(), "float32"
+    )
+
+
+def test_flax_networks_that_sow_and_hold_their_own_functions():
+    class Sows(nnx.Module):
+        def __init__(self, rngs):
+            self.layer, self.act = nnx.Linear(4, 2, rngs=rngs), lambda x: x
+
+        def __call__(self, x):
+            return self.act(self.layer(x))
+
+    model = pf.Ensemble([Sows(nnx.Rngs(0)), Sows(nnx.Rngs(1))])
+    assert model(jnp.ones((5, 4), "float32")).shape == (2, 5, 2)
+
+
+def test_flax_classes_and_partials_are_constructors():
+    class Net(nnx.Module):
+        def __init__(self, width=4, *, rngs):
+            self.layer = nnx.Linear(4, width, rngs=rngs)
+
+        def __call__(self, x):
+            return self.layer(x)
+
+    x = jnp.ones((5, 4), "float32")
+    assert pf.ensemble(Net, 3)(x).shape == (3, 5, 4)
+    assert pf.ensemble(partial(Net, width=2), 3)(x).shape == (3, 5, 2)
+    assert pf.ensemble(partial(nnx.Linear, 4, 6), 3)(x).shape == (3, 5, 6)
+
+
+def test_a_rule_that_ignores_its_rngs_is_no_ensemble():
+    for package, linear in ((pt, nn.Linear(2, 2)), (pf, nnx.Linear(2, 2, rngs=nnx.Rngs(0)))):
+        with pytest.raises(ValueError, match="got 3 equal ones"):
+            package.ensemble(linear, 3, reset=lambda p, rngs: p * 0)
+
+
+@pytest.mark.parametrize("options", [{"reset_params": False}, {"reset": lambda p, rngs: p}])
+def test_options_without_a_meaning_are_refused(options):
+    for package, linear in ((pt, nn.Linear(2, 2)), (pf, nnx.Linear(2, 2, rngs=nnx.Rngs(0)))):
+        with pytest.raises(TypeError, match="a list of networks, for which it has no meaning"):
+            package.ensemble([linear], 1, **options)
+        with pytest.raises(TypeError, match="a constructor, for which it has no meaning"):
+            package.ensemble(lambda rngs, linear=linear: linear, 1, **options)
+    with pytest.raises(TypeError, match="example_input"):
+        pf.ensemble(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), 2, example_input=jnp.ones(2))
 
 
 def test_a_registered_rule_goes_first_and_serves_subclasses():

@@ -236,3 +236,13 @@ def test_sharding_of_the_base_layer_is_kept_on_four_devices():
         "[('data', 'model'), (None, 'data'), (None, 'model'), (None, 'model')]",
         "True ('data', 'model')",
     ]
+
+
+def test_indices_out_of_range_are_refused():
+    for layer in pair():
+        with pytest.raises(IndexError, match="from -3 to 2"):
+            layer.member(7)
+        with pytest.raises(IndexError, match="from -3 to 2"):
+            layer.keep_members([0, 9])
+        layer.keep_members([-1, 0])
+        assert layer.num_members == 2

@@ -93,7 +93,7 @@ def test_signatures_agree_but_for_the_table():
 
 def test_methods_agree():
     call = {"forward": "__call__"}
-    only_torch = {"extra_repr", "train"}  # nn.Module's own hooks for printing and for the mode
+    only_torch = {"extra_repr", "train", "apply"}  # nn.Module's own, for printing, the mode and the weights
     for path, ours, theirs in public():
         if not inspect.isclass(ours) or path.startswith("random."):
             continue

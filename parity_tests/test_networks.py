@@ -211,6 +211,148 @@ def test_the_fast_path_of_transformer_layers_does_not_pass_the_new_layers_by():
     assert not torch.equal(y[0], y[1])
 
 
+def test_numpy_inputs_are_tiled_as_arrays_are():
+    x = np.ones((8, 4), "float32")
+    model = flax_model()
+    assert_close(model(x)["logits"], model(jnp.asarray(x))["logits"], "float32")
+    batches = np.ones((3, 2, 4), "float32")
+    assert model(batches, in_axes=0)["logits"].shape == (3, 2, 5)
+
+
+def test_every_reference_to_a_layer_follows_its_conversion():
+    class TorchList(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.order = [self.a, self.b]
+
+        def forward(self, x):
+            for layer in self.order:
+                x = layer(x)
+            return x
+
+    class FlaxList(nnx.Module):
+        def __init__(self, rngs):
+            self.blocks = nnx.data([nnx.Linear(4, 4, rngs=rngs), {"inner": nnx.Linear(4, 4, rngs=rngs)}])
+
+        def __call__(self, x):
+            return self.blocks[1]["inner"](self.blocks[0](x))
+
+    model, x = pt.batchensemble(TorchList(), 3), torch.ones(2, 4)
+    assert not (model(x)[0] == model(x)[1]).any()
+    assert_close(model[1](x).detach(), model(x)[1].detach(), "float32")
+    assert type(model[1].order[0]) is nn.Linear
+    twin, x = pf.batchensemble(FlaxList(nnx.Rngs(0)), 3), jnp.ones((2, 4), "float32")
+    assert not (twin(x)[0] == twin(x)[1]).any()
+    assert_close(twin[1](x), twin(x)[1], "float32")
+    assert type(twin[1].blocks[0]) is nnx.Linear
+
+
+def test_layers_with_the_batch_on_another_axis_are_refused_since_members_would_mix():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=False)
+    with pytest.raises(ValueError, match=r"another order in layers.0.self_attn.*batch_first=True"):
+        pt.batchensemble(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), 3)
+
+    class TimeMajor(nnx.Module):
+        def __init__(self, rngs):
+            self.rnn = nnx.RNN(nnx.SimpleCell(4, 4, rngs=rngs), time_major=True, rngs=rngs)
+
+        def __call__(self, x):
+            return self.rnn(x)
+
+    with pytest.raises(ValueError, match=r"another order in rnn.*time_major=False"):
+        pf.batchensemble(TimeMajor(nnx.Rngs(0)), 3)
+
+
+class Opaque:
+    """A container that no tree knows."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+def torch_lambda(function):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, *args):
+            return function(self.layer, *args)
+
+    return pt.batchensemble(Net(), 3)
+
+
+def flax_lambda(function):
+    class Net(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+        def __call__(self, *args):
+            return function(self.layer, *args)
+
+    return pf.batchensemble(Net(), 3)
+
+
+@pytest.mark.parametrize("make", [torch_lambda, flax_lambda])
+@pytest.mark.parametrize(
+    ("function", "inputs", "error", "sentence"),
+    [
+        (lambda layer, x: layer(x.logits), lambda x: (Opaque(x),), TypeError, "Pass the arrays themselves"),
+        (lambda layer, x: Opaque(layer(x)), lambda x: (x,), TypeError, "got Opaque"),
+        (lambda layer, x: layer(x).sum(0), lambda x: (x,), ValueError, "the rows of its inputs on their first axis, 6"),
+        (lambda layer, x, mask: layer(x), lambda x: (x, x[:1]), ValueError, "one number of rows"),
+    ],
+)
+def test_what_cannot_be_told_apart_by_members_is_refused(make, function, inputs, error, sentence):
+    x = torch.ones(2, 4) if make is torch_lambda else jnp.ones((2, 4), "float32")
+    with pytest.raises(error) as raised:
+        make(function)(*inputs(x))
+    assert sentence in str(raised.value)
+
+
+def test_outputs_that_are_no_arrays_are_passed_on():
+    for make, x in ((torch_lambda, torch.ones(2, 4)), (flax_lambda, jnp.ones((2, 4), "float32"))):
+        y, nothing, number = make(lambda layer, x: (layer(x), None, 3))(x)
+        assert (y.shape, nothing, number) == ((3, 2, 4), None, 3)
+
+
+def test_layers_with_a_meaning_of_their_own_are_not_converted():
+    patched = nn.Linear(4, 4)
+    patched.forward = lambda x: x
+    assert [row.action for row in pt.batchensemble(nn.Sequential(nn.Linear(4, 4), patched), 2).report.rows] == [
+        "converted",
+        "shared",
+    ]
+
+    class Custom(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    class FlaxCustom(nnx.Linear):
+        def __call__(self, x):
+            return super().__call__(x) * 2
+
+    with pytest.raises(TypeError, match="a forward of its own"):
+        pt.BatchEnsembleLinear(Custom(4, 4), num_members=2)
+    rngs = nnx.Rngs(0)
+    with pytest.raises(TypeError, match="a __call__ of its own"):
+        pf.BatchEnsembleLinear(FlaxCustom(4, 4, rngs=rngs), num_members=2)
+    with pytest.raises(TypeError, match="a __call__ of its own"):
+        pf.BatchEnsembleLinear(pf.BatchEnsembleLinear(nnx.Linear(4, 4, rngs=rngs), num_members=1), num_members=2)
+
+
+def test_a_padding_mask_does_not_bring_the_fused_inference_back():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model = pt.batchensemble(nn.TransformerEncoder(layer, 2), 3).eval()
+    deep = pt.ensemble(nn.TransformerEncoder(layer, 2).eval(), 3, reset_params=False)
+    x, mask = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    for ensemble in (model, deep):
+        with torch.no_grad():
+            y = ensemble(x, src_key_padding_mask=mask)
+        assert_close(y, ensemble(x.clone().requires_grad_(), src_key_padding_mask=mask).detach(), "float32")
+
+
 def test_flax_models_work_under_nnx_transforms():
     model, x = flax_model(), jnp.ones((2, 4), "float32")
     y = model(x)["logits"]

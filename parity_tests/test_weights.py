@@ -2,6 +2,7 @@
 
 import os
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -177,6 +178,42 @@ def test_loading_does_not_tie_arrays_to_a_device():
     ours, theirs = pair()
     pf.load_arrays(theirs, pt.to_arrays(ours))
     assert not theirs.body.layers[0].kernel[...].committed
+
+
+def test_scalars_stay_scalars(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model(torch.randn(4, 2))
+    pt.save_weights(model, tmp_path / "w.safetensors")
+    other = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    pt.load_weights(other, tmp_path / "w.safetensors")
+    assert other[1].num_batches_tracked == 1
+    assert torch.equal(other[1].running_mean, model[1].running_mean)
+    other.load_state_dict(safetensors.torch.load_file(tmp_path / "w.safetensors"))
+
+
+def test_a_model_without_memory_is_refused():
+    with pytest.raises(ValueError, match=r"to_empty\(device='cpu'\)"):
+        pt.load_arrays(nn.Linear(2, 2, device="meta"), pt.to_arrays(nn.Linear(2, 2)))
+
+
+def test_float64_is_not_made_float32_where_jax_has_no_64_bits():
+    ours, theirs = pair(dtype="float64")
+    before = theirs.body.layers[0].kernel[...]
+    with jax.enable_x64(False), pytest.raises(ValueError, match=r"under jax.enable_x64\(True\)"):
+        pf.load_arrays(theirs, pt.to_arrays(ours))
+    assert (theirs.body.layers[0].kernel[...] == before).all()
+
+
+def test_a_file_that_does_not_fit_is_named(tmp_path):
+    path = tmp_path / "w.safetensors"
+    pt.save_weights(nn.Linear(2, 2), path)
+    sentences = []
+    for package, model in zip((pt, pf), pair(), strict=True):
+        with pytest.raises(ValueError, match=r"missing: body\.0\.weight") as raised:
+            package.load_weights(model, path)
+        sentences.append(str(raised.value))
+    assert sentences[0] == sentences[1]
+    assert str(path) in sentences[0]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):

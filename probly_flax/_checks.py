@@ -7,6 +7,7 @@ no framework. Every sentence is "what expects requirement, with names and number
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -73,11 +74,17 @@ def check_init(what: str, init: Any, r_mean: Any, r_std: Any, s_mean: Any, s_std
             raise ValueError(f"{requirement}; got {value!r}. {example}")
 
 
-def check_base_layer(what: str, base_layer: Any, expected: type) -> None:
+def check_base_layer(what: str, base_layer: Any, expected: type, call: str) -> None:
+    """A Linear layer whose forward is Linear's own."""
     if not isinstance(base_layer, expected):
         raise TypeError(
             f"{what} expects base_layer to be a {expected.__name__} layer; got {type_name(base_layer)}. To convert "
             f"every {expected.__name__} layer of a network, call batchensemble(network, num_members=4)."
+        )
+    if getattr(type(base_layer), call) is not getattr(expected, call):
+        raise TypeError(
+            f"{what} expects base_layer to compute what {expected.__name__} computes; got {type_name(base_layer)}, "
+            f"which has a {call} of its own. Pass a {expected.__name__} layer with its weights."
         )
 
 
@@ -156,7 +163,7 @@ def check_fast_weights(
     bias: Sequence[int] | None,
 ) -> None:
     """r, s and bias all have one row for each member: none of them is broadcast."""
-    num_members = r[0] if r else 0
+    num_members = max(1, r[0]) if r else 1
     for name, shape, features in (("r", r, in_features), ("s", s, out_features), ("bias", bias, out_features)):
         if shape is not None and (len(shape) != 2 or tuple(shape) != (num_members, features)):
             axis = "in_features" if name == "r" else "out_features"
@@ -165,6 +172,76 @@ def check_fast_weights(
                 f"{axis}={features}; got {tuple(shape)}. For one row shared by all members, repeat it: "
                 f"tile_members({name}, {num_members})."
             )
+
+
+def check_weight(what: str, name: str, shape: Sequence[int]) -> None:
+    if len(shape) != 2:
+        raise ValueError(
+            f"{what} expects a {name} of 2 axes; got {tuple(shape)}. For members with weights of their own, call "
+            f"ensemble(network, num_members)."
+        )
+
+
+def check_rows_of_batch(what: str, inputs: Sequence[int]) -> None:
+    if not inputs:
+        raise TypeError(
+            f"{what} expects inputs that hold tensors or arrays, alone or in tuples, lists and dicts; got none that "
+            f"members could share. Pass the arrays themselves: model(x)."
+        )
+    if any(rows != inputs[0] for rows in inputs):
+        raise ValueError(
+            f"{what} expects inputs with one number of rows; got {list(inputs)}. Give what all rows share, "
+            f"such as a mask, to the network's constructor; or repeat it for each row: mask.expand(len(x), -1, -1)."
+        )
+
+
+def check_output_rows(what: str, shape: Sequence[int], rows: int) -> None:
+    if not shape or shape[0] != rows:
+        raise ValueError(
+            f"{what} expects a network whose outputs have the rows of its inputs on their first axis, {rows}; got "
+            f"{tuple(shape)}. Return them so, as with x.movedim(1, 0); or call ensemble(network, num_members)."
+        )
+
+
+def check_output_leaf(what: str, leaf: Any) -> None:
+    if leaf is not None and not isinstance(leaf, (bool, int, float, str)):
+        raise TypeError(
+            f"{what} expects outputs that are tensors or arrays, alone or in tuples, lists and dicts; got "
+            f"{type_name(leaf)}. Return its arrays, as in a dict."
+        )
+
+
+def check_batch_first(what: str, paths: Sequence[str], fix: str) -> None:
+    if paths:
+        raise ValueError(
+            f"{what} expects every layer to have the batch on its first axis, where members are told apart; got "
+            f"another order in {', '.join(paths)}. Build them with {fix}."
+        )
+
+
+def check_base_options(what: str, kind: str, unused: Mapping[str, bool]) -> None:
+    given = [name for name, is_given in unused.items() if is_given]
+    if given:
+        raise TypeError(
+            f"{what} expects {', '.join(given)} with a network to copy; got {kind}, for which it has no meaning. Leave "
+            f"it out: {what}(base, num_members)."
+        )
+
+
+def check_materialized(what: str, names: Sequence[str]) -> None:
+    if names:
+        raise ValueError(
+            f"{what} expects a model with memory to load into; got meta tensors, such as {names[0]}. Call "
+            f"model.to_empty(device='cpu') first."
+        )
+
+
+def check_loaded_dtype(what: str, name: str, dtype: str, loaded: str) -> None:
+    if dtype != loaded:
+        raise ValueError(
+            f"{what} expects to keep the dtype of {name}, {dtype}; got {loaded}, which JAX makes of it unless 64-bit "
+            f"types are on. Call it under jax.enable_x64(True)."
+        )
 
 
 def check_split(what: str, shape: Sequence[int], num_members: int) -> None:
@@ -181,10 +258,10 @@ def check_tile(what: str, shape: Sequence[int]) -> None:
         raise ValueError(f"{what} expects a batch of shape [B, ...]; got (), which has no rows. Add the axis: x[None].")
 
 
-def check_member_axis(what: str, shapes: Iterable[Sequence[int]], num_members: int) -> None:
+def check_member_axis(what: str, shapes: Iterable[Sequence[int]], num_members: int, rank: int = 1) -> None:
     """Under in_axes=0 every array has one slice for each member."""
     for shape in shapes:
-        if not shape or shape[0] != num_members:
+        if len(shape) < rank or shape[0] != num_members:
             raise ValueError(
                 f"{what} expects inputs of shape [num_members, B, ...] under in_axes=0, with num_members="
                 f"{num_members}; got {tuple(shape)}. To give every member the same batch, leave in_axes out: model(x)."
@@ -283,7 +360,8 @@ def check_tied(what: str, identities: Mapping[str, Any], arrays: Mapping[str, An
     first: dict[Any, str] = {}
     for name, identity in identities.items():
         other = first.setdefault(identity, name)
-        if other != name and (arrays[other] != arrays[name]).any():
+        a, b = arrays[other], arrays[name]
+        if other != name and ((a != b) & ~((a != a) & (b != b))).any():  # NaN equals NaN here
             raise ValueError(
                 f"{what} expects equal arrays for {other} and {name}, which are tied in this model; got arrays that "
                 f"differ, and loaded nothing. Pass one of them twice: arrays[{name!r}] = arrays[{other!r}]."
@@ -327,10 +405,11 @@ def check_reset(what: str, uncovered: Sequence[str]) -> None:
         )
 
 
-def check_reset_value(what: str, path: str, shape: Sequence[int], value: Sequence[int]) -> None:
-    if tuple(shape) != tuple(value):
+def check_reset_value(what: str, path: str, shape: Sequence[int], value: Any) -> None:
+    got = tuple(value.shape) if hasattr(value, "shape") else value
+    if got != tuple(shape):
         raise ValueError(
-            f"{what} expects reset to return the new value of {path}, of shape {tuple(shape)}; got {tuple(value)}. "
+            f"{what} expects reset to return the new value of {path}, of shape {tuple(shape)}; got {got}. "
             f"Draw it of that shape: normal(rngs.params(), parameter.shape)."
         )
 
@@ -343,9 +422,19 @@ def check_example_input(what: str, example_input: Any) -> None:
         )
 
 
+def takes_rngs_by_name(constructor: Callable[..., Any]) -> bool:
+    """Whether a function, a class or a partial has a parameter called rngs, which may be keyword-only."""
+    function: Any = constructor
+    while isinstance(function, functools.partial):
+        function = function.func
+    if isinstance(function, type):  # an nnx class hides the signature of its __init__
+        function = next(vars(c)["__init__"] for c in function.__mro__ if "__init__" in vars(c))
+    return "rngs" in inspect.signature(function).parameters
+
+
 def check_independent(what: str, num_members: int, differ: bool) -> None:
     if num_members > 1 and not differ:
         raise ValueError(
-            f"{what} expects members that differ; got {num_members} equal ones. Let the constructor draw from the rngs "
-            f"it is given: {what}(lambda rngs: Network(rngs=rngs), {num_members})."
+            f"{what} expects members that differ; got {num_members} equal ones. Draw from the rngs that are given: "
+            f"{what}(lambda rngs: Network(rngs=rngs), {num_members})."
         )

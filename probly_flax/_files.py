@@ -16,7 +16,7 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray])
     """Writes to a temporary file beside the path, and moves it into place once it is complete."""
     path = Path(path)
     # safetensors writes the memory of an array as it lies, whatever its strides
-    data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    data = save({name: np.asarray(array, order="C") for name, array in arrays.items()})
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         with temporary.open("xb") as file:

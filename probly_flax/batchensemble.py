@@ -6,22 +6,29 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
 from probly_flax import random
 from probly_flax._checks import (
+    check_batch_first,
     check_in_axes,
     check_init,
     check_member_axis,
     check_module,
     check_not_converted,
     check_num_members,
+    check_output_leaf,
+    check_output_rows,
+    check_rows_of_batch,
     common_num_members,
     member_index,
     member_indices,
 )
 from probly_flax._report import Exclude, Excluder, Report, ReportRow, make_report, natural_order
+from probly_flax.ensemble import is_stateful
 from probly_flax.functional import split_members, tile_members
 from probly_flax.layers import BatchEnsembleLinear
 from probly_flax.random import Rngs
@@ -35,7 +42,8 @@ class BatchEnsemble(nnx.Module):
     Shape:
         model(x): x (B, ...), the same batch for every member. Returns (E, B, ...).
         model(x, in_axes=0): x (E, B, ...), a batch for each member. Returns (E, B, ...).
-        Inputs and outputs may be several, tuples or dicts; what is not an array with an axis is passed on.
+        Inputs and outputs may be several, in tuples, lists and dicts. Every array with an axis has the batch on its
+        first one, inside the network too; what is not an array with an axis is passed on.
     Args:
         network: a module that holds BatchEnsemble layers and maps (E*B, ...) rows to (E*B, ...) rows.
         report: what the conversion did, if one made the network.
@@ -45,31 +53,43 @@ class BatchEnsemble(nnx.Module):
         >>> rngs = nnx.Rngs(0)
         >>> base = nnx.Sequential(nnx.Linear(2, 8, rngs=rngs), nnx.relu, nnx.Linear(8, 3, rngs=rngs))
         >>> model = batchensemble(base, 4)
-        >>> model(jax.numpy.ones((5, 2))).shape, len(model), type(model[0]).__name__
+        >>> model(jnp.ones((5, 2))).shape, len(model), type(model[0]).__name__
         ((4, 5, 3), 4, 'Sequential')
     """
 
     def __init__(self, network: nnx.Module, report: Report | None = None) -> None:
         check_module("BatchEnsemble", "network", network, nnx.Module)
         self.num_members = common_num_members(layer.num_members for layer in _layers(network))
+        paths = [".".join(map(str, p)) for p, m in nnx.iter_modules(network) if getattr(m, "time_major", False)]
+        check_batch_first("BatchEnsemble", paths, "time_major=False")
         self.network = network
         self.report = report
 
     def __call__(self, *args: Any, in_axes: int | None = None, **kwargs: Any) -> Any:
         check_in_axes("BatchEnsemble", in_axes)
+        inputs: list[int] = []
 
         def rows(x: Any) -> Any:
-            if not isinstance(x, Array) or not x.ndim:
+            if not isinstance(x, (Array, np.ndarray)) or not x.ndim:
                 return x
+            x = jnp.asarray(x)
             if in_axes is None:
-                return tile_members(x, self.num_members)
-            check_member_axis("BatchEnsemble", [x.shape], self.num_members)
-            return x.reshape(-1, *x.shape[2:])
+                x = tile_members(x, self.num_members)
+            else:
+                check_member_axis("BatchEnsemble", [x.shape], self.num_members, rank=2)
+                x = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+            inputs.append(x.shape[0])
+            return x
 
         def members(y: Any) -> Any:
-            return split_members(y, self.num_members) if isinstance(y, Array) else y
+            if not isinstance(y, Array):
+                check_output_leaf("BatchEnsemble", y)
+                return y
+            check_output_rows("BatchEnsemble", y.shape, inputs[0])
+            return split_members(y, self.num_members)
 
-        args, kwargs = jax.tree.map(rows, (args, kwargs))
+        args, kwargs = jax.tree.map(rows, (args, kwargs), is_leaf=is_stateful)
+        check_rows_of_batch("BatchEnsemble", inputs)
         return jax.tree.map(members, self.network(*args, **kwargs))
 
     def __len__(self) -> int:
@@ -87,7 +107,9 @@ class BatchEnsemble(nnx.Module):
                 layer.keep_members(indices)
             return BatchEnsemble(network, self.report)
         i = member_index("BatchEnsemble", item, self.num_members)
-        return _replace(network, {id(layer): layer.member(i) for layer in _layers(network)})
+        for layer in _layers(network):
+            _become(layer, layer.member(i))
+        return network
 
 
 def batchensemble(
@@ -142,16 +164,16 @@ def batchensemble(
     check_not_converted(what, (layer.num_members for layer in _layers(base)))
 
     network = nnx.clone(base, arrays=True)
-    layers = [(".".join(map(str, path)), layer) for path, layer in nnx.iter_modules(network)]
-    new: dict[int, nnx.Module] = {}
+    layers = dict(nnx.iter_modules(network))
     biases: dict[int, Any] = {}
     rows = []
-    for path, layer in sorted(layers, key=lambda item: natural_order(item[0])):
+    for parts, layer in sorted(layers.items(), key=lambda item: natural_order(_torch_path(item[0], layers))):
+        path = ".".join(map(str, parts))
         excluded = excluder(path, layer)
         before = after = sum(p.size for p in vars(layer).values() if isinstance(p, nnx.Param))
         if not before:
             continue
-        action = "excluded" if excluded else "shared"
+        kind, action = type(layer).__name__, "excluded" if excluded else "shared"
         if not excluded and _is_convertible(layer):
             action = "converted"
             converted = BatchEnsembleLinear(
@@ -160,12 +182,12 @@ def batchensemble(
             layer.kernel.set_value(converted.kernel[...])
             converted.kernel = layer.kernel  # the same Param, so that what was tied to it still is
             converted.bias = biases.setdefault(id(layer.bias), converted.bias) if layer.use_bias else nnx.data(None)
-            new[id(layer)] = converted
+            _become(layer, converted)
             after = sum(p.size for p in jax.tree.leaves(nnx.state(converted, nnx.Param)))
-        rows.append(ReportRow(path, type(layer).__name__, action, before, after))
+        rows.append(ReportRow(path, kind, action, before, after))
     excluder.check_all_matched(rows)
     report = make_report(what, rows, ["Linear"])
-    return BatchEnsemble(_replace(network, new), report)
+    return BatchEnsemble(network, report)
 
 
 def _layers(network: nnx.Module) -> list[BatchEnsembleLinear]:
@@ -173,14 +195,22 @@ def _layers(network: nnx.Module) -> list[BatchEnsembleLinear]:
 
 
 def _is_convertible(layer: nnx.Module) -> TypeGuard[nnx.Linear]:
-    """A Linear layer itself."""
-    return type(layer) is nnx.Linear
+    """A Linear layer itself, and not a stack of them."""
+    return type(layer) is nnx.Linear and layer.kernel.ndim == 2
 
 
-def _replace(network: nnx.Module, new: Mapping[int, nnx.Module]) -> nnx.Module:
-    """Puts new layers in the place of old ones, at every path where the old one stands."""
-    for _, module in list(nnx.iter_modules(network)):
-        for name, child in list(vars(module).items()):
-            if id(child) in new:
-                setattr(module, name, new[id(child)])
-    return new.get(id(network), network)
+def _become(layer: nnx.Module, new: nnx.Module) -> None:
+    """Turns a layer of our own copy into another one in place: whatever refers to it, in a list or twice, follows."""
+    layer.__class__ = type(new)
+    vars(layer).clear()
+    vars(layer).update(vars(new))
+
+
+def _torch_path(path: tuple[Any, ...], modules: Mapping[tuple[Any, ...], nnx.Module]) -> str:
+    """The path in torch, where a Sequential has no `layers`, so that both packages draw in one order."""
+    named = (
+        str(part)
+        for i, part in enumerate(path)
+        if not (part == "layers" and isinstance(modules.get(path[:i]), nnx.Sequential))
+    )
+    return ".".join(named)

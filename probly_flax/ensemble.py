@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 from jax import Array
 
 from probly_flax import random
 from probly_flax._checks import (
+    check_base_options,
     check_chunk_size,
     check_distinct,
     check_example_input,
@@ -27,9 +29,11 @@ from probly_flax._checks import (
     check_num_members,
     check_reset,
     check_reset_value,
+    check_rows_of_batch,
     check_seed,
     member_index,
     member_indices,
+    takes_rngs_by_name,
 )
 from probly_flax.random import Rngs
 
@@ -77,13 +81,20 @@ class Ensemble(nnx.Module):
 
     def __call__(self, *args: Any, in_axes: int | None = None, **kwargs: Any) -> Any:
         check_in_axes("Ensemble", in_axes)
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        mapped = [isinstance(leaf, Array) and in_axes == 0 for leaf in leaves]
+        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=is_stateful)
+        arrays = [isinstance(leaf, (Array, np.ndarray)) and leaf.ndim > 0 for leaf in leaves]
+        if in_axes == 0:
+            shapes = [leaf.shape for leaf, is_array in zip(leaves, arrays, strict=True) if is_array]
+            check_rows_of_batch("Ensemble", [self.num_members] * len(shapes))
+            check_member_axis("Ensemble", shapes, self.num_members)
+        leaves = [leaf.split(self.num_members) if isinstance(leaf, Rngs) else leaf for leaf in leaves]
+        mapped = [
+            isinstance(leaf, Rngs) or (is_array and in_axes == 0) for leaf, is_array in zip(leaves, arrays, strict=True)
+        ]
         batches = [leaf for leaf, is_mapped in zip(leaves, mapped, strict=True) if is_mapped]
-        check_member_axis("Ensemble", [batch.shape for batch in batches], self.num_members)
         graph, state = nnx.split(self.stacked)
 
-        def call(state: nnx.State, batches: list[Array]) -> tuple[Any, nnx.State]:
+        def call(state: nnx.State, batches: list[Any]) -> tuple[Any, nnx.State]:
             own = iter(batches)
             own_leaves = [next(own) if is_mapped else leaf for leaf, is_mapped in zip(leaves, mapped, strict=True)]
             args, kwargs = jax.tree.unflatten(structure, own_leaves)
@@ -91,7 +102,7 @@ class Ensemble(nnx.Module):
             member = nnx.merge(graph, state)
             y = member(*args, **kwargs)
             after = nnx.to_flat_state(nnx.state(member))
-            return y, nnx.from_flat_state([(path, v) for path, v in after if v.get_raw_value() is not before[path]])
+            return y, nnx.from_flat_state([(path, v) for path, v in after if v.get_raw_value() is not before.get(path)])
 
         if self.chunk_size is None:
             y, updates = jax.vmap(call)(state, batches)
@@ -150,10 +161,15 @@ def ensemble(
     """
     what = "ensemble"
     num_members, chunk_size = check_num_members(what, num_members), check_chunk_size(what, chunk_size)
+    given = {"reset": reset is not None, "reset_params": not reset_params}
+    if not isinstance(base, linen.Module):
+        check_base_options(what, "no Linen module", {"example_input": example_input is not None})
     if isinstance(base, (list, tuple)):
+        check_base_options(what, "a list of networks", given)
         check_member_count(what, len(base), num_members)
         return Ensemble(base, chunk_size=chunk_size)
     if isinstance(base, linen.Module):
+        check_base_options(what, "a Linen module", given)
         check_example_input(what, example_input)
         key = rngs.params() if isinstance(rngs, Rngs) else random.key(check_seed(what, rngs))
         keys = random.split(key, num_members)
@@ -164,12 +180,13 @@ def ensemble(
     if isinstance(base, nnx.Module):
         make = partial(_copy, base, reset_params, reset)
     elif callable(base):
+        check_base_options(what, "a constructor", given)
         make = partial(_construct, base)
     else:
         check_module(what, "base", base, nnx.Module)
 
     model = _from_stacked(nnx.split_rngs(splits=num_members)(nnx.vmap(make))(rngs), num_members, chunk_size)
-    if not isinstance(base, nnx.Module):
+    if reset is not None or not isinstance(base, nnx.Module):
         check_independent(what, num_members, _members_differ(model))
     return model
 
@@ -216,18 +233,17 @@ def _structure(module: nnx.Module) -> list[str]:
     for path, layer in nnx.iter_modules(module):
         name = ".".join(map(str, path)) or "network"
         for attribute, value in vars(layer).items():
-            if isinstance(value, nnx.Variable):
+            if isinstance(value, (nnx.Variable, Array, np.ndarray)):
                 lines.append(f"{name}.{attribute} {value.dtype} {tuple(value.shape)}")
             elif not isinstance(value, nnx.Pytree) and not attribute.startswith("_pytree__"):
-                lines.append(f"{name}.{attribute}={value!r}")
+                lines.append(f"{name}.{attribute}=" + re.sub(r" at 0x[0-9a-f]+", "", repr(value)))
         lines.append(f"{name}: {type(layer).__name__}")
     return lines
 
 
 def _construct(constructor: Callable[..., nnx.Module], rngs: Rngs) -> nnx.Module:
     """Passes rngs by name where the constructor has that name, as keyword-only ones need."""
-    by_name = "rngs" in inspect.signature(constructor).parameters
-    member = constructor(rngs=rngs) if by_name else constructor(rngs)
+    member = constructor(rngs=rngs) if takes_rngs_by_name(constructor) else constructor(rngs)
     check_module("ensemble", "what the constructor returns", member, nnx.Module)
     return member
 
@@ -255,26 +271,28 @@ def _rekey(member: nnx.Module, rngs: Rngs) -> None:
 def _reset_by_rule(member: nnx.Module, reset: Callable[[nnx.Param, Rngs], Array], rngs: Rngs) -> None:
     for path, parameter in _named_parameters(member):
         value = reset(parameter, rngs)
-        check_reset_value("ensemble", ".".join(map(str, path)), parameter.shape, value.shape)
+        check_reset_value("ensemble", ".".join(map(str, path)), parameter.shape, value)
         parameter.set_value(value.astype(parameter.dtype))
 
 
 def _reset_by_layer(member: nnx.Module, rngs: Rngs) -> None:
     """Every layer with parameters by its own rule, inner layers first."""
-    rules = [(layer, _rule(layer)) for _, layer in nnx.iter_modules(member)]
-    covered = {id(p) for layer, rule in rules if rule for p in _parameters(layer)}
-    check_reset("ensemble", [".".join(map(str, path)) for path, p in _named_parameters(member) if id(p) not in covered])
-    for layer, rule in rules:
-        if rule:
+    before = {path: parameter.get_raw_value() for path, parameter in _named_parameters(member)}
+    for _, layer in list(nnx.iter_modules(member)):
+        rule = _rule(layer)
+        if rule is not None:
             rule(layer, rngs)
+    left = [path for path, parameter in _named_parameters(member) if parameter.get_raw_value() is before[path]]
+    check_reset("ensemble", [".".join(map(str, path)) for path in left])
+
+
+def is_stateful(value: Any) -> bool:
+    """What is handed to a network whole: it keeps state, which a copy would not advance."""
+    return isinstance(value, (nnx.Pytree, nnx.Variable))
 
 
 def _named_parameters(module: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.Param]]:
     return list(nnx.to_flat_state(nnx.state(module, nnx.Param)))
-
-
-def _parameters(layer: nnx.Module) -> list[nnx.Param]:
-    return [value for value in vars(layer).values() if isinstance(value, nnx.Param)]
 
 
 def _rule(layer: nnx.Module) -> Callable[..., None] | None:

@@ -8,7 +8,14 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from probly_flax._checks import check_fast_weights, check_member_rows, check_num_members, check_split, check_tile
+from probly_flax._checks import (
+    check_fast_weights,
+    check_member_rows,
+    check_num_members,
+    check_split,
+    check_tile,
+    check_weight,
+)
 
 __all__ = ["batch_ensemble_linear", "split_members", "tile_members"]
 
@@ -44,6 +51,7 @@ def batch_ensemble_linear(
                [ 6., 60.],
                [ 6., 60.]], dtype=float32)
     """
+    check_weight("batch_ensemble_linear", "kernel", kernel.shape)
     in_features, out_features = kernel.shape
     check_fast_weights(
         "batch_ensemble_linear", in_features, out_features, r.shape, s.shape, None if bias is None else bias.shape

@@ -15,6 +15,9 @@ from probly_flax._checks import (
     check_init,
     check_member_rows,
     check_num_members,
+    check_weight,
+    member_index,
+    member_indices,
     seed_is_not_num_members,
 )
 from probly_flax.functional import batch_ensemble_linear
@@ -68,7 +71,8 @@ class BatchEnsembleLinear(nnx.Linear):
         s_std: float = 0.5,
     ) -> None:
         what = "BatchEnsembleLinear"
-        check_base_layer(what, base_layer, nnx.Linear)
+        check_base_layer(what, base_layer, nnx.Linear, "__call__")
+        check_weight(what, "kernel", base_layer.kernel.shape)
         check_init(what, init, r_mean, r_std, s_mean, s_std)
         self.num_members = check_num_members(what, num_members)
         rngs = random.as_rngs(what, rngs)
@@ -118,6 +122,7 @@ class BatchEnsembleLinear(nnx.Linear):
             >>> bool(jnp.allclose(layer.member(1)(x), layer(jnp.tile(x, (4, 1)))[5:10]))
             True
         """
+        i = member_index("BatchEnsembleLinear", i, self.num_members)
         linear = nnx.eval_shape(lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
         for name in _OPTIONS:
             setattr(linear, name, getattr(self, name))
@@ -128,6 +133,7 @@ class BatchEnsembleLinear(nnx.Linear):
 
     def keep_members(self, indices: Sequence[int]) -> None:
         """Drops every other member, in place."""
+        indices = member_indices("BatchEnsembleLinear", indices, self.num_members)
         self.num_members = len(indices)
         for name in ("r", "s", "bias"):
             rows = getattr(self, name)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from probly_flax._checks import check_arrays, check_tied
+from probly_flax._checks import check_arrays, check_loaded_dtype, check_tied
 from probly_flax._files import read_arrays, write_arrays
 from probly_flax.ensemble import Ensemble
 from probly_flax.layers import BatchEnsembleLinear
@@ -52,14 +52,7 @@ def load_arrays(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> None:
         >>> bool((source.kernel[...] == target.kernel[...]).all())
         True
     """
-    variables = dict(_variables("load_arrays", model))
-    expected = {name: (_transposed_shape(name, v.shape), v.dtype.name) for name, v in variables.items()}
-    check_arrays("load_arrays", expected, {name: (a.shape, a.dtype.name) for name, a in arrays.items()})
-    check_tied("load_arrays", {name: id(v) for name, v in variables.items()}, arrays)
-    for name, variable in variables.items():
-        old, value = variable.get_value(), jnp.array(_transpose(name, np.asarray(arrays[name])))
-        placed = getattr(old, "committed", False)  # else a jitted step would compile again for arrays tied to a device
-        variable.set_value(jax.device_put(value, old.sharding) if placed else value)
+    _load("load_arrays", model, arrays)
 
 
 def save_weights(model: nnx.Module, path: str | os.PathLike[str]) -> None:
@@ -76,7 +69,22 @@ def load_weights(model: nnx.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: if the file is damaged, or does not fit the model; it says how.
     """
-    load_arrays(model, read_arrays("load_weights", path))
+    _load(f"load_weights({os.fspath(path)!r})", model, read_arrays("load_weights", path))
+
+
+def _load(what: str, model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    variables = dict(_variables(what, model))
+    expected = {name: (_transposed_shape(name, v.shape), v.dtype.name) for name, v in variables.items()}
+    check_arrays(what, expected, {name: (a.shape, a.dtype.name) for name, a in arrays.items()})
+    check_tied(what, {name: id(v) for name, v in variables.items()}, arrays)
+    values = {name: jnp.array(_transpose(name, np.asarray(arrays[name]))) for name in variables}
+    for name, (_, dtype) in expected.items():
+        check_loaded_dtype(what, name, dtype, values[name].dtype.name)
+    for name, variable in variables.items():
+        old, value = variable.get_value(), values[name]
+        # Only then: a jitted step would compile again for arrays that are tied to a device.
+        placed = isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer) and old.committed
+        variable.set_value(jax.device_put(value, old.sharding) if placed else value)
 
 
 def _variables(what: str, model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:

@@ -44,9 +44,8 @@ class Excluder:
     """Decides which layers `exclude` names, by themselves or by a module that holds them."""
 
     def __init__(self, exclude: Exclude | Iterable[Exclude]) -> None:
-        self.entries: Sequence[Exclude] = (
-            (exclude,) if isinstance(exclude, (str, type)) or callable(exclude) else tuple(exclude)
-        )
+        single = isinstance(exclude, (str, type)) or callable(exclude) or not isinstance(exclude, Iterable)
+        self.entries: Sequence[Any] = (exclude,) if single else tuple(exclude)  # type: ignore[arg-type]
         for entry in self.entries:
             if not isinstance(entry, (str, type)) and not callable(entry):
                 raise TypeError(
@@ -62,7 +61,7 @@ class Excluder:
         self.matched = [old or new for old, new in zip(self.matched, hits, strict=True)]
         if any(hits):
             self.excluded.append(path)
-        return any(hits) or any(path.startswith(f"{parent}.") for parent in self.excluded)
+        return any(hits) or any(path.startswith(f"{parent}.") or not parent for parent in self.excluded)
 
     @staticmethod
     def _matches(entry: Exclude, path: str, layer: Any) -> bool:
@@ -73,10 +72,11 @@ class Excluder:
     def check_all_matched(self, rows: Sequence[ReportRow]) -> None:
         unused = [entry for entry, hit in zip(self.entries, self.matched, strict=True) if not hit]
         if unused:
-            layers = ", ".join(row.path or "(root)" for row in rows)
+            layers = ", ".join(row.path or "(root)" for row in rows) or "(no layer with parameters)"
+            example = f"Pass exclude={rows[0].path!r}, or leave it out." if rows else "Leave it out: exclude=()."
             raise ValueError(
                 f"batchensemble expects every entry of exclude to match a layer; got {unused!r}, which match none of: "
-                f"{layers}. Pass exclude={rows[0].path!r}, or leave it out."
+                f"{layers}. {example}"
             )
 
 
@@ -92,4 +92,5 @@ def make_report(what: str, rows: Sequence[ReportRow], convertible: Sequence[str]
 
 def natural_order(path: str) -> list[tuple[int, int, str]]:
     """Sorts paths by name, numbers by value: layers draw from rngs in this order, in both packages."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split(".")]
+    parts = path.split(".") if path else []
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from probly_torch import random
 from probly_torch._checks import (
+    check_batch_first,
     check_in_axes,
     check_init,
     check_member_axis,
     check_module,
     check_not_converted,
     check_num_members,
+    check_output_leaf,
+    check_output_rows,
+    check_rows_of_batch,
     common_num_members,
     member_index,
     member_indices,
 )
 from probly_torch._report import Exclude, Excluder, Report, ReportRow, make_report, natural_order
+from probly_torch.ensemble import avoid_fast_paths
 from probly_torch.functional import split_members, tile_members
 from probly_torch.layers import BatchEnsembleLinear
 from probly_torch.random import Rngs
@@ -35,7 +40,8 @@ class BatchEnsemble(nn.Module):
     Shape:
         model(x): x (B, ...), the same batch for every member. Returns (E, B, ...).
         model(x, in_axes=0): x (E, B, ...), a batch for each member. Returns (E, B, ...).
-        Inputs and outputs may be several, tuples or dicts; what is not a tensor with an axis is passed on.
+        Inputs and outputs may be several, in tuples, lists and dicts. Every tensor with an axis has the batch on its
+        first one, inside the network too; what is not a tensor with an axis is passed on.
     Args:
         network: a module that holds BatchEnsemble layers and maps (E*B, ...) rows to (E*B, ...) rows.
         report: what the conversion did, if one made the network.
@@ -52,22 +58,36 @@ class BatchEnsemble(nn.Module):
         super().__init__()
         check_module("BatchEnsemble", "network", network, nn.Module)
         self.num_members = common_num_members(layer.num_members for layer in _layers(network))
+        paths = [path for path, m in network.named_modules() if getattr(m, "batch_first", True) is False]
+        check_batch_first("BatchEnsemble", paths, "batch_first=True")
         self.network = network
         self.report = report
 
     def forward(self, *args: Any, in_axes: int | None = None, **kwargs: Any) -> Any:
         check_in_axes("BatchEnsemble", in_axes)
+        inputs: list[int] = []
 
         def rows(x: Tensor) -> Tensor:
             if not x.ndim:
                 return x
             if in_axes is None:
-                return tile_members(x, self.num_members)
-            check_member_axis("BatchEnsemble", [x.shape], self.num_members)
-            return x.flatten(0, 1)
+                x = tile_members(x, self.num_members)
+            else:
+                check_member_axis("BatchEnsemble", [x.shape], self.num_members, rank=2)
+                x = x.flatten(0, 1)
+            inputs.append(x.shape[0])
+            return x
+
+        def members(y: Any) -> Any:
+            if not isinstance(y, Tensor):
+                check_output_leaf("BatchEnsemble", y)
+                return y
+            check_output_rows("BatchEnsemble", y.shape, inputs[0])
+            return split_members(y, self.num_members)
 
         args, kwargs = tree_map_only(Tensor, rows, (args, kwargs))
-        return tree_map_only(Tensor, lambda y: split_members(y, self.num_members), self.network(*args, **kwargs))
+        check_rows_of_batch("BatchEnsemble", inputs)
+        return tree_map(members, self.network(*args, **kwargs))
 
     def __len__(self) -> int:
         return self.num_members
@@ -84,7 +104,9 @@ class BatchEnsemble(nn.Module):
                 layer.keep_members(indices)
             return BatchEnsemble(network, self.report)
         i = member_index("BatchEnsemble", item, self.num_members)
-        return _replace(network, {layer: layer.member(i) for layer in _layers(network)})
+        for layer in _layers(network):
+            _become(layer, layer.member(i))
+        return network
 
 
 def batchensemble(
@@ -140,7 +162,6 @@ def batchensemble(
     paths: dict[nn.Module, str] = {}
     for path, layer in network.named_modules(remove_duplicate=False):
         paths[layer] = min(paths.get(layer, path), path, key=natural_order)
-    new: dict[nn.Module, nn.Module] = {}
     biases: dict[Tensor | None, Any] = {}
     rows = []
     for layer, path in sorted(paths.items(), key=lambda item: natural_order(item[1])):
@@ -148,7 +169,7 @@ def batchensemble(
         before = after = sum(p.numel() for p in layer.parameters(recurse=False))
         if not before:
             continue
-        action = "excluded" if excluded else "shared"
+        kind, action = type(layer).__name__, "excluded" if excluded else "shared"
         if not excluded and _is_convertible(layer):
             action = "converted"
             converted = BatchEnsembleLinear(
@@ -158,13 +179,13 @@ def batchensemble(
             # The same Parameter, so that what was tied to it still is.
             converted.weight = layer.weight  # type: ignore[assignment]
             converted.bias = biases.setdefault(layer.bias, converted.bias)
-            _move_hooks(layer, converted)
-            new[layer] = converted.train(layer.training)
+            _become(layer, converted)
             after = sum(p.numel() for p in converted.parameters())
-        rows.append(ReportRow(path, type(layer).__name__, action, before, after))
+        rows.append(ReportRow(path, kind, action, before, after))
     excluder.check_all_matched(rows)
     report = make_report(what, rows, ["Linear"])
-    return BatchEnsemble(_replace(network, new), report)
+    avoid_fast_paths(network)
+    return BatchEnsemble(network, report)
 
 
 def _layers(network: nn.Module) -> list[BatchEnsembleLinear]:
@@ -173,20 +194,13 @@ def _layers(network: nn.Module) -> list[BatchEnsembleLinear]:
 
 def _is_convertible(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """A Linear layer itself, whose weight is a parameter (weight_norm, for one, makes it something else)."""
-    return type(layer) is nn.Linear and set(layer._parameters) == {"weight", "bias"}
+    plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not layer._buffers
+    return plain and set(layer._parameters) == {"weight", "bias"}
 
 
-def _replace(network: nn.Module, new: Mapping[Any, nn.Module]) -> nn.Module:
-    """Puts new layers in the place of old ones, at every path where the old one stands."""
-    for module in list(network.modules()):
-        for name, child in module._modules.items():
-            module._modules[name] = new.get(child, child)
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # its fast path would read the weights past the new layers
-    return new.get(network, network)
-
-
-def _move_hooks(old: nn.Module, new: nn.Module) -> None:
-    for name, hooks in vars(old).items():
-        if "_hooks" in name:
-            setattr(new, name, hooks)
+def _become(layer: nn.Module, new: nn.Module) -> None:
+    """Turns a layer of our own copy into another one in place: whatever refers to it, in a list or twice, follows."""
+    kept = {name: value for name, value in vars(layer).items() if "_hooks" in name or name == "training"}
+    layer.__class__ = type(new)
+    vars(layer).clear()
+    vars(layer).update(vars(new) | kept)

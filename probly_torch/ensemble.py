@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from probly_torch import random
 from probly_torch._checks import (
+    check_base_options,
     check_chunk_size,
     check_distinct,
     check_in_axes,
@@ -25,10 +27,13 @@ from probly_torch._checks import (
     check_members,
     check_module,
     check_num_members,
+    check_output_leaf,
     check_reset,
     check_reset_value,
+    check_rows_of_batch,
     member_index,
     member_indices,
+    takes_rngs_by_name,
 )
 from probly_torch._report import natural_order
 from probly_torch.random import Rngs
@@ -37,7 +42,6 @@ __all__ = ["Ensemble", "ensemble", "register_reset"]
 
 Rule = TypeVar("Rule", bound=Callable[..., None])
 _RESET: dict[type[nn.Module], Callable[..., None]] = {}
-_WITHOUT_VMAP = (nn.RNNBase, nn.RNNCellBase)  # torch has no batching rules for their kernels
 
 
 class Ensemble(nn.Module):
@@ -79,6 +83,7 @@ class Ensemble(nn.Module):
         stacked = {name: nn.Parameter(p, requires_grad=p.requires_grad) for name, p in params.items()} | buffers
         memo = {id(tensor): stacked[name] for name, tensor in _named_tensors(members[0])}
         self._adopt(copy.deepcopy(members[0], memo))
+        avoid_fast_paths(self._network)
 
     def _adopt(self, network: nn.Module) -> None:
         """Takes over a network's registries, so that names stay natural, and keeps it to call."""
@@ -89,20 +94,43 @@ class Ensemble(nn.Module):
 
     def forward(self, *args: Any, in_axes: int | None = None, **kwargs: Any) -> Any:
         check_in_axes("Ensemble", in_axes)
+        axes = tree_map(lambda x: in_axes if isinstance(x, Tensor) and x.ndim else None, (args, kwargs))
         if in_axes == 0:
-            shapes = [x.shape for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            shapes = [x.shape for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
+            check_rows_of_batch("Ensemble", [self.num_members] * len(shapes))
             check_member_axis("Ensemble", shapes, self.num_members)
-        axes = tree_map(lambda x: in_axes if isinstance(x, Tensor) else None, (args, kwargs))
-        run = _loop if any(isinstance(m, _WITHOUT_VMAP) for m in self._network.modules()) else vmap
-        batched = run(self._call, in_dims=(0, *axes), randomness="different", chunk_size=self.chunk_size)
-        return batched(dict(_named_tensors(self)), args, kwargs)
+        outputs: dict[str, Any] = {}
 
-    def _call(self, state: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-        return functional_call(self._network, state, args, kwargs)
+        def call(state: dict[str, Tensor], args: Any, kwargs: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+            before = dict(state)
+            leaves, outputs["structure"] = tree_flatten(functional_call(self._network, state, args, kwargs))
+            for leaf in leaves:
+                if not isinstance(leaf, Tensor):
+                    check_output_leaf("Ensemble", leaf)
+            outputs["constants"] = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+            assigned = {name: tensor for name, tensor in state.items() if tensor is not before[name]}
+            return [leaf for leaf in leaves if isinstance(leaf, Tensor)], assigned
+
+        run = _loop if _needs_loop(self._network) else vmap
+        batched = run(call, in_dims=(0, *axes), randomness="different", chunk_size=self.chunk_size)
+        tensors, assigned = batched(dict(_named_tensors(self)), args, kwargs)
+        for name, value in assigned.items():  # buffers that the network assigns anew, where others are changed in place
+            self.get_buffer(name).copy_(value.detach())
+        rows = iter(tensors)
+        leaves = [next(rows) if constant is None else constant[0] for constant in outputs["constants"]]
+        return tree_unflatten(leaves, outputs["structure"])
 
     def train(self, mode: bool = True) -> Ensemble:
-        super().train(mode)
-        self._network.training = mode
+        self._network.train(mode)  # the network's own, which may keep a part of it in one mode
+        self.training = self._network.training
+        return self
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Ensemble:
+        """Applies fn to each member, whose weights have the shapes that fn expects."""
+        changed = Ensemble([member.apply(fn) for member in self])
+        with torch.no_grad():
+            for (_, own), (_, new) in zip(_named_tensors(self), _named_tensors(changed), strict=True):
+                own.copy_(new)
         return self
 
     def __len__(self) -> int:
@@ -156,13 +184,16 @@ def ensemble(
     what = "ensemble"
     num_members, chunk_size = check_num_members(what, num_members), check_chunk_size(what, chunk_size)
     rngs = random.as_rngs(what, rngs)
+    given = {"reset": reset is not None, "reset_params": not reset_params}
     if isinstance(base, (list, tuple)):
+        check_base_options(what, "a list of networks", given)
         check_member_count(what, len(base), num_members)
         return Ensemble(base, chunk_size=chunk_size)
     make: Callable[[Rngs], nn.Module]
     if isinstance(base, nn.Module):
         make = partial(_copy, base, reset_params, reset)
     elif callable(base):
+        check_base_options(what, "a constructor", given)
         make = partial(_construct, base)
     else:
         check_module(what, "base", base, nn.Module)
@@ -174,7 +205,7 @@ def ensemble(
         with _seeded(seeds[i]):
             members.append(make(own))
     model = Ensemble(members, chunk_size=chunk_size)
-    if not isinstance(base, nn.Module):
+    if reset is not None or not isinstance(base, nn.Module):
         check_independent(what, num_members, _members_differ(model))
     return model
 
@@ -217,6 +248,26 @@ def _loop(call: Callable[..., Any], in_dims: Any, randomness: str, chunk_size: i
     return run
 
 
+def _needs_loop(network: nn.Module) -> bool:
+    """What torch.vmap cannot run, or runs otherwise than a member alone."""
+    if any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in network.modules()):
+        return True  # there are no batching rules for their kernels
+    if any(isinstance(m, _BatchNorm) and m.momentum is None and m.training for m in network.modules()):
+        return True  # a cumulative average reads its count as a number
+    devices = {tensor.device.type for _, tensor in _named_tensors(network)}
+    available = (device for device in devices if torch.amp.is_autocast_available(device))
+    return any(torch.is_autocast_enabled(device) for device in available)  # batched products would skip the cast
+
+
+def avoid_fast_paths(network: nn.Module) -> None:
+    """Turns off the fused inference of torch's Transformer, which reads weights past the layers that hold them."""
+    for module in network.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
@@ -230,14 +281,25 @@ def _row(tensor: Tensor, i: int) -> Tensor:
 def _structure(module: nn.Module) -> list[str]:
     """What two members must share: layers, options, and the shapes and dtypes of their tensors."""
     tensors = (f"{name} {t.dtype} {tuple(t.shape)}" for name, t in _named_tensors(module))
-    modes = (f"{name or 'network'}.training={m.training}" for name, m in module.named_modules())
-    return [*(line.strip() for line in repr(module).splitlines()), *tensors, *modes]
+    options = (
+        f"{name or 'network'}.{attribute}={_describe(value)}"
+        for name, m in module.named_modules()
+        for attribute, value in vars(m).items()
+        if not attribute.startswith("_")
+    )
+    return [*(line.strip() for line in repr(module).splitlines()), *tensors, *options]
+
+
+def _describe(value: Any) -> str:
+    """A value as text that is equal for equal values: no addresses, and all of a tensor."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {value.tolist()}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _construct(constructor: Callable[..., nn.Module], rngs: Rngs) -> nn.Module:
     """Passes rngs by name where the constructor has that name, as keyword-only ones need."""
-    by_name = "rngs" in inspect.signature(constructor).parameters
-    member = constructor(rngs=rngs) if by_name else constructor(rngs)
+    member = constructor(rngs=rngs) if takes_rngs_by_name(constructor) else constructor(rngs)
     check_module("ensemble", "what the constructor returns", member, nn.Module)
     return member
 
@@ -266,18 +328,21 @@ def _reset_by_rule(member: nn.Module, reset: Callable[[Tensor, Rngs], Tensor], r
     with torch.no_grad():
         for name, parameter in sorted(member.named_parameters(), key=lambda item: natural_order(item[0])):
             value = reset(parameter, rngs)
-            check_reset_value("ensemble", name, parameter.shape, value.shape)
+            check_reset_value("ensemble", name, parameter.shape, value)
             parameter.copy_(value)
 
 
 def _reset_by_layer(member: nn.Module, rngs: Rngs) -> None:
     """Every layer with parameters by its own rule, inner layers first."""
-    rules = [(layer, _rule(layer)) for layer in member.modules() if layer._parameters]
-    covered = {id(p) for layer, rule in rules if rule for p in layer.parameters(recurse=False)}
-    check_reset("ensemble", [name for name, p in member.named_parameters() if id(p) not in covered])
-    for layer, rule in reversed(rules):
-        if rule:
+    with torch.no_grad():
+        for parameter in member.parameters():
+            parameter.fill_(torch.nan)
+    for layer in reversed(list(member.modules())):
+        rule = _rule(layer)
+        if rule is not None:
             rule(layer, rngs)
+    left = [name for name, p in member.named_parameters() if not p.is_meta and p.isnan().any()]
+    check_reset("ensemble", left)
 
 
 def _rule(layer: nn.Module) -> Callable[..., None] | None:

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from probly_torch._checks import check_fast_weights, check_member_rows, check_num_members, check_split, check_tile
+from probly_torch._checks import (
+    check_fast_weights,
+    check_member_rows,
+    check_num_members,
+    check_split,
+    check_tile,
+    check_weight,
+)
 
 __all__ = ["batch_ensemble_linear", "split_members", "tile_members"]
 
@@ -33,6 +40,7 @@ def batch_ensemble_linear(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias:
                 [ 6., 60.],
                 [ 6., 60.]])
     """
+    check_weight("batch_ensemble_linear", "weight", weight.shape)
     out_features, in_features = weight.shape
     check_fast_weights(
         "batch_ensemble_linear", in_features, out_features, r.shape, s.shape, None if bias is None else bias.shape

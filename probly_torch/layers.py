@@ -13,6 +13,9 @@ from probly_torch._checks import (
     check_init,
     check_member_rows,
     check_num_members,
+    check_weight,
+    member_index,
+    member_indices,
     seed_is_not_num_members,
 )
 from probly_torch.functional import batch_ensemble_linear
@@ -67,7 +70,8 @@ class BatchEnsembleLinear(nn.Module):
     ) -> None:
         super().__init__()
         what = "BatchEnsembleLinear"
-        check_base_layer(what, base_layer, nn.Linear)
+        check_base_layer(what, base_layer, nn.Linear, "forward")
+        check_weight(what, "weight", base_layer.weight.shape)
         check_init(what, init, r_mean, r_std, s_mean, s_std)
         self.num_members = check_num_members(what, num_members)
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
@@ -95,6 +99,7 @@ class BatchEnsembleLinear(nn.Module):
             >>> torch.allclose(layer.member(1)(x), layer(x.repeat(4, 1))[5:10])
             True
         """
+        i = member_index("BatchEnsembleLinear", i, self.num_members)
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight.dtype
         )
@@ -106,6 +111,7 @@ class BatchEnsembleLinear(nn.Module):
 
     def keep_members(self, indices: Sequence[int]) -> None:
         """Drops every other member, in place."""
+        indices = member_indices("BatchEnsembleLinear", indices, self.num_members)
         self.num_members = len(indices)
         for name in ("r", "s", "bias"):
             rows = getattr(self, name)

@@ -50,7 +50,7 @@ def key(seed: int) -> Tensor:
         >>> key(7)
         tensor([0, 7])
     """
-    return torch.tensor([0, check_seed("key", seed)])
+    return torch.tensor([0, check_seed("key", seed)], device="cpu")
 
 
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
@@ -130,7 +130,8 @@ def normal(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype | None = N
         tensor([1.6226, 2.0253])
     """
     dtype = _float_dtype("normal", dtype)
-    lo = torch.nextafter(torch.tensor(-1.0, dtype=dtype), torch.tensor(0.0, dtype=dtype)).item()
+    below, zero = torch.tensor([-1.0, 0.0], dtype=dtype, device="cpu")
+    lo = torch.nextafter(below, zero).item()
     return _sqrt2(dtype) * _erf_inv(uniform(key, shape, dtype, lo, 1.0))
 
 
@@ -148,11 +149,11 @@ def truncated_normal(
         tensor(True)
     """
     dtype = _float_dtype("truncated_normal", dtype)
-    lo, hi = (torch.tensor(v, dtype=dtype) for v in (lower, upper))
+    lo, hi = torch.tensor([lower, upper], dtype=dtype, device="cpu")
     if not lo < hi:
         raise ValueError(f"truncated_normal expects lower < upper; got {lower}, {upper}. Pass lower=-2.0, upper=2.0.")
     a, b = (_erf(v / _sqrt2(dtype)).item() for v in (lo, hi))
-    infinity = torch.tensor(math.inf, dtype=dtype)
+    infinity = torch.tensor(math.inf, dtype=dtype, device="cpu")
     draws = _sqrt2(dtype) * _erf_inv(uniform(key, shape or (), dtype, a, b))
     return draws.clamp(torch.nextafter(lo, infinity).item(), torch.nextafter(hi, -infinity).item())
 
@@ -339,7 +340,8 @@ def draw_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def lecun_normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """`jax.nn.initializers.lecun_normal` for a kernel `(in, out)`: truncated normal, variance 1 / in."""
-    std = (torch.tensor(1 / shape[-2], dtype=dtype).sqrt() / torch.tensor(0.87962566103423978, dtype=dtype)).item()
+    variance, truncation = torch.tensor([1 / shape[-2], 0.87962566103423978], dtype=dtype, device="cpu")
+    std = (variance.sqrt() / truncation).item()
     return truncated_normal(key, -2.0, 2.0, shape, dtype) * std
 
 
@@ -399,7 +401,7 @@ def _unit(key: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _sqrt2(dtype: torch.dtype) -> float:
-    return torch.tensor(math.sqrt(2.0), dtype=dtype).item()
+    return torch.tensor(math.sqrt(2.0), dtype=dtype, device="cpu").item()
 
 
 # The rest reproduces XLA's arithmetic on a CPU, where products and sums contract to fused multiply-adds.
@@ -484,7 +486,7 @@ def _sqrt(x: Tensor) -> Tensor:
 def _erf(x: Tensor) -> Tensor:
     """XLA's erf of one number."""
     if x.dtype == torch.float64:
-        return torch.tensor(math.erf(x.item()), dtype=x.dtype)
+        return torch.tensor(math.erf(x.item()), dtype=x.dtype, device="cpu")
     c = x.float().clamp(-3.832506856900711, 3.832506856900711)
     return (c * _polynomial(_ERF_32[0], c * c) / _polynomial(_ERF_32[1], c * c)).to(x.dtype)
 

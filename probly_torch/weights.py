@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from probly_torch._checks import check_arrays, check_tied
+from probly_torch._checks import check_arrays, check_materialized, check_tied
 from probly_torch._files import read_arrays, write_arrays
 
 __all__ = ["load_arrays", "load_weights", "save_weights", "to_arrays"]
@@ -38,13 +38,7 @@ def load_arrays(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
         >>> torch.equal(source.weight, target.weight)
         True
     """
-    tensors = _tensors(model)
-    expected = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
-    check_arrays("load_arrays", expected, {name: (a.shape, a.dtype.name) for name, a in arrays.items()})
-    check_tied("load_arrays", {name: (t.data_ptr(), t.shape) for name, t in tensors.items()}, arrays)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(_to_tensor(arrays[name]))
+    _load("load_arrays", model, arrays)
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -61,7 +55,18 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: if the file is damaged, or does not fit the model; it says how.
     """
-    load_arrays(model, read_arrays("load_weights", path))
+    _load(f"load_weights({os.fspath(path)!r})", model, read_arrays("load_weights", path))
+
+
+def _load(what: str, model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    tensors = _tensors(model)
+    expected = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
+    check_materialized(what, [name for name, t in tensors.items() if t.is_meta])
+    check_arrays(what, expected, {name: (a.shape, a.dtype.name) for name, a in arrays.items()})
+    check_tied(what, {name: (t.data_ptr(), t.shape) for name, t in tensors.items()}, arrays)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(_to_tensor(arrays[name]))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -76,7 +81,7 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def _to_tensor(array: np.ndarray) -> Tensor:
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())
