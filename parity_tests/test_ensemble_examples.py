@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples import flax_ensemble, vmap_over_ensemble
+from examples import custom_lift, flax_ensemble, vmap_over_ensemble
 from parity_tests.standard import assert_close
 
 N, D, F, B = (getattr(vmap_over_ensemble, name) for name in "NDFB")
@@ -13,13 +13,7 @@ N, D, F, B = (getattr(vmap_over_ensemble, name) for name in "NDFB")
 
 @pytest.fixture(scope="module")
 def members():
-    """Compiled with fewer optimisations, which take most of the time; other tests must not find that code cached."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        return flax_ensemble.main([])
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-        jax.clear_caches()
+    return flax_ensemble.main([])
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +107,11 @@ def test_another_seed_gives_other_members():
     assert not draws[0] & draws[1]
     outputs = [vmap_over_ensemble.vmap_over_ensemble(seed, x, N, F) for seed in (0, 1)]
     assert (outputs[0] != outputs[1]).all()
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_lift_by_hand_and_by_ensemble_agree(seed):
+    with jax.numpy_rank_promotion("allow"):
+        means = custom_lift.main(["--seed", str(seed)])
+    for mean in means.values():
+        assert_close(mean, means["loop"], "float32")
