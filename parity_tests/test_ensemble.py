@@ -432,6 +432,26 @@ def test_flax_members_spread_over_devices_without_communication_until_they_are_a
     assert run.stdout.splitlines() == ["8 ('members',)", "[]", "['all-reduce']"]
 
 
+def test_a_layer_used_twice_is_one_layer():
+    layer = nn.Linear(4, 4)
+    model, x = pt.ensemble(nn.Sequential(layer, nn.ReLU(), layer), 3), torch.randn(5, 4)
+    for _ in range(2):
+        y = model(x)
+        for i, member in enumerate(model):
+            assert member[0] is member[2]
+            assert_close(y[i].detach(), member(x).detach(), "float32")
+    with pytest.raises(RuntimeError):
+        model(torch.randn(5, 3))
+    assert all(isinstance(p, nn.Parameter) for p in model[0].parameters())
+    assert_close(model(x).detach(), y.detach(), "float32")
+    shared = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    twin, x = pf.ensemble(nnx.Sequential(shared, nnx.relu, shared), 3), jnp.asarray(x.numpy())
+    y = twin(x)
+    for i, member in enumerate(twin):
+        assert member.layers[0] is member.layers[2]
+        assert_close(y[i], member(x), "float32")
+
+
 def test_numpy_batches_for_each_member():
     model = pf.ensemble(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), 3)
     x = np.ones((3, 5, 4), "float32")

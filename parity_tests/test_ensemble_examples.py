@@ -111,7 +111,7 @@ def test_another_seed_gives_other_members():
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_the_lift_by_hand_and_by_ensemble_agree(seed):
-    with jax.numpy_rank_promotion("allow"):
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         means = custom_lift.main(["--seed", str(seed)])
     for mean in means.values():
         assert_close(mean, means["loop"], "float32")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import stack_module_state, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -100,22 +100,30 @@ class Ensemble(nn.Module):
             check_rows_of_batch("Ensemble", [self.num_members] * len(shapes))
             check_member_axis("Ensemble", shapes, self.num_members)
         outputs: dict[str, Any] = {}
+        slots = _slots(self._network)
+        state = {id(tensor): tensor for _, _, tensor in slots}  # tied weights once
 
-        def call(state: dict[str, Tensor], args: Any, kwargs: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
-            before = dict(state)
-            leaves, outputs["structure"] = tree_flatten(functional_call(self._network, state, args, kwargs))
+        def call(state: dict[int, Tensor], args: Any, kwargs: Any) -> tuple[list[Tensor], dict[int, Tensor]]:
+            for registry, name, tensor in slots:
+                registry[name] = state[id(tensor)]
+            leaves, outputs["structure"] = tree_flatten(self._network(*args, **kwargs))
             for leaf in leaves:
                 if not isinstance(leaf, Tensor):
                     check_output_leaf("Ensemble", leaf)
             outputs["constants"] = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-            assigned = {name: tensor for name, tensor in state.items() if tensor is not before[name]}
+            after = {id(tensor): registry[name] for registry, name, tensor in slots}
+            assigned = {key: tensor for key, tensor in after.items() if tensor is not state[key]}
             return [leaf for leaf in leaves if isinstance(leaf, Tensor)], assigned
 
         run = _loop if _needs_loop(self._network) else vmap
         batched = run(call, in_dims=(0, *axes), randomness="different", chunk_size=self.chunk_size)
-        tensors, assigned = batched(dict(_named_tensors(self)), args, kwargs)
-        for name, value in assigned.items():  # buffers that the network assigns anew, where others are changed in place
-            self.get_buffer(name).copy_(value.detach())
+        try:
+            tensors, assigned = batched(state, args, kwargs)
+        finally:
+            for registry, name, tensor in slots:
+                registry[name] = tensor
+        for key, value in assigned.items():  # buffers that the network assigns anew, where others are changed in place
+            state[key].copy_(value.detach())
         rows = iter(tensors)
         leaves = [next(rows) if constant is None else constant[0] for constant in outputs["constants"]]
         return tree_unflatten(leaves, outputs["structure"])
@@ -237,15 +245,29 @@ def register_reset(layer_type: type[nn.Module]) -> Callable[[Rule], Rule]:
 def _loop(call: Callable[..., Any], in_dims: Any, randomness: str, chunk_size: int | None) -> Callable[..., Any]:
     """torch.vmap's result, one member at a time."""
 
-    def run(state: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    def run(state: dict[int, Tensor], args: Any, kwargs: Any) -> Any:
         outputs = []
         for i in range(len(next(iter(state.values())))):
-            row = {name: tensor[i] for name, tensor in state.items()}
+            row = {key: tensor[i] for key, tensor in state.items()}
             own = tree_map(lambda x, axis: x if axis is None else x[i], (args, kwargs), in_dims[1:])  # noqa: B023
             outputs.append(call(row, *own))
         return tree_map(lambda *ys: torch.stack(ys), *outputs)
 
     return run
+
+
+def _slots(network: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Where each tensor of the network stands: calls put a member's there, as torch.func.functional_call does.
+
+    That function leaves a module that is used twice with the wrong tensors, and costs more.
+    """
+    return [
+        (registry, name, tensor)
+        for module in network.modules()
+        for registry in (module._parameters, module._buffers)
+        for name, tensor in registry.items()
+        if tensor is not None
+    ]
 
 
 def _needs_loop(network: nn.Module) -> bool:
