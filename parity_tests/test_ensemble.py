@@ -638,6 +638,13 @@ def test_flax_classes_and_partials_are_constructors():
     assert pf.ensemble(partial(nnx.Linear, 4, 6), 3)(x).shape == (3, 5, 6)
 
 
+def test_ensembles_without_memory():
+    abstract = nnx.eval_shape(lambda: pf.ensemble(lambda rngs: nnx.Linear(4, 2, rngs=rngs), 3))
+    assert abstract.stacked.kernel.shape == (3, 4, 2)
+    assert pt.ensemble(lambda rngs: nn.Linear(4, 2, device="meta"), 3).weight.shape == (3, 2, 4)
+    assert pt.ensemble(nn.Linear(4, 2, device="meta"), 3)(torch.ones(5, 4, device="meta")).shape == (3, 5, 2)
+
+
 def test_a_rule_that_ignores_its_rngs_is_no_ensemble():
     for package, linear in ((pt, nn.Linear(2, 2)), (pf, nnx.Linear(2, 2, rngs=nnx.Rngs(0)))):
         with pytest.raises(ValueError, match="got 3 equal ones"):

@@ -140,9 +140,9 @@ def ensemble(
     """Makes a deep ensemble: members of one structure, each with weights of its own.
 
     Args:
-        base: a network, copied and re-initialised for each member; or a constructor, called with each member's
-            rngs; or a list of networks, stacked as they are; or a Linen module, initialised with each of the keys
-            that its seed splits into.
+        base: a network, copied for each member and re-initialised as its layers are by default; or a constructor,
+            called with each member's rngs, for an initialisation of its own; or a list of networks, stacked as
+            they are; or a Linen module, initialised with each of the keys that its seed splits into.
         num_members: the number of members E.
         rngs: a seed or an Rngs, split as `nnx.split_rngs` splits it: members are drawn from keys of their own.
         reset_params: False keeps the weights of the base network in every member.
@@ -300,7 +300,8 @@ def _rule(layer: nnx.Module) -> Callable[..., None] | None:
 
 
 def _members_differ(model: Ensemble) -> bool:
-    return any(bool((p[...] != p[:1]).any()) for _, p in _named_parameters(model))
+    values = [p[...] for _, p in _named_parameters(model)]
+    return any(isinstance(v, jax.core.Tracer) or bool((v != v[:1]).any()) for v in values)
 
 
 # nnx layers do not keep their initialisers: these are the ones that they have by default.

@@ -173,8 +173,9 @@ def ensemble(
     """Makes a deep ensemble: members of one structure, each with weights of its own.
 
     Args:
-        base: a network, copied and re-initialised for each member; or a constructor, called with each member's
-            rngs; or a list of networks, stacked as they are.
+        base: a network, copied for each member and re-initialised as its layers are by default; or a constructor,
+            called with each member's rngs, for an initialisation of its own; or a list of networks, stacked as
+            they are.
         num_members: the number of members E.
         rngs: a seed or an Rngs. Members are drawn from keys of their own; torch's global generator is left alone.
         reset_params: False keeps the weights of the base network in every member.
@@ -378,4 +379,4 @@ def _rule(layer: nn.Module) -> Callable[..., None] | None:
 
 
 def _members_differ(model: Ensemble) -> bool:
-    return any((p != p[:1]).any() for p in model.parameters())
+    return any(p.is_meta or bool((p != p[:1]).any()) for p in model.parameters())

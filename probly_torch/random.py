@@ -4,8 +4,9 @@ The same key gives the same bits in both frameworks, so that layers drawn from t
 A key is a tensor of two words, `[..., 2]`, equal to `jax.random.key_data(key)`: int64 because uint32 has
 neither arithmetic nor pickling in torch. Draws are made on the key's device.
 
-Twin of jax 0.10 with `jax_threefry_partitionable=True` (its default). The bits are those of Threefry-2x32
-with 20 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+JAX's default dtypes are 64 bits under `jax_enable_x64`, and torch's follow `torch.set_default_dtype`: name the dtype
+where the bits matter. Twin of jax 0.10 with `jax_threefry_partitionable=True` (its default). The bits are those of
+Threefry-2x32 with 20 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
 """
 
 from __future__ import annotations
