@@ -624,6 +624,12 @@ def test_flax_networks_that_sow_and_hold_their_own_functions():
     assert model(jnp.ones((5, 4), "float32")).shape == (2, 5, 2)
 
 
+def test_torch_classes_that_take_no_rngs_are_refused():
+    for constructor in (TorchNet, nn.Linear):
+        with pytest.raises(TypeError, match="expects a constructor that takes the member's rngs"):
+            pt.ensemble(constructor, 3)
+
+
 def test_flax_classes_and_partials_are_constructors():
     class Net(nnx.Module):
         def __init__(self, width=4, *, rngs):

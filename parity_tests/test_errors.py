@@ -183,6 +183,21 @@ CASES = {
         TypeError,
         "labels.argmax(-1).",
     ),
+    "a constructor without rngs": (
+        lambda f: f.package.ensemble(lambda: network(f), 3),
+        TypeError,
+        "ensemble(lambda rngs: Network(...), num_members).",
+    ),
+    "a constructor with other arguments": (
+        lambda f: f.package.ensemble(lambda width, depth: network(f), 3),
+        TypeError,
+        "ensemble(lambda rngs: Network(...), num_members).",
+    ),
+    "lists as weights": (
+        lambda f: f.package.load_arrays(network(f), {"0.weight": [1.0]}),
+        TypeError,
+        "Pass to_arrays(model).",
+    ),
     "arrays of another model": (
         lambda f: f.package.load_arrays(
             network(f), {"0.wieght": np.zeros((3, 4), "float32"), "0.bias": np.zeros(2, "float64")}

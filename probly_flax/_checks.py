@@ -355,6 +355,16 @@ def check_arrays(
         )
 
 
+def check_numpy(what: str, arrays: Any) -> None:
+    if not isinstance(arrays, Mapping):
+        raise TypeError(f"{what} expects arrays by name; got {type_name(arrays)}. Pass to_arrays(model).")
+    for name, array in arrays.items():
+        if not hasattr(getattr(array, "dtype", None), "name"):
+            raise TypeError(
+                f"{what} expects NumPy arrays by name; got {type_name(array)} for {name}. Pass to_arrays(model)."
+            )
+
+
 def check_tied(what: str, identities: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
     """Names of one tensor carry one value."""
     first: dict[Any, str] = {}
@@ -422,14 +432,27 @@ def check_example_input(what: str, example_input: Any) -> None:
         )
 
 
-def takes_rngs_by_name(constructor: Callable[..., Any]) -> bool:
-    """Whether a function, a class or a partial has a parameter called rngs, which may be keyword-only."""
+def takes_rngs_by_name(what: str, constructor: Callable[..., Any]) -> bool:
+    """Whether a function, a class or a partial has a parameter called rngs, or takes one argument of any name."""
     function: Any = constructor
+    given = 0
     while isinstance(function, functools.partial):
+        given += len(function.args)
         function = function.func
     if isinstance(function, type):  # an nnx class hides the signature of its __init__
-        function = next(vars(c)["__init__"] for c in function.__mro__ if "__init__" in vars(c))
-    return "rngs" in inspect.signature(function).parameters
+        function, given = next(vars(c)["__init__"] for c in function.__mro__ if "__init__" in vars(c)), given + 1
+    parameters = inspect.signature(function).parameters
+    if "rngs" in parameters:
+        return True
+    positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][given:]
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    required = [p.name for p in positional if p.default is p.empty]
+    if len(required) > 1 or not (positional or takes_any):
+        raise TypeError(
+            f"{what} expects a constructor that takes the member's rngs; got one that takes "
+            f"{', '.join(required) or 'nothing'}. Wrap it: {what}(lambda rngs: Network(...), num_members)."
+        )
+    return False
 
 
 def check_independent(what: str, num_members: int, differ: bool) -> None:

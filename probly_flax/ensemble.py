@@ -243,7 +243,7 @@ def _structure(module: nnx.Module) -> list[str]:
 
 def _construct(constructor: Callable[..., nnx.Module], rngs: Rngs) -> nnx.Module:
     """Passes rngs by name where the constructor has that name, as keyword-only ones need."""
-    member = constructor(rngs=rngs) if takes_rngs_by_name(constructor) else constructor(rngs)
+    member = constructor(rngs=rngs) if takes_rngs_by_name("ensemble", constructor) else constructor(rngs)
     check_module("ensemble", "what the constructor returns", member, nnx.Module)
     return member
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from probly_flax._checks import check_arrays, check_loaded_dtype, check_tied
+from probly_flax._checks import check_arrays, check_loaded_dtype, check_numpy, check_tied
 from probly_flax._files import read_arrays, write_arrays
 from probly_flax.ensemble import Ensemble
 from probly_flax.layers import BatchEnsembleLinear
@@ -75,6 +75,7 @@ def load_weights(model: nnx.Module, path: str | os.PathLike[str]) -> None:
 def _load(what: str, model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> None:
     variables = dict(_variables(what, model))
     expected = {name: (_transposed_shape(name, v.shape), v.dtype.name) for name, v in variables.items()}
+    check_numpy(what, arrays)
     check_arrays(what, expected, {name: (a.shape, a.dtype.name) for name, a in arrays.items()})
     check_tied(what, {name: id(v) for name, v in variables.items()}, arrays)
     values = {name: jnp.array(_transpose(name, np.asarray(arrays[name]))) for name in variables}

@@ -322,7 +322,7 @@ def _describe(value: Any) -> str:
 
 def _construct(constructor: Callable[..., nn.Module], rngs: Rngs) -> nn.Module:
     """Passes rngs by name where the constructor has that name, as keyword-only ones need."""
-    member = constructor(rngs=rngs) if takes_rngs_by_name(constructor) else constructor(rngs)
+    member = constructor(rngs=rngs) if takes_rngs_by_name("ensemble", constructor) else constructor(rngs)
     check_module("ensemble", "what the constructor returns", member, nn.Module)
     return member
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from probly_torch._checks import check_arrays, check_materialized, check_tied
+from probly_torch._checks import check_arrays, check_materialized, check_numpy, check_tied
 from probly_torch._files import read_arrays, write_arrays
 
 __all__ = ["load_arrays", "load_weights", "save_weights", "to_arrays"]
@@ -62,6 +62,7 @@ def _load(what: str, model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None
     tensors = _tensors(model)
     expected = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
     check_materialized(what, [name for name, t in tensors.items() if t.is_meta])
+    check_numpy(what, arrays)
     check_arrays(what, expected, {name: (a.shape, a.dtype.name) for name, a in arrays.items()})
     check_tied(what, {name: (t.data_ptr(), t.shape) for name, t in tensors.items()}, arrays)
     with torch.no_grad():
