@@ -104,6 +104,20 @@ CASES = {
         ValueError,
         "tile_members(r, 3).",
     ),
+    "a scalar as rows": (
+        lambda f: f.package.functional.batch_ensemble_linear(f.array(), f.array(3, 3), f.array(2, 3), f.array(2, 3)),
+        ValueError,
+        "call tile_members(x[None], 2).",
+    ),
+    "a stack of weights": (
+        lambda f: (
+            f.package.functional.batch_ensemble_linear(
+                f.array(4, 3), f.array(2, 3, 3), f.array(2, 3), f.array(2, 3)
+            ).shape
+        ),
+        ValueError,
+        "call ensemble(network, num_members).",
+    ),
     "tile a scalar": (lambda f: f.package.tile_members(f.array(), 2), ValueError, "Add the axis: x[None]."),
     "tile to none": (lambda f: f.package.tile_members(f.array(3), 0), ValueError, "Pass num_members=4."),
     "split unevenly": (lambda f: f.package.split_members(f.array(7, 2), 3), ValueError, "given tile_members(x, 3)."),

@@ -174,10 +174,10 @@ def check_fast_weights(
             )
 
 
-def check_weight(what: str, name: str, shape: Sequence[int]) -> None:
+def check_weight(what: str, shape: Sequence[int]) -> None:
     if len(shape) != 2:
         raise ValueError(
-            f"{what} expects a {name} of 2 axes; got {tuple(shape)}. For members with weights of their own, call "
+            f"{what} expects a weight matrix, of 2 axes; got {tuple(shape)}. For members with weights of their own, call "
             f"ensemble(network, num_members)."
         )
 

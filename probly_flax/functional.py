@@ -51,14 +51,14 @@ def batch_ensemble_linear(
                [ 6., 60.],
                [ 6., 60.]], dtype=float32)
     """
-    check_weight("batch_ensemble_linear", "kernel", kernel.shape)
+    check_weight("batch_ensemble_linear", kernel.shape)
     in_features, out_features = kernel.shape
     check_fast_weights(
         "batch_ensemble_linear", in_features, out_features, r.shape, s.shape, None if bias is None else bias.shape
     )
-    num_members, rows = r.shape[0], x.shape[0]
+    num_members = r.shape[0]
     check_member_rows("batch_ensemble_linear", x.shape, num_members, in_features)
-    members = x.reshape(num_members, rows // num_members, *x.shape[1:])
+    members = x.reshape(num_members, x.shape[0] // num_members, *x.shape[1:])
     scaled = (members * _rows(r, members)).reshape(x.shape)
     y = dot_general(scaled, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=precision, **dot_general_kwargs)
     y = y.reshape(*members.shape[:-1], out_features) * _rows(s, members).astype(y.dtype)

@@ -72,7 +72,7 @@ class BatchEnsembleLinear(nnx.Linear):
     ) -> None:
         what = "BatchEnsembleLinear"
         check_base_layer(what, base_layer, nnx.Linear, "__call__")
-        check_weight(what, "kernel", base_layer.kernel.shape)
+        check_weight(what, base_layer.kernel.shape)
         check_init(what, init, r_mean, r_std, s_mean, s_std)
         self.num_members = check_num_members(what, num_members)
         rngs = random.as_rngs(what, rngs)

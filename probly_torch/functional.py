@@ -40,12 +40,12 @@ def batch_ensemble_linear(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias:
                 [ 6., 60.],
                 [ 6., 60.]])
     """
-    check_weight("batch_ensemble_linear", "weight", weight.shape)
+    check_weight("batch_ensemble_linear", weight.shape)
     out_features, in_features = weight.shape
     check_fast_weights(
         "batch_ensemble_linear", in_features, out_features, r.shape, s.shape, None if bias is None else bias.shape
     )
-    num_members, rows = r.shape[0], x.shape[0]
+    num_members = r.shape[0]
     check_member_rows("batch_ensemble_linear", x.shape, num_members, in_features)
     x, weight, r, s = _autocast(x), _autocast(weight), _autocast(r), _autocast(s)
     if x.dtype != weight.dtype:
@@ -53,7 +53,7 @@ def batch_ensemble_linear(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias:
             f"batch_ensemble_linear expects inputs of the weight's dtype, {weight.dtype}; got {x.dtype}. "
             f"Convert them: x.to({weight.dtype})."
         )
-    members = x.reshape(num_members, rows // num_members, *x.shape[1:])
+    members = x.reshape(num_members, x.shape[0] // num_members, *x.shape[1:])
     y = linear(members * _rows(r, members), weight) * _rows(s, members)
     return (y if bias is None else y + _rows(_autocast(bias), members)).reshape(*x.shape[:-1], out_features)
 

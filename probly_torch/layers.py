@@ -71,7 +71,7 @@ class BatchEnsembleLinear(nn.Module):
         super().__init__()
         what = "BatchEnsembleLinear"
         check_base_layer(what, base_layer, nn.Linear, "forward")
-        check_weight(what, "weight", base_layer.weight.shape)
+        check_weight(what, base_layer.weight.shape)
         check_init(what, init, r_mean, r_std, s_mean, s_std)
         self.num_members = check_num_members(what, num_members)
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
