@@ -177,8 +177,8 @@ def check_fast_weights(
 def check_weight(what: str, shape: Sequence[int]) -> None:
     if len(shape) != 2:
         raise ValueError(
-            f"{what} expects a weight matrix, of 2 axes; got {tuple(shape)}. For members with weights of their own, call "
-            f"ensemble(network, num_members)."
+            f"{what} expects a weight matrix, of 2 axes; got {tuple(shape)}. For members with weights of their "
+            f"own, call ensemble(network, num_members)."
         )
 
 
