@@ -166,7 +166,7 @@ def test_rngs_is_copied_pickled_and_moved_with_its_counts():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is none")
 def test_compiled_draws_and_counts():
     def draw(rngs):
-        return random.normal(rngs.params(), (64,)), random.bits(rngs.params(), (5,))
+        return random.uniform(rngs.params(), (64,)), random.bits(rngs.params(), (5,))
 
     eager, compiled = random.Rngs(0), random.Rngs(0)
     step = torch.compile(draw, fullgraph=True)
@@ -174,6 +174,11 @@ def test_compiled_draws_and_counts():
         for a, b in zip(draw(eager), step(compiled), strict=True):
             assert torch.equal(a.to(torch.float64), b.to(torch.float64))
     assert int(compiled.default.count) == 4
+
+
+def test_compiled_normal_draws():
+    draw = torch.compile(random.normal, fullgraph=True, backend="aot_eager")  # its polynomials take a compiler long
+    assert torch.equal(draw(random.key(3), (64,)), random.normal(random.key(3), (64,)))
 
 
 def test_draws_are_distributed_as_named():
