@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -115,7 +115,7 @@ class Ensemble(nn.Module):
             assigned = {key: tensor for key, tensor in after.items() if tensor is not state[key]}
             return [leaf for leaf in leaves if isinstance(leaf, Tensor)], assigned
 
-        run = _loop if _needs_loop(self._network) else vmap
+        run = _loop if _needs_loop(self._network, state.values()) else vmap
         batched = run(call, in_dims=(0, *axes), randomness="different", chunk_size=self.chunk_size)
         try:
             tensors, assigned = batched(state, args, kwargs)
@@ -271,13 +271,14 @@ def _slots(network: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
     ]
 
 
-def _needs_loop(network: nn.Module) -> bool:
+def _needs_loop(network: nn.Module, tensors: Iterable[Tensor]) -> bool:
     """What torch.vmap cannot run, or runs otherwise than a member alone."""
-    if any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in network.modules()):
-        return True  # there are no batching rules for their kernels
-    if any(isinstance(m, _BatchNorm) and m.momentum is None and m.training for m in network.modules()):
-        return True  # a cumulative average reads its count as a number
-    devices = {tensor.device.type for _, tensor in _named_tensors(network)}
+    for module in network.modules():
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            return True  # there are no batching rules for their kernels
+        if isinstance(module, _BatchNorm) and module.momentum is None and module.training:
+            return True  # a cumulative average reads its count as a number
+    devices = {tensor.device.type for tensor in tensors}
     available = (device for device in devices if torch.amp.is_autocast_available(device))
     return any(torch.is_autocast_enabled(device) for device in available)  # batched products would skip the cast
 
