@@ -225,6 +225,13 @@ def torch_mlp(dtype: torch.dtype) -> nn.Module:
     return nn.Sequential(nn.Linear(*WIDTHS[:2], dtype=dtype), nn.ReLU(), nn.Linear(*WIDTHS[1:], dtype=dtype))
 
 
+class WithForward(nn.Sequential):
+    """A Sequential whose forward is its own, as most networks' is: Ensemble knows nothing of it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
 def flax_mlp(dtype: Any) -> nnx.Module:
     """Linear, relu, linear."""
     rngs = nnx.Rngs(0)
@@ -252,16 +259,22 @@ def _networks() -> list[Subject]:
                 f"network.{layer}.s": (num_members, fan_out),
                 f"network.{layer}.bias": (num_members, fan_out),
             }
+        ways = [("", nn.Sequential, None), ("-vmap", WithForward, None), ("-chunks", WithForward, 3)]
         subjects += [
-            Subject(
-                f"Ensemble-{suffix}",
-                stacked,
-                lambda dtype: pt.ensemble(torch_mlp(dtype), num_members),
-                lambda dtype: pf.ensemble(flax_mlp(dtype), num_members),
-                oracle.ensemble_mlp,
-                model=True,
-                options=options,
-                exact=(4, 1.0, 1),
+            *(
+                Subject(
+                    f"Ensemble-{suffix}{way}",
+                    stacked,
+                    lambda dtype, kind=kind, size=size: pt.ensemble(
+                        kind(*torch_mlp(dtype)), num_members, chunk_size=size
+                    ),
+                    lambda dtype, size=size: pf.ensemble(flax_mlp(dtype), num_members, chunk_size=size),
+                    oracle.ensemble_mlp,
+                    model=True,
+                    options=options,
+                    exact=(4, 1.0, 1),
+                )
+                for way, kind, size in [*ways, ("-loop", WithForward, 1)]
             ),
             Subject(
                 f"BatchEnsemble-{suffix}",

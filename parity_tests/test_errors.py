@@ -298,7 +298,7 @@ def test_a_parameter_without_a_rule_is_named_with_the_ways_out():
             package.ensemble(holder(token()), 2)
         sentences.append(str(raised.value).replace("layers.0.", "0."))
     assert sentences[0] == sentences[1]
-    assert sentences[0].endswith("or register one, @register_reset(Layer).")
+    assert sentences[0].endswith("or register one, @register_reset(type).")
 
 
 def test_a_constructor_that_ignores_its_rngs_is_no_ensemble():

@@ -15,6 +15,7 @@ COMPILED = (
     "BatchEnsembleLinear",
     "BatchEnsemble-shared_batch",
     "Ensemble-shared_batch",
+    "Ensemble-shared_batch-vmap",
     "mutual_information-3x5x4",
     "mixture_cross_entropy-3x5x4-labels1d",
 )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen, nnx
 from jax import Array
 
@@ -22,25 +19,22 @@ from probly_flax._checks import (
     check_example_input,
     check_in_axes,
     check_independent,
+    check_list_of_members,
     check_member_axis,
     check_member_count,
-    check_members,
     check_module,
     check_num_members,
-    check_reset,
-    check_reset_value,
     check_rows_of_batch,
     check_seed,
     member_index,
     member_indices,
     takes_rngs_by_name,
 )
+from probly_flax._members import is_batch, is_stateful, member, run, stack
+from probly_flax._reset import named_parameters, register_reset, reset_by_layer, reset_by_rule
 from probly_flax.random import Rngs
 
 __all__ = ["Ensemble", "ensemble", "register_reset"]
-
-Rule = TypeVar("Rule", bound=Callable[..., None])
-_RESET: dict[type[nnx.Module], Callable[..., None]] = {}
 
 
 class Ensemble(nnx.Module):
@@ -56,7 +50,8 @@ class Ensemble(nnx.Module):
         those of one network, each (E, ...).
     Args:
         members: networks of one structure, in the same mode; they are copied.
-        chunk_size: how many members run at a time; None for all. Fewer need less memory.
+        chunk_size: how many members run at a time; None for all. Activations are kept for that many only: where
+            gradients are needed, a chunk is computed again in the backward pass.
     Raises:
         ValueError: if there is no member, one is given twice, or they differ in structure.
     Example:
@@ -68,49 +63,20 @@ class Ensemble(nnx.Module):
     """
 
     def __init__(self, members: Sequence[nnx.Module], *, chunk_size: int | None = None) -> None:
-        members = list(members)
-        for member in members:
-            check_module("Ensemble", "each member", member, nnx.Module)
+        check_list_of_members("Ensemble", members, isinstance(members, (list, tuple, nnx.List)))
+        for each in members:
+            check_module("Ensemble", "each member", each, nnx.Module)
         check_distinct("Ensemble", members)
-        check_members("Ensemble", [_structure(member) for member in members])
-        self.num_members = len(members)
-        self.chunk_size = check_chunk_size("Ensemble", chunk_size)
-        graph, state = nnx.split(members[0])
-        states = [state, *(nnx.state(member) for member in members[1:])]
-        self.stacked = nnx.merge(graph, jax.tree.map(lambda *values: jnp.stack(values), *states))
+        self.num_members, self.chunk_size = len(members), check_chunk_size("Ensemble", chunk_size)
+        self.stacked = stack(list(members))
 
     def __call__(self, *args: Any, in_axes: int | None = None, **kwargs: Any) -> Any:
         check_in_axes("Ensemble", in_axes)
-        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=is_stateful)
-        arrays = [isinstance(leaf, (Array, np.ndarray)) and leaf.ndim > 0 for leaf in leaves]
         if in_axes == 0:
-            shapes = [leaf.shape for leaf, is_array in zip(leaves, arrays, strict=True) if is_array]
+            shapes = [x.shape for x in jax.tree.leaves((args, kwargs), is_leaf=is_stateful) if is_batch(x)]
             check_rows_of_batch("Ensemble", [self.num_members] * len(shapes))
             check_member_axis("Ensemble", shapes, self.num_members)
-        leaves = [leaf.split(self.num_members) if isinstance(leaf, Rngs) else leaf for leaf in leaves]
-        mapped = [
-            isinstance(leaf, Rngs) or (is_array and in_axes == 0) for leaf, is_array in zip(leaves, arrays, strict=True)
-        ]
-        batches = [leaf for leaf, is_mapped in zip(leaves, mapped, strict=True) if is_mapped]
-        graph, state = nnx.split(self.stacked)
-
-        def call(state: nnx.State, batches: list[Any]) -> tuple[Any, nnx.State]:
-            own = iter(batches)
-            own_leaves = [next(own) if is_mapped else leaf for leaf, is_mapped in zip(leaves, mapped, strict=True)]
-            args, kwargs = jax.tree.unflatten(structure, own_leaves)
-            before = {path: variable.get_raw_value() for path, variable in nnx.to_flat_state(state)}
-            member = nnx.merge(graph, state)
-            y = member(*args, **kwargs)
-            after = nnx.to_flat_state(nnx.state(member))
-            return y, nnx.from_flat_state([(path, v) for path, v in after if v.get_raw_value() is not before.get(path)])
-
-        if self.chunk_size is None:
-            y, updates = jax.vmap(call)(state, batches)
-        else:
-            y, updates = jax.lax.map(lambda x: call(*x), (state, batches), batch_size=self.chunk_size)
-        if updates:
-            nnx.update(self.stacked, updates)
-        return y
+        return run(self.stacked, self.num_members, args, kwargs, in_axes, self.chunk_size)
 
     def __len__(self) -> int:
         return self.num_members
@@ -123,8 +89,7 @@ class Ensemble(nnx.Module):
         if isinstance(item, (slice, list, tuple)):
             indices = member_indices("Ensemble", item, self.num_members)
             return Ensemble([self[i] for i in indices], chunk_size=self.chunk_size)
-        i = member_index("Ensemble", item, self.num_members)
-        return _row(self.stacked, i)
+        return member(self.stacked, member_index("Ensemble", item, self.num_members))
 
 
 def ensemble(
@@ -191,54 +156,10 @@ def ensemble(
     return model
 
 
-def register_reset(layer_type: type[nnx.Module]) -> Callable[[Rule], Rule]:
-    """Registers how `ensemble` re-initialises a layer, as a function of the layer and the member's rngs.
-
-    It serves the type and its subclasses.
-
-    Example:
-        >>> class Scale(nnx.Module):
-        ...     def __init__(self):
-        ...         self.scale = nnx.Param(jnp.ones(3))
-        ...     def __call__(self, x):
-        ...         return x * self.scale
-        >>> @register_reset(Scale)
-        ... def reset_scale(layer, rngs):
-        ...     layer.scale[...] = jax.random.normal(rngs.params(), layer.scale.shape)
-        >>> ensemble(Scale(), 2).stacked.scale.shape
-        (2, 3)
-    """
-
-    def register(rule: Rule) -> Rule:
-        _RESET[layer_type] = rule
-        return rule
-
-    return register
-
-
 def _from_stacked(stacked: nnx.Module, num_members: int, chunk_size: int | None) -> Ensemble:
-    model = Ensemble([_row(stacked, 0)], chunk_size=chunk_size)
+    model = Ensemble([member(stacked, 0)], chunk_size=chunk_size)
     model.stacked, model.num_members = stacked, num_members
     return model
-
-
-def _row(stacked: nnx.Module, i: int) -> nnx.Module:
-    graph, state = nnx.split(stacked)
-    return nnx.merge(graph, jax.tree.map(lambda value: jnp.copy(value[i]), state))
-
-
-def _structure(module: nnx.Module) -> list[str]:
-    """What two members must share: layers, options, and the shapes and dtypes of their variables."""
-    lines = []
-    for path, layer in nnx.iter_modules(module):
-        name = ".".join(map(str, path)) or "network"
-        for attribute, value in vars(layer).items():
-            if isinstance(value, (nnx.Variable, Array, np.ndarray)):
-                lines.append(f"{name}.{attribute} {value.dtype} {tuple(value.shape)}")
-            elif not isinstance(value, nnx.Pytree) and not attribute.startswith("_pytree__"):
-                lines.append(f"{name}.{attribute}=" + re.sub(r" at 0x[0-9a-f]+", "", repr(value)))
-        lines.append(f"{name}: {type(layer).__name__}")
-    return lines
 
 
 def _construct(constructor: Callable[..., nnx.Module], rngs: Rngs) -> nnx.Module:
@@ -253,9 +174,9 @@ def _copy(
 ) -> nnx.Module:
     member = nnx.clone(base)
     if reset is not None:
-        _reset_by_rule(member, reset, rngs)
+        reset_by_rule(member, reset, rngs)
     elif reset_params:
-        _reset_by_layer(member, rngs)
+        reset_by_layer(member, rngs)
     _rekey(member, rngs)
     return member
 
@@ -268,110 +189,6 @@ def _rekey(member: nnx.Module, rngs: Rngs) -> None:
             stream.count.set_value(jnp.zeros_like(stream.count[...]))
 
 
-def _reset_by_rule(member: nnx.Module, reset: Callable[[nnx.Param, Rngs], Array], rngs: Rngs) -> None:
-    for path, parameter in _named_parameters(member):
-        value = reset(parameter, rngs)
-        check_reset_value("ensemble", ".".join(map(str, path)), parameter.shape, value)
-        parameter.set_value(value.astype(parameter.dtype))
-
-
-def _reset_by_layer(member: nnx.Module, rngs: Rngs) -> None:
-    """Every layer with parameters by its own rule, inner layers first."""
-    before = {path: parameter.get_raw_value() for path, parameter in _named_parameters(member)}
-    for _, layer in list(nnx.iter_modules(member)):
-        rule = _rule(layer)
-        if rule is not None:
-            rule(layer, rngs)
-    left = [path for path, parameter in _named_parameters(member) if parameter.get_raw_value() is before[path]]
-    check_reset("ensemble", [".".join(map(str, path)) for path in left])
-
-
-def is_stateful(value: Any) -> bool:
-    """What is handed to a network whole: it keeps state, which a copy would not advance."""
-    return isinstance(value, (nnx.Pytree, nnx.Variable))
-
-
-def _named_parameters(module: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.Param]]:
-    return list(nnx.to_flat_state(nnx.state(module, nnx.Param)))
-
-
-def _rule(layer: nnx.Module) -> Callable[..., None] | None:
-    return next((_RESET[layer_type] for layer_type in type(layer).__mro__ if layer_type in _RESET), None)
-
-
 def _members_differ(model: Ensemble) -> bool:
-    values = [p[...] for _, p in _named_parameters(model)]
+    values = [p[...] for _, p in named_parameters(model)]
     return any(isinstance(v, jax.core.Tracer) or bool((v != v[:1]).any()) for v in values)
-
-
-# nnx layers do not keep their initialisers: these are the ones that they have by default.
-
-
-def _draw(parameter: nnx.Variable | None, init: Callable[..., Array], rngs: Rngs) -> None:
-    if parameter is not None:
-        value = init(rngs.params(), parameter.shape, random.draw_dtype(parameter.dtype))
-        parameter.set_value(value.astype(parameter.dtype))
-
-
-@register_reset(nnx.Linear)
-@register_reset(nnx.Einsum)
-@register_reset(nnx.Conv)
-@register_reset(nnx.ConvTranspose)
-def _reset_kernel(layer: Any, rngs: Rngs) -> None:
-    _draw(layer.kernel, nnx.initializers.lecun_normal(), rngs)
-    _draw(layer.bias, nnx.initializers.zeros, rngs)
-
-
-@register_reset(nnx.LinearGeneral)
-def _reset_linear_general(layer: nnx.LinearGeneral, rngs: Rngs) -> None:
-    def lecun_normal(key: Array, shape: Sequence[int], dtype: Any) -> Array:
-        flat = (math.prod(shape) // math.prod(layer.out_features), math.prod(layer.out_features))
-        return nnx.initializers.lecun_normal()(key, flat, dtype).reshape(shape)
-
-    _draw(layer.kernel, lecun_normal, rngs)
-    _draw(layer.bias, nnx.initializers.zeros, rngs)
-
-
-@register_reset(nnx.Embed)
-def _reset_embed(layer: nnx.Embed, rngs: Rngs) -> None:
-    _draw(layer.embedding, nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0), rngs)
-
-
-@register_reset(nnx.LayerNorm)
-@register_reset(nnx.RMSNorm)
-@register_reset(nnx.GroupNorm)
-@register_reset(nnx.InstanceNorm)
-def _reset_norm(layer: Any, rngs: Rngs) -> None:
-    _draw(layer.scale, nnx.initializers.ones, rngs)
-    _draw(getattr(layer, "bias", None), nnx.initializers.zeros, rngs)
-
-
-@register_reset(nnx.BatchNorm)
-def _reset_batch_norm(layer: nnx.BatchNorm, rngs: Rngs) -> None:
-    _reset_norm(layer, rngs)
-    layer.mean.set_value(jnp.zeros_like(layer.mean[...]))
-    layer.var.set_value(jnp.ones_like(layer.var[...]))
-
-
-@register_reset(nnx.OptimizedLSTMCell)
-@register_reset(nnx.GRUCell)
-@register_reset(nnx.SimpleCell)
-def _reset_cell(layer: Any, rngs: Rngs) -> None:
-    _draw(layer.dense_h.kernel, nnx.initializers.orthogonal(), rngs)  # after its Linear layers, which come first
-
-
-@register_reset(nnx.LSTMCell)
-def _reset_lstm_cell(layer: nnx.LSTMCell, rngs: Rngs) -> None:
-    for linear in (layer.hi, layer.hf, layer.hg, layer.ho):
-        _draw(linear.kernel, nnx.initializers.orthogonal(), rngs)
-
-
-@register_reset(nnx.LoRA)
-def _reset_lora(layer: nnx.LoRA, rngs: Rngs) -> None:
-    _draw(layer.lora_a, nnx.initializers.he_uniform(), rngs)
-    _draw(layer.lora_b, nnx.initializers.zeros, rngs)
-
-
-@register_reset(nnx.PReLU)
-def _reset_prelu(layer: nnx.PReLU, rngs: Rngs) -> None:
-    _draw(layer.negative_slope, nnx.initializers.constant(0.01), rngs)

@@ -378,17 +378,59 @@ def check_tied(what: str, identities: Mapping[str, Any], arrays: Mapping[str, An
             )
 
 
-def check_members(what: str, kinds: Sequence[Any]) -> None:
-    """Members to stack are distinct objects of one structure, described line by line by `kinds`."""
-    if not kinds:
+def check_list_of_members(what: str, members: Any, is_list: bool) -> None:
+    """A network is no list of members, even one that can be iterated over."""
+    if not is_list:
+        raise TypeError(
+            f"{what} expects a list of modules; got {type_name(members)}. To make members of one network, call "
+            f"ensemble(network, num_members=4)."
+        )
+    if not len(members):
         raise ValueError(f"{what} expects at least one member; got none. Pass a list of modules, {what}([network]).")
-    for i, kind in enumerate(kinds[1:], start=1):
-        for line, other in zip_longest(kinds[0], kind):
-            if line != other:
-                raise ValueError(
-                    f"{what} expects members of one structure; got member 0 with {line or 'nothing'} where member {i} "
-                    f"has {other or 'nothing'}. Build them all alike: ensemble(network, num_members={len(kinds)})."
-                )
+
+
+def check_same_structure(what: str, first: Sequence[str], i: int, other: Sequence[str], num_members: int) -> None:
+    """Structures are described line by line."""
+    for line, other_line in zip_longest(first, other):
+        if line != other_line:
+            raise ValueError(
+                f"{what} expects members of one structure; got member 0 with {line or 'nothing'} where member {i} "
+                f"has {other_line or 'nothing'}. Build them all alike: ensemble(network, num_members={num_members})."
+            )
+
+
+def check_initialized(what: str, names: Sequence[str]) -> None:
+    if names:
+        raise ValueError(
+            f"{what} expects layers that know their shapes; got lazy ones, without {names[0]}. Call the network once "
+            f"first: network(x)."
+        )
+
+
+def check_run_once(what: str, again: bool) -> None:
+    if again:
+        raise RuntimeError(
+            f"{what} expects one call for each mask of Dropout, which it draws from its own rngs; got a second one in "
+            f"the backward pass, as activation checkpointing makes it. Pass chunk_size=1 instead, which does that; or "
+            f"draw from torch's generator: Ensemble(list(model))."
+        )
+
+
+def check_dropout_rngs(what: str, paths: Sequence[str], error: Exception) -> None:
+    if paths:
+        raise ValueError(
+            f"{what} expects rngs for the masks of Dropout in train mode; got none for {', '.join(paths)}. Build the "
+            f"layer with them, nnx.Dropout(rate, rngs=rngs); or call model.eval() first."
+        ) from error
+
+
+def check_reset_type(what: str, reset_type: Any, expected: tuple[type, ...]) -> None:
+    if not (isinstance(reset_type, type) and issubclass(reset_type, expected)):
+        names = " or ".join(each.__name__ for each in expected)
+        raise TypeError(
+            f"{what} expects the type of a layer or a parameter, a subclass of {names}; got {reset_type!r}. Decorate "
+            f"the rule with @{what}(type(layer))."
+        )
 
 
 def check_distinct(what: str, members: Sequence[Any]) -> None:
@@ -411,7 +453,7 @@ def check_reset(what: str, uncovered: Sequence[str]) -> None:
         raise ValueError(
             f"{what} expects a rule to re-initialise every parameter; got none for {', '.join(uncovered)}. Pass a "
             f"constructor, {what}(lambda rngs: Network(...), num_members); or a rule for this call, "
-            f"{what}(network, num_members, reset=lambda parameter, rngs: ...); or register one, @register_reset(Layer)."
+            f"{what}(network, num_members, reset=lambda parameter, rngs: ...); or register one, @register_reset(type)."
         )
 
 

@@ -26,7 +26,6 @@ from probly_torch._checks import (
     member_indices,
 )
 from probly_torch._report import Exclude, Excluder, Report, ReportRow, make_report, natural_order
-from probly_torch.ensemble import avoid_fast_paths
 from probly_torch.functional import split_members, tile_members
 from probly_torch.layers import BatchEnsembleLinear
 from probly_torch.random import Rngs
@@ -184,7 +183,7 @@ def batchensemble(
         rows.append(ReportRow(path, kind, action, before, after))
     excluder.check_all_matched(rows)
     report = make_report(what, rows, ["Linear"])
-    avoid_fast_paths(network)
+    _avoid_fast_paths(network)
     return BatchEnsemble(network, report)
 
 
@@ -204,3 +203,12 @@ def _become(layer: nn.Module, new: nn.Module) -> None:
     layer.__class__ = type(new)
     vars(layer).clear()
     vars(layer).update(vars(new) | kept)
+
+
+def _avoid_fast_paths(network: nn.Module) -> None:
+    """Turns off the fused inference of torch's Transformer, which reads weights past the layers that hold them."""
+    for module in network.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import stack_module_state, vmap
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from probly_torch import random
 from probly_torch._checks import (
@@ -22,26 +20,24 @@ from probly_torch._checks import (
     check_distinct,
     check_in_axes,
     check_independent,
+    check_list_of_members,
     check_member_axis,
     check_member_count,
-    check_members,
     check_module,
     check_num_members,
-    check_output_leaf,
-    check_reset,
-    check_reset_value,
     check_rows_of_batch,
+    check_run_once,
     member_index,
     member_indices,
     takes_rngs_by_name,
 )
-from probly_torch._report import natural_order
+from probly_torch._members import member, mlp_layers, named_tensors, run, run_mlp, stack
+from probly_torch._reset import register_reset, reset_by_layer, reset_by_rule, seeded
 from probly_torch.random import Rngs
 
 __all__ = ["Ensemble", "ensemble", "register_reset"]
 
-Rule = TypeVar("Rule", bound=Callable[..., None])
-_RESET: dict[type[nn.Module], Callable[..., None]] = {}
+_INITIAL_COUNT, _CALLS_COUNT = 2**32 - 1, 2**32 - 2  # of a member's stream, far from those that rules draw
 
 
 class Ensemble(nn.Module):
@@ -57,7 +53,8 @@ class Ensemble(nn.Module):
         those of one network, each (E, ...).
     Args:
         members: networks of one structure, in the same mode; they are copied.
-        chunk_size: how many members run at a time; None for all. Fewer need less memory.
+        chunk_size: how many members run at a time; None for all. Activations are kept for that many only: where
+            gradients are needed, a chunk is computed again in the backward pass.
     Raises:
         ValueError: if there is no member, one is given twice, or they differ in structure.
     Example:
@@ -69,64 +66,44 @@ class Ensemble(nn.Module):
     """
 
     _network: nn.Module
+    _seeds: Random | None = None  # of calls that draw, as Dropout does; None leaves them to torch's global generator
 
     def __init__(self, members: Sequence[nn.Module], *, chunk_size: int | None = None) -> None:
         super().__init__()
-        members = list(members)
-        for member in members:
-            check_module("Ensemble", "each member", member, nn.Module)
+        check_list_of_members("Ensemble", members, isinstance(members, (list, tuple, nn.ModuleList)))
+        for each in members:
+            check_module("Ensemble", "each member", each, nn.Module)
         check_distinct("Ensemble", members)
-        check_members("Ensemble", [_structure(member) for member in members])
-        self.num_members = len(members)
-        self.chunk_size = check_chunk_size("Ensemble", chunk_size)
-        params, buffers = stack_module_state(members)
-        stacked = {name: nn.Parameter(p, requires_grad=p.requires_grad) for name, p in params.items()} | buffers
-        memo = {id(tensor): stacked[name] for name, tensor in _named_tensors(members[0])}
-        self._adopt(copy.deepcopy(members[0], memo))
-        avoid_fast_paths(self._network)
+        self._adopt(stack(iter(members), len(members)), len(members), check_chunk_size("Ensemble", chunk_size))
 
-    def _adopt(self, network: nn.Module) -> None:
-        """Takes over a network's registries, so that names stay natural, and keeps it to call."""
+    def _adopt(self, network: nn.Module, num_members: int, chunk_size: int | None) -> None:
+        """Takes over a stacked network."""
+        self.num_members, self.chunk_size = num_members, chunk_size
         for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
-            self.__dict__[registry] = network.__dict__[registry]
+            self.__dict__[registry] = network.__dict__[registry]  # the network's own, so that names stay natural
         self.__dict__["_network"] = network  # not a submodule: it would appear a second time
         self.training = network.training
 
     def forward(self, *args: Any, in_axes: int | None = None, **kwargs: Any) -> Any:
         check_in_axes("Ensemble", in_axes)
-        axes = tree_map(lambda x: in_axes if isinstance(x, Tensor) and x.ndim else None, (args, kwargs))
         if in_axes == 0:
-            shapes = [x.shape for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
+            inputs = tree_leaves((args, kwargs))
+            shapes = [x.shape for x in inputs if isinstance(x, Tensor) and x.ndim]
             check_rows_of_batch("Ensemble", [self.num_members] * len(shapes))
             check_member_axis("Ensemble", shapes, self.num_members)
-        outputs: dict[str, Any] = {}
-        slots = _slots(self._network)
-        state = {id(tensor): tensor for _, _, tensor in slots}  # tied weights once
+        if self.chunk_size is None and len(args) == 1 and not kwargs:
+            layers = mlp_layers(self._network, args[0], in_axes)
+            if layers:
+                return run_mlp(layers, self.num_members, args[0], in_axes)
+        with self._seeded():
+            return run(self._network, self.num_members, args, kwargs, in_axes, self.chunk_size)
 
-        def call(state: dict[int, Tensor], args: Any, kwargs: Any) -> tuple[list[Tensor], dict[int, Tensor]]:
-            for registry, name, tensor in slots:
-                registry[name] = state[id(tensor)]
-            leaves, outputs["structure"] = tree_flatten(self._network(*args, **kwargs))
-            for leaf in leaves:
-                if not isinstance(leaf, Tensor):
-                    check_output_leaf("Ensemble", leaf)
-            outputs["constants"] = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-            after = {id(tensor): registry[name] for registry, name, tensor in slots}
-            assigned = {key: tensor for key, tensor in after.items() if tensor is not state[key]}
-            return [leaf for leaf in leaves if isinstance(leaf, Tensor)], assigned
-
-        run = _loop if _needs_loop(self._network, state.values()) else vmap
-        batched = run(call, in_dims=(0, *axes), randomness="different", chunk_size=self.chunk_size)
-        try:
-            tensors, assigned = batched(state, args, kwargs)
-        finally:
-            for registry, name, tensor in slots:
-                registry[name] = tensor
-        for key, value in assigned.items():  # buffers that the network assigns anew, where others are changed in place
-            state[key].copy_(value.detach())
-        rows = iter(tensors)
-        leaves = [next(rows) if constant is None else constant[0] for constant in outputs["constants"]]
-        return tree_unflatten(leaves, outputs["structure"])
+    def _seeded(self) -> AbstractContextManager[None]:
+        """The masks of Dropout come from the ensemble's rngs, another one for each call."""
+        if self._seeds is None or not self.training or torch.compiler.is_compiling():
+            return nullcontext()
+        check_run_once("Ensemble", torch._C._current_graph_task_id() != -1)
+        return seeded(self._seeds.getrandbits(64))
 
     def train(self, mode: bool = True) -> Ensemble:
         self._network.train(mode)  # the network's own, which may keep a part of it in one mode
@@ -135,9 +112,9 @@ class Ensemble(nn.Module):
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Ensemble:
         """Applies fn to each member, whose weights have the shapes that fn expects."""
-        changed = Ensemble([member.apply(fn) for member in self])
+        changed = Ensemble([each.apply(fn) for each in self])
         with torch.no_grad():
-            for (_, own), (_, new) in zip(_named_tensors(self), _named_tensors(changed), strict=True):
+            for (_, own), (_, new) in zip(named_tensors(self), named_tensors(changed), strict=True):
                 own.copy_(new)
         return self
 
@@ -151,10 +128,10 @@ class Ensemble(nn.Module):
         """Member `item` as a network of its own; or, for a slice or a list, an ensemble of those members."""
         if isinstance(item, (slice, list, tuple)):
             indices = member_indices("Ensemble", item, self.num_members)
-            return Ensemble([self[i] for i in indices], chunk_size=self.chunk_size)
-        i = member_index("Ensemble", item, self.num_members)
-        memo = {id(tensor): _row(tensor, i) for _, tensor in _named_tensors(self)}
-        return copy.deepcopy(self._network, memo)
+            pruned = Ensemble([self[i] for i in indices], chunk_size=self.chunk_size)
+            pruned._seeds = copy.deepcopy(self._seeds)
+            return pruned
+        return member(self._network, member_index("Ensemble", item, self.num_members))
 
     def extra_repr(self) -> str:
         chunks = "" if self.chunk_size is None else f", chunk_size={self.chunk_size}"
@@ -207,118 +184,28 @@ def ensemble(
     else:
         check_module(what, "base", base, nn.Module)
     split = rngs.split(num_members)  # as nnx.split_rngs does, so that rules that draw from rngs agree
-    seeds = random.split(rngs.params(), num_members)
-    members = []
-    for i in range(num_members):
-        own = Rngs({name: stream.key[i] for name, stream in split.items()})
-        with _seeded(seeds[i]):
-            members.append(make(own))
-    model = Ensemble(members, chunk_size=chunk_size)
+    seeds = random.fold_in(split["params"].key, _INITIAL_COUNT)
+    own = (Rngs({name: stream.key[i] for name, stream in split.items()}) for i in range(num_members))
+    model = Ensemble.__new__(Ensemble)
+    nn.Module.__init__(model)
+    model._adopt(stack(map(partial(_member, make), own, seeds), num_members), num_members, chunk_size)
+    model._seeds = Random(
+        _word(random.fold_in(split["dropout" if "dropout" in split else "params"].key[0], _CALLS_COUNT))
+    )
     if reset is not None or not isinstance(base, nn.Module):
         check_independent(what, num_members, _members_differ(model))
     return model
 
 
-def register_reset(layer_type: type[nn.Module]) -> Callable[[Rule], Rule]:
-    """Registers how `ensemble` re-initialises a layer, as a function of the layer and the member's rngs.
-
-    It serves the type and its subclasses, and goes before a `reset_parameters` method.
-
-    Example:
-        >>> class Scale(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.scale = nn.Parameter(torch.ones(3))
-        >>> @register_reset(Scale)
-        ... def reset_scale(layer, rngs):
-        ...     layer.scale.data = random.normal(rngs.params(), layer.scale.shape)
-        >>> ensemble(Scale(), 2).scale.shape
-        torch.Size([2, 3])
-    """
-
-    def register(rule: Rule) -> Rule:
-        _RESET[layer_type] = rule
-        return rule
-
-    return register
+def _member(make: Callable[[Rngs], nn.Module], rngs: Rngs, key: Tensor) -> nn.Module:
+    with seeded(_word(key)):
+        return make(rngs)
 
 
-def _loop(call: Callable[..., Any], in_dims: Any, randomness: str, chunk_size: int | None) -> Callable[..., Any]:
-    """torch.vmap's result, one member at a time."""
-
-    def run(state: dict[int, Tensor], args: Any, kwargs: Any) -> Any:
-        outputs = []
-        for i in range(len(next(iter(state.values())))):
-            row = {key: tensor[i] for key, tensor in state.items()}
-            own = tree_map(lambda x, axis: x if axis is None else x[i], (args, kwargs), in_dims[1:])  # noqa: B023
-            outputs.append(call(row, *own))
-        return tree_map(lambda *ys: torch.stack(ys), *outputs)
-
-    return run
-
-
-def _slots(network: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """Where each tensor of the network stands: calls put a member's there, as torch.func.functional_call does.
-
-    That function leaves a module that is used twice with the wrong tensors, and costs more.
-    """
-    return [
-        (registry, name, tensor)
-        for module in network.modules()
-        for registry in (module._parameters, module._buffers)
-        for name, tensor in registry.items()
-        if tensor is not None
-    ]
-
-
-def _needs_loop(network: nn.Module, tensors: Iterable[Tensor]) -> bool:
-    """What torch.vmap cannot run, or runs otherwise than a member alone."""
-    for module in network.modules():
-        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-            return True  # there are no batching rules for their kernels
-        if isinstance(module, _BatchNorm) and module.momentum is None and module.training:
-            return True  # a cumulative average reads its count as a number
-    devices = {tensor.device.type for tensor in tensors}
-    available = (device for device in devices if torch.amp.is_autocast_available(device))
-    return any(torch.is_autocast_enabled(device) for device in available)  # batched products would skip the cast
-
-
-def avoid_fast_paths(network: nn.Module) -> None:
-    """Turns off the fused inference of torch's Transformer, which reads weights past the layers that hold them."""
-    for module in network.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-
-
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
-
-
-def _row(tensor: Tensor, i: int) -> Tensor:
-    row = tensor.detach()[i].clone()
-    return nn.Parameter(row, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else row
-
-
-def _structure(module: nn.Module) -> list[str]:
-    """What two members must share: layers, options, and the shapes and dtypes of their tensors."""
-    tensors = (f"{name} {t.dtype} {tuple(t.shape)}" for name, t in _named_tensors(module))
-    options = (
-        f"{name or 'network'}.{attribute}={_describe(value)}"
-        for name, m in module.named_modules()
-        for attribute, value in vars(m).items()
-        if not attribute.startswith("_")
-    )
-    return [*(line.strip() for line in repr(module).splitlines()), *tensors, *options]
-
-
-def _describe(value: Any) -> str:
-    """A value as text that is equal for equal values: no addresses, and all of a tensor."""
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {value.tolist()}"
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+def _word(key: Tensor) -> int:
+    """The 64 bits of a key."""
+    high, low = key.tolist()
+    return (high << 32) | low
 
 
 def _construct(constructor: Callable[..., nn.Module], rngs: Rngs) -> nn.Module:
@@ -331,52 +218,10 @@ def _construct(constructor: Callable[..., nn.Module], rngs: Rngs) -> nn.Module:
 def _copy(base: nn.Module, reset_params: bool, reset: Callable[[Tensor, Rngs], Tensor] | None, rngs: Rngs) -> nn.Module:
     member = copy.deepcopy(base)
     if reset is not None:
-        _reset_by_rule(member, reset, rngs)
+        reset_by_rule(member, reset, rngs)
     elif reset_params:
-        _reset_by_layer(member, rngs)
+        reset_by_layer(member, rngs)
     return member
-
-
-@contextmanager
-def _seeded(key: Tensor) -> Iterator[None]:
-    """Seeds torch's global generators, which layers draw their weights from, and then restores them."""
-    high, low = key.tolist()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        for generator in (torch.default_generator, *(torch.cuda.default_generators if devices else ())):
-            generator.manual_seed((high << 32) | low)
-        yield
-
-
-def _reset_by_rule(member: nn.Module, reset: Callable[[Tensor, Rngs], Tensor], rngs: Rngs) -> None:
-    with torch.no_grad():
-        for name, parameter in sorted(member.named_parameters(), key=lambda item: natural_order(item[0])):
-            value = reset(parameter, rngs)
-            check_reset_value("ensemble", name, parameter.shape, value)
-            parameter.copy_(value)
-
-
-def _reset_by_layer(member: nn.Module, rngs: Rngs) -> None:
-    """Every layer with parameters by its own rule, inner layers first."""
-    with torch.no_grad():
-        for parameter in member.parameters():
-            parameter.fill_(torch.nan)
-    for layer in reversed(list(member.modules())):
-        rule = _rule(layer)
-        if rule is not None:
-            rule(layer, rngs)
-    left = [name for name, p in member.named_parameters() if not p.is_meta and p.isnan().any()]
-    check_reset("ensemble", left)
-
-
-def _rule(layer: nn.Module) -> Callable[..., None] | None:
-    for layer_type in type(layer).__mro__:
-        if layer_type in _RESET:
-            return _RESET[layer_type]
-    for method in ("reset_parameters", "_reset_parameters"):  # the latter is MultiheadAttention's
-        if hasattr(layer, method):
-            return lambda layer, rngs: getattr(layer, method)()
-    return None
 
 
 def _members_differ(model: Ensemble) -> bool:

@@ -1,0 +1,94 @@
+"""Members as rows of stacked arrays: stacking them, taking one out, and running them all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from probly_flax._checks import check_dropout_rngs, check_same_structure
+from probly_flax.random import Rngs
+
+
+def stack(members: Sequence[nnx.Module]) -> nnx.Module:
+    """One network whose variables have a leading axis of members."""
+    structure = _structure(members[0])
+    for i, member in enumerate(members):
+        check_same_structure("Ensemble", structure, i, _structure(member), len(members))
+    states = [nnx.state(member) for member in members]
+    return nnx.merge(nnx.graphdef(members[0]), jax.tree.map(lambda *values: jnp.stack(values), *states))
+
+
+def member(stacked: nnx.Module, i: int) -> nnx.Module:
+    """Member i of a stacked network, with variables of its own."""
+    graph, state = nnx.split(stacked)
+    return nnx.merge(graph, jax.tree.map(lambda value: jnp.copy(value[i]), state))
+
+
+def is_stateful(value: Any) -> bool:
+    """What is handed to a network whole: it keeps state, which a copy would not advance."""
+    return isinstance(value, (nnx.Pytree, nnx.Variable))
+
+
+def is_batch(value: Any) -> bool:
+    return isinstance(value, (Array, np.ndarray)) and value.ndim > 0
+
+
+def run(
+    stacked: nnx.Module, num_members: int, args: Any, kwargs: Any, in_axes: int | None, chunk_size: int | None
+) -> Any:
+    """What every member returns, stacked. Under in_axes=0 each has inputs of its own, else they share them."""
+    inputs, structure = jax.tree.flatten((args, kwargs), is_leaf=is_stateful)
+    inputs = [x.split(num_members) if isinstance(x, Rngs) else x for x in inputs]
+    mapped = [isinstance(x, Rngs) or (in_axes == 0 and is_batch(x)) for x in inputs]
+    batches = [x for x, is_mapped in zip(inputs, mapped, strict=True) if is_mapped]
+    graph, state = nnx.split(stacked)
+
+    def row(state: nnx.State, batches: list[Any]) -> tuple[Any, nnx.State]:
+        """One member's outputs, and the variables that it changed."""
+        own = iter(batches)
+        leaves = [next(own) if is_mapped else x for x, is_mapped in zip(inputs, mapped, strict=True)]
+        args, kwargs = jax.tree.unflatten(structure, leaves)
+        before = {path: variable.get_raw_value() for path, variable in nnx.to_flat_state(state)}
+        member = nnx.merge(graph, state)
+        y = member(*args, **kwargs)
+        after = nnx.to_flat_state(nnx.state(member))
+        return y, nnx.from_flat_state([(path, v) for path, v in after if v.get_raw_value() is not before.get(path)])
+
+    try:
+        if chunk_size is None or chunk_size >= num_members:
+            y, updates = jax.vmap(row)(state, batches)
+        else:
+            again = jax.checkpoint(row)  # keeps no activations for the backward pass, and runs once more in it
+            y, updates = jax.lax.map(lambda rows: again(*rows), (state, batches), batch_size=chunk_size)
+    except ValueError as error:
+        missing = [path for path, layer in nnx.iter_modules(stacked) if _misses_rngs(layer)]
+        check_dropout_rngs("Ensemble", [".".join(map(str, path)) for path in missing], error)
+        raise
+    if updates:
+        nnx.update(stacked, updates)
+    return y
+
+
+def _misses_rngs(layer: nnx.Module) -> bool:
+    return isinstance(layer, nnx.Dropout) and layer.rngs is None and not layer.deterministic and layer.rate > 0
+
+
+def _structure(module: nnx.Module) -> list[str]:
+    """What two members must share: layers, options, and the shapes and dtypes of their variables."""
+    lines = []
+    for path, layer in nnx.iter_modules(module):
+        name = ".".join(map(str, path)) or "network"
+        for attribute, value in vars(layer).items():
+            if isinstance(value, (nnx.Variable, Array, np.ndarray)):
+                lines.append(f"{name}.{attribute} {value.dtype} {tuple(value.shape)}")
+            elif not isinstance(value, nnx.Pytree) and not attribute.startswith("_pytree__"):
+                lines.append(f"{name}.{attribute}=" + re.sub(r" at 0x[0-9a-f]+", "", repr(value)))
+        lines.append(f"{name}: {type(layer).__name__}")
+    return lines

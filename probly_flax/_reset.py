@@ -1,0 +1,164 @@
+"""How `ensemble` re-initialises a copied network: every parameter by a rule, or an error that names it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from probly_flax import random
+from probly_flax._checks import check_reset, check_reset_type, check_reset_value
+from probly_flax.random import Rngs
+
+Rule = TypeVar("Rule", bound=Callable[..., Any])
+_RULES: dict[type, Callable[..., Any]] = {}
+
+
+def register_reset(reset_type: type[nnx.Module] | type[nnx.Param]) -> Callable[[Rule], Rule]:
+    """Registers how `ensemble` re-initialises a layer, or a parameter that no layer's rule covers.
+
+    A layer's rule changes the layer that it is given; a parameter's rule returns the new value, as `reset=` does. Both
+    are given the member's rngs, and serve the type and its subclasses.
+
+    Raises:
+        TypeError: if the type is neither a layer's nor a parameter's.
+    Example:
+        >>> import jax
+        >>> from probly_flax import ensemble
+        >>> class Scale(nnx.Module):
+        ...     def __init__(self):
+        ...         self.scale = nnx.Param(jnp.ones(3))
+        ...     def __call__(self, x):
+        ...         return x * self.scale
+        >>> @register_reset(Scale)
+        ... def reset_scale(layer, rngs):
+        ...     layer.scale[...] = jax.random.normal(rngs.params(), layer.scale.shape)
+        >>> ensemble(Scale(), 2).stacked.scale.shape
+        (2, 3)
+        >>> class ClassToken(nnx.Param):
+        ...     pass
+        >>> @register_reset(ClassToken)
+        ... def reset_class_token(token, rngs):
+        ...     return 0.02 * jax.random.normal(rngs.params(), token.shape)
+    """
+    check_reset_type("register_reset", reset_type, (nnx.Module, nnx.Param))
+
+    def register(rule: Rule) -> Rule:
+        _RULES[reset_type] = rule
+        return rule
+
+    return register
+
+
+def reset_by_rule(member: nnx.Module, reset: Callable[[nnx.Param, Rngs], Array], rngs: Rngs) -> None:
+    for path, parameter in named_parameters(member):
+        _set(path, parameter, reset(parameter, rngs))
+
+
+def reset_by_layer(member: nnx.Module, rngs: Rngs) -> None:
+    """Every layer with parameters by its own rule, inner layers first; then what they left by its own type's rule."""
+    before = {path: parameter.get_raw_value() for path, parameter in named_parameters(member)}
+    for _, layer in list(nnx.iter_modules(member)):
+        rule = _rule(type(layer))
+        if rule is not None:
+            rule(layer, rngs)
+    left = [
+        (path, parameter, _rule(type(parameter)))
+        for path, parameter in named_parameters(member)
+        if parameter.get_raw_value() is before[path]
+    ]
+    check_reset("ensemble", [path for path, _, rule in left if rule is None])
+    for path, parameter, rule in left:
+        if rule is not None:
+            _set(path, parameter, rule(parameter, rngs))
+
+
+def named_parameters(module: nnx.Module) -> list[tuple[str, nnx.Param]]:
+    state = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return [(".".join(map(str, path)), parameter) for path, parameter in state]
+
+
+def _set(path: str, parameter: nnx.Param, value: Array) -> None:
+    check_reset_value("ensemble", path, parameter.shape, value)
+    parameter.set_value(value.astype(parameter.dtype))
+
+
+def _rule(own_type: type) -> Callable[..., Any] | None:
+    return next((_RULES[each] for each in own_type.__mro__ if each in _RULES), None)
+
+
+# nnx layers do not keep their initialisers: these are the ones that they have by default.
+
+
+def _draw(parameter: nnx.Variable | None, init: Callable[..., Array], rngs: Rngs) -> None:
+    if parameter is not None:
+        value = init(rngs.params(), parameter.shape, random.draw_dtype(parameter.dtype))
+        parameter.set_value(value.astype(parameter.dtype))
+
+
+@register_reset(nnx.Linear)
+@register_reset(nnx.Einsum)
+@register_reset(nnx.Conv)
+@register_reset(nnx.ConvTranspose)
+def _reset_kernel(layer: Any, rngs: Rngs) -> None:
+    _draw(layer.kernel, nnx.initializers.lecun_normal(), rngs)
+    _draw(layer.bias, nnx.initializers.zeros, rngs)
+
+
+@register_reset(nnx.LinearGeneral)
+def _reset_linear_general(layer: nnx.LinearGeneral, rngs: Rngs) -> None:
+    def lecun_normal(key: Array, shape: Sequence[int], dtype: Any) -> Array:
+        flat = (math.prod(shape) // math.prod(layer.out_features), math.prod(layer.out_features))
+        return nnx.initializers.lecun_normal()(key, flat, dtype).reshape(shape)
+
+    _draw(layer.kernel, lecun_normal, rngs)
+    _draw(layer.bias, nnx.initializers.zeros, rngs)
+
+
+@register_reset(nnx.Embed)
+def _reset_embed(layer: nnx.Embed, rngs: Rngs) -> None:
+    _draw(layer.embedding, nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0), rngs)
+
+
+@register_reset(nnx.LayerNorm)
+@register_reset(nnx.RMSNorm)
+@register_reset(nnx.GroupNorm)
+@register_reset(nnx.InstanceNorm)
+def _reset_norm(layer: Any, rngs: Rngs) -> None:
+    _draw(layer.scale, nnx.initializers.ones, rngs)
+    _draw(getattr(layer, "bias", None), nnx.initializers.zeros, rngs)
+
+
+@register_reset(nnx.BatchNorm)
+def _reset_batch_norm(layer: nnx.BatchNorm, rngs: Rngs) -> None:
+    _reset_norm(layer, rngs)
+    layer.mean.set_value(jnp.zeros_like(layer.mean[...]))
+    layer.var.set_value(jnp.ones_like(layer.var[...]))
+
+
+@register_reset(nnx.OptimizedLSTMCell)
+@register_reset(nnx.GRUCell)
+@register_reset(nnx.SimpleCell)
+def _reset_cell(layer: Any, rngs: Rngs) -> None:
+    _draw(layer.dense_h.kernel, nnx.initializers.orthogonal(), rngs)  # after its Linear layers, which come first
+
+
+@register_reset(nnx.LSTMCell)
+def _reset_lstm_cell(layer: nnx.LSTMCell, rngs: Rngs) -> None:
+    for linear in (layer.hi, layer.hf, layer.hg, layer.ho):
+        _draw(linear.kernel, nnx.initializers.orthogonal(), rngs)
+
+
+@register_reset(nnx.LoRA)
+def _reset_lora(layer: nnx.LoRA, rngs: Rngs) -> None:
+    _draw(layer.lora_a, nnx.initializers.he_uniform(), rngs)
+    _draw(layer.lora_b, nnx.initializers.zeros, rngs)
+
+
+@register_reset(nnx.PReLU)
+def _reset_prelu(layer: nnx.PReLU, rngs: Rngs) -> None:
+    _draw(layer.negative_slope, nnx.initializers.constant(0.01), rngs)
