@@ -204,6 +204,20 @@ def member_cross_entropy(g, logits, labels):
     return np.array(total), {"logits": grad}
 
 
+def member_losses(g, logits, labels):
+    """Of the cross-entropy of one network."""
+    num_members, batch, _ = logits.shape
+    y, grad = np.zeros(num_members), np.zeros(logits.shape)
+    for i in range(num_members):
+        for b in range(batch):
+            label = labels[i, b] if labels.ndim == 2 else labels[b]
+            p = softmax(logits[i, b])
+            y[i] -= math.log(p[label]) / batch
+            grad[i, b] = g[i] * p / batch
+            grad[i, b, label] -= g[i] / batch
+    return y, {"logits": grad}
+
+
 def mixture_cross_entropy(g, logits, labels):
     num_members, batch, _ = logits.shape
     total, grad = 0.0, np.zeros(logits.shape)

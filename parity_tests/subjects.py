@@ -314,6 +314,32 @@ def _of_logits(name: str, module: str, labels: tuple[int, ...] | None = None, lo
     )
 
 
+def torch_member_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Of the cross-entropy of one network."""
+    return pt.losses.member_losses(nn.functional.cross_entropy, logits, labels, in_axes=0 if labels.ndim == 2 else None)
+
+
+def flax_member_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Of the cross-entropy of one network."""
+
+    def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1).mean()
+
+    return pf.losses.member_losses(cross_entropy, logits, labels, in_axes=0 if labels.ndim == 2 else None)
+
+
+def _member_losses(labels: tuple[int, ...]) -> Subject:
+    return Subject(
+        f"member_losses-labels{len(labels)}d",
+        {"logits": (3, 5, 4)},
+        torch_member_losses,
+        flax_member_losses,
+        oracle.member_losses,
+        integers={"labels": (labels, 4)},
+        scale={"logits": 3.0},
+    )
+
+
 SUBJECTS = [
     _linear((3, 4, 5, 7)),
     _linear((3, 4, 6, 6)),
@@ -333,6 +359,8 @@ SUBJECTS = [
     ),
     _of_logits("member_cross_entropy", "losses", (5,)),
     _of_logits("member_cross_entropy", "losses", (3, 5)),
+    _member_losses((5,)),
+    _member_losses((3, 5)),
     _of_logits("mixture_cross_entropy", "losses", (5,)),
 ]
 EXACT_SUBJECTS = [subject for subject in SUBJECTS if subject.exact]

@@ -168,6 +168,26 @@ CASES = {
     "index a string": (lambda f: deep(f)["0"], TypeError, "Call model[0]."),
     "no member selected": (lambda f: deep(f)[[]], ValueError, "Call model[[0]]."),
     "no members given": (lambda f: f.package.Ensemble([]), ValueError, "Ensemble([network])."),
+    "a network as members": (
+        lambda f: f.package.Ensemble(f.linear(4, 3)),
+        TypeError,
+        "call ensemble(network, num_members=4).",
+    ),
+    "a Sequential as members": (
+        lambda f: f.package.Ensemble(network(f)),
+        TypeError,
+        "call ensemble(network, num_members=4).",
+    ),
+    "a loss for each input": (
+        lambda f: f.package.losses.member_losses(lambda y, t: y[:, 0] + t, f.array(3, 5, 2), f.array(5)),
+        ValueError,
+        "loss(outputs, targets).mean(), outputs, targets).",
+    ),
+    "targets of another count": (
+        lambda f: f.package.losses.member_losses(lambda y, t: y.mean(), f.array(3, 5, 2), f.array(2, 5), in_axes=0),
+        ValueError,
+        "leave in_axes out: model(x).",
+    ),
     "a member twice": (
         lambda f: f.package.Ensemble([network(f)] * 2),
         ValueError,
@@ -316,8 +336,8 @@ def test_a_constructor_that_ignores_its_rngs_is_no_ensemble():
 def test_members_of_another_structure_are_told_apart():
     for f in (TORCH, FLAX):
         other = f.sequential(f.linear(4, 3), f.linear(3, 5))
-        with pytest.raises(ValueError, match="members of one structure"):
-            f.package.Ensemble([network(f), other])
+        with pytest.raises(ValueError, match=r"members of one structure; got member 0 .* where member 2"):
+            f.package.Ensemble([network(f), network(f), other])
         evaluated = network(f)
         evaluated.eval()
         if f is TORCH:

@@ -330,6 +330,14 @@ def check_labels(what: str, logits: Sequence[int], labels: Sequence[int], intege
         raise TypeError(f"{what} expects integer class indices as labels; got another dtype. Pass labels.argmax(-1).")
 
 
+def check_member_losses(what: str, shape: Sequence[int], num_members: int) -> None:
+    if tuple(shape) != (num_members,):
+        raise ValueError(
+            f"{what} expects a loss that returns a scalar for one network; got {tuple(shape[1:])}. Take the mean: "
+            f"{what}(lambda outputs, targets: loss(outputs, targets).mean(), outputs, targets)."
+        )
+
+
 def check_arrays(
     what: str,
     expected: Mapping[str, tuple[tuple[int, ...], str]],

@@ -64,9 +64,13 @@ def run(
     try:
         if chunk_size is None or chunk_size >= num_members:
             y, updates = jax.vmap(row)(state, batches)
-        else:
+        elif any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, inputs))):
             again = jax.checkpoint(row)  # keeps no activations for the backward pass, and runs once more in it
             y, updates = jax.lax.map(lambda rows: again(*rows), (state, batches), batch_size=chunk_size)
+        else:  # without a trace, for which lax.map would compile at every call
+            parts = [slice(start, start + chunk_size) for start in range(0, num_members, chunk_size)]
+            chunks = [jax.vmap(row)(*jax.tree.map(lambda x, part=part: x[part], (state, batches))) for part in parts]
+            y, updates = jax.tree.map(lambda *values: jnp.concatenate(values), *chunks)
     except ValueError as error:
         missing = [path for path, layer in nnx.iter_modules(stacked) if _misses_rngs(layer)]
         check_dropout_rngs("Ensemble", [".".join(map(str, path)) for path in missing], error)

@@ -107,7 +107,8 @@ def ensemble(
     Args:
         base: a network, copied for each member and re-initialised as its layers are by default; or a constructor,
             called with each member's rngs, for an initialisation of its own; or a list of networks, stacked as
-            they are; or a Linen module, initialised with each of the keys that its seed splits into.
+            they are; or a Linen module, initialised with each of the keys that its seed splits into, and called as
+            Linen modules are: `model(x, train=True, rngs=nnx.Rngs(0), mutable=["batch_stats"])`.
         num_members: the number of members E.
         rngs: a seed or an Rngs, split as `nnx.split_rngs` splits it: members are drawn from keys of their own.
         reset_params: False keeps the weights of the base network in every member.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from probly_flax._checks import check_labels
+from probly_flax._checks import check_in_axes, check_labels, check_member_axis, check_member_losses
 from probly_flax.uncertainty import _log_mean, _log_probs
 
-__all__ = ["member_cross_entropy", "mixture_cross_entropy"]
+__all__ = ["member_cross_entropy", "member_losses", "mixture_cross_entropy"]
 
 
 def member_cross_entropy(logits: Array, labels: Array) -> Array:
@@ -28,6 +32,38 @@ def member_cross_entropy(logits: Array, labels: Array) -> Array:
     """
     log_probs = _log_probs("member_cross_entropy", logits)
     return -_pick("member_cross_entropy", log_probs, labels).mean()
+
+
+def member_losses(
+    loss: Callable[[Any, Any], Array], outputs: Any, targets: Any, *, in_axes: int | None = None
+) -> Array:
+    """Each member's own loss, of any loss of one network's outputs.
+
+    The gradient of their sum by the weights of member i is the gradient of training member i alone: so is each step of
+    an optimizer that treats weights one by one, as SGD and Adam do (clipping by the norm of all gradients does not).
+
+    Shape:
+        outputs (E, ...), or several in tuples, lists and dicts; targets as loss takes them, or with in_axes=0 each
+        (E, ...). Returns (E,).
+    Args:
+        loss: maps the outputs of one network and the targets to a scalar.
+        outputs: what the members return.
+        targets: shared by the members; or, with in_axes=0, of each member.
+    Raises:
+        ValueError: if loss returns no scalar.
+    Example:
+        >>> import optax
+        >>> loss = lambda z, y: optax.softmax_cross_entropy_with_integer_labels(z, y).mean()
+        >>> member_losses(loss, jnp.zeros((3, 4, 2)), jnp.array([0, 1, 1, 0])).sum()
+        Array(2.0794415, dtype=float32)
+    """
+    check_in_axes("member_losses", in_axes)
+    num_members = jax.tree.leaves(outputs)[0].shape[0]
+    if in_axes == 0:
+        check_member_axis("member_losses", [leaf.shape for leaf in jax.tree.leaves(targets)], num_members)
+    losses = jax.vmap(loss, in_axes=(0, in_axes))(outputs, targets)
+    check_member_losses("member_losses", losses.shape, num_members)
+    return losses
 
 
 def mixture_cross_entropy(logits: Array, labels: Array) -> Array:

@@ -6,7 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain, repeat
 from typing import Any
 
@@ -34,11 +34,14 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
+def lazy_names(module: nn.Module) -> list[str]:
+    return [name for name, tensor in named_tensors(module) if is_lazy(tensor)]
+
+
 def stack(members: Iterator[nn.Module], num_members: int) -> nn.Module:
     """One network whose tensors have a leading axis of members, which come one by one."""
     first = next(members)
-    lazy = [name for name, tensor in named_tensors(first) if is_lazy(tensor)]
-    check_initialized("Ensemble", lazy)
+    check_initialized("Ensemble", lazy_names(first))
     stacked = {name: tensor.detach().new_empty(num_members, *tensor.shape) for name, tensor in named_tensors(first)}
     memo: dict[int, Any] = {id(tensor): _like(tensor, stacked[name]) for name, tensor in named_tensors(first)}
     network, structure = copy.deepcopy(first, memo), _structure(first)
@@ -131,11 +134,16 @@ class _Call:
         return [y for y in outputs if isinstance(y, Tensor)], [new for _, new in assigned.values()]
 
     def chunk(self, rows: Sequence[Tensor], batches: Sequence[Tensor]) -> Outputs:
+        before = [registry[name] for registry, name, _ in self.slots]  # other tensors than now in a backward pass
         try:
-            with _unfused_attention():
+            with nullcontext() if torch.compiler.is_compiling() else _unfused_attention():
                 return self.rows(rows, batches)
+        except RuntimeError as error:
+            if "vmap" in str(error):
+                error.add_note("Ensemble runs its members by torch.vmap. To run one at a time, pass chunk_size=1.")
+            raise
         finally:
-            for registry, name, tensor in self.slots:
+            for (registry, name, _), tensor in zip(self.slots, before, strict=True):
                 registry[name] = tensor
 
     def chunk_again(self, rows: Sequence[Tensor], batches: Sequence[Tensor]) -> Outputs:
@@ -157,8 +165,9 @@ class _Call:
         return torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(x.requires_grad for x in tensors)
 
     def results(self, outputs: Sequence[Tensor], assigned: Sequence[Tensor]) -> Any:
-        for tensor, new in zip(self.assigned, assigned, strict=True):
-            tensor.copy_(new.detach())
+        anew = {id(tensor): new.detach() for tensor, new in zip(self.assigned, assigned, strict=True)}
+        for registry, name, tensor in self.slots if anew else ():
+            registry[name] = anew.get(id(tensor), tensor)
         own = iter(outputs)
         leaves = [next(own) if constant is None else constant[0] for constant in self.constants]
         return tree_unflatten(leaves, self.output_structure)

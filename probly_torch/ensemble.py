@@ -20,6 +20,7 @@ from probly_torch._checks import (
     check_distinct,
     check_in_axes,
     check_independent,
+    check_initialized,
     check_list_of_members,
     check_member_axis,
     check_member_count,
@@ -31,7 +32,7 @@ from probly_torch._checks import (
     member_indices,
     takes_rngs_by_name,
 )
-from probly_torch._members import member, mlp_layers, named_tensors, run, run_mlp, stack
+from probly_torch._members import lazy_names, member, mlp_layers, named_tensors, run, run_mlp, stack
 from probly_torch._reset import register_reset, reset_by_layer, reset_by_rule, seeded
 from probly_torch.random import Rngs
 
@@ -177,6 +178,7 @@ def ensemble(
         return Ensemble(base, chunk_size=chunk_size)
     make: Callable[[Rngs], nn.Module]
     if isinstance(base, nn.Module):
+        check_initialized(what, lazy_names(base))
         make = partial(_copy, base, reset_params, reset)
     elif callable(base):
         check_base_options(what, "a constructor", given)
