@@ -21,6 +21,8 @@ from typing import Any
 
 CASES = ((3, 128, 128), (10, 128, 128), (30, 128, 128), (100, 64, 32), (10, 512, 256))  # members, hidden, batch
 QUICK_CASES = ((3, 16, 8), (10, 16, 8))
+# Else glibc gives large tensors back and gets them anew at every call, in some runs and not in others: up to 2 x.
+KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 PACKAGES = {"torch": ("torch",), "flax": ("jax", "flax", "optax")}
 LIMIT = "limit"
 Contenders = dict[str, Callable[[], Any]]  # what each runs, by name
@@ -192,7 +194,7 @@ def main() -> None:
     for framework in () if args.framework else PACKAGES:
         command = [sys.executable, "-m", "benchmarks.deep_ensembles", *sys.argv[1:], "--framework", framework]
         own_file = ["--json", str(args.json.with_stem(f"{args.json.stem}_{framework}"))] if args.json else []
-        subprocess.run([*command, *own_file], check=True)
+        subprocess.run([*command, *own_file], check=True, env=os.environ | KEEP_FREED_MEMORY)
 
 
 if __name__ == "__main__":

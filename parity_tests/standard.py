@@ -8,6 +8,7 @@ which explodes at cancellation.
 - Bounded, meaning: float64 results agree to 16 times the rounding noise that float32 shows, in float64 units.
   Rounding shrinks by 2**29 from float32 to float64; a wrong formula does not.
 - Bounded, precision: neither framework is more than 8 times less accurate than the other.
+- Trajectory: after the same training steps in float64, weights agree to 1e-12 of their scale.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ SIGNIFICANT_BITS = {"float32": 24, "float64": 53, "bfloat16": 8}
 NOISE_FLOOR = 4.0
 MEANING_LIMIT = 16.0
 PRECISION_LIMIT = 8.0
+TRAJECTORY_LIMIT = 1e-12
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -112,6 +114,11 @@ def bounded(
 def assert_close(a: np.ndarray, b: np.ndarray, dtype: str) -> None:
     """Two ways to compute one thing in one framework agree up to rounding: the limit of meaning, without noise."""
     assert_holds([Verdict("values", "distance", error(a, b, b, dtype), MEANING_LIMIT * NOISE_FLOOR)])
+
+
+def assert_same_trajectory(a: np.ndarray, b: np.ndarray) -> None:
+    """Weights after the same training steps in float64."""
+    assert_holds([Verdict("weights", "distance", float(np.abs(a - b).max() / np.abs(b).max()), TRAJECTORY_LIMIT)])
 
 
 def assert_holds(verdicts: list[Verdict]) -> None:

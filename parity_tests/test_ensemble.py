@@ -358,24 +358,6 @@ def test_flax_recurrent_networks(cell):
     assert not (y[0] == y[1]).any()
 
 
-def test_a_member_trains_as_if_it_were_alone():
-    x, labels = torch.randn(16, 4, dtype=torch.float64), torch.randint(0, 3, (16,))
-    base = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    model = pt.ensemble(base, 3)
-    alone = model[1]
-    together = torch.optim.SGD(model.parameters(), lr=0.1)
-    single = torch.optim.SGD(alone.parameters(), lr=0.1)
-    for _ in range(20):
-        together.zero_grad()
-        (3 * pt.losses.member_cross_entropy(model(x), labels)).backward()
-        together.step()
-        single.zero_grad()
-        nn.functional.cross_entropy(alone(x), labels).backward()
-        single.step()
-    for name, p in alone.named_parameters():
-        assert_close(model.get_parameter(name)[1].detach(), p.detach(), "float64")
-
-
 def test_torch_ensembles_are_copied_pickled_and_moved():
     model = pt.ensemble(TorchNet(), 3)
     y = torch_outputs(model)[0]

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import probly_flax as pf
 import probly_torch as pt
-from parity_tests.standard import assert_close
+from parity_tests.standard import assert_close, assert_same_trajectory
 from parity_tests.subjects import WithForward
 from probly_torch._members import _ELEMENTWISE, mlp_layers
 
@@ -393,7 +393,13 @@ def test_the_sum_of_member_losses_trains_each_member_as_alone(task, optimizer, i
             step.step()
     for i, member in enumerate(alone):
         for name, p in member.named_parameters():
-            np.testing.assert_allclose(model.get_parameter(name)[i].detach(), p.detach(), rtol=1e-12, atol=1e-14)
+            assert_same_trajectory(model.get_parameter(name)[i].detach().numpy(), p.detach().numpy())
+
+
+def test_the_sum_of_member_losses_is_num_members_times_their_mean():
+    logits, labels = torch.randn(3, 16, 4, dtype=torch.float64), torch.randint(0, 4, (16,))
+    total = pt.losses.member_losses(functional.cross_entropy, logits, labels).sum()
+    assert_close(total, 3 * pt.losses.member_cross_entropy(logits, labels), "float64")
 
 
 def test_flax_member_losses_train_each_member_as_alone():
@@ -424,7 +430,7 @@ def test_flax_member_losses_train_each_member_as_alone():
         for (_, ours), (_, theirs) in zip(
             nnx.to_flat_state(nnx.state(model[i])), nnx.to_flat_state(nnx.state(member)), strict=True
         ):
-            np.testing.assert_allclose(ours[...], theirs[...], rtol=1e-12, atol=1e-14)
+            assert_same_trajectory(np.asarray(ours[...]), np.asarray(theirs[...]))
 
 
 # Rules for parameters.

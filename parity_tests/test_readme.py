@@ -1,5 +1,6 @@
 """The README's code runs as shown, in order, in an empty folder; and its commands are those that CI runs."""
 
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,31 @@ def test_blocks_run_in_order(tmp_path):
         )
         assert run.returncode == 0, run.stderr
         assert run.stderr == ""
+
+
+def test_members_spread_over_devices_and_processes(tmp_path):
+    blocks = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    frameworks = {
+        "jax": (
+            "import jax, jax.numpy as jnp\nfrom flax import nnx\nimport probly_flax as probly\n"
+            "deep, x = probly.ensemble(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), 8), jnp.ones((5, 2))\n",
+            "assert len({shard.device for shard in deep(x).addressable_shards}) == 8\n",
+            [],
+        ),
+        "torch": (
+            "import torch\nfrom torch import nn\nimport probly_torch as probly\n"
+            "deep, x = probly.ensemble(nn.Linear(2, 3), 8), torch.ones(5, 2)\n",
+            "assert torch.allclose(logits, deep(x))\ntorch.distributed.destroy_process_group()\n",
+            ["-m", "torch.distributed.run", "--nproc-per-node=2"],
+        ),
+    }
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "OMP_NUM_THREADS": "1"}
+    for block, (name, (before, after, launch)) in zip(blocks, frameworks.items(), strict=True):
+        (tmp_path / f"{name}_block.py").write_text(before + block + after)
+        command = [sys.executable, *launch, f"{name}_block.py"]
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
 
 
 def test_commands_are_those_of_ci():
