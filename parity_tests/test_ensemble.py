@@ -91,19 +91,63 @@ def test_a_call_equals_the_loop_over_members(chunk_size):
             assert_close(extra["pooled"][i], alone_extra["pooled"], "float32")
 
 
-def test_members_never_share_a_draw():
-    members = [TorchNet().state_dict(), *(m.state_dict() for m in pt.ensemble(TorchNet(), 4))]
-    drawn = [name for name in members[0] if not name.startswith(("norm", "act", "offset")) and "proj_bias" not in name]
-    drawn.remove("attention.out_proj.bias")  # attention starts these, and its norms and slopes, at constants
-    for a, b in itertools.combinations(members, 2):
-        assert not any((a[name] == b[name]).any() for name in drawn)
-    states = [nnx.state(FlaxNet(nnx.Rngs(0)), nnx.Param)]
-    states += [nnx.state(m, nnx.Param) for m in pf.ensemble(FlaxNet(nnx.Rngs(0)), 4)]
-    flat = [dict(nnx.to_flat_state(state)) for state in states]
-    kernels = [path for path in flat[0] if path[-1] in ("kernel", "embedding")]
-    assert len(kernels) == 6
-    for a, b in itertools.combinations(flat, 2):
-        assert not any((a[path][...] == b[path][...]).any() for path in kernels)
+TORCH_ARCHITECTURES = {
+    "MLP": lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)),
+    "CNN": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.LazyLinear(3)),
+    "groups": lambda: nn.Sequential(nn.Conv1d(4, 8, 3, groups=2), nn.GroupNorm(2, 8), nn.ConvTranspose1d(8, 4, 3)),
+    "LSTM": lambda: nn.LSTM(4, 5, num_layers=2, bidirectional=True),
+    "GRU": lambda: nn.GRU(4, 5),
+    "cells": lambda: nn.ModuleList([nn.LSTMCell(4, 5), nn.GRUCell(4, 5), nn.RNNCell(4, 5)]),
+    "encoder": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2),
+    "decoder": lambda: nn.TransformerDecoderLayer(8, 2, 16),
+    "attention": lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=5),
+    "embeddings": lambda: nn.ModuleList([nn.Embedding(7, 4), nn.EmbeddingBag(7, 4), nn.Bilinear(3, 4, 5)]),
+}
+FLAX_ARCHITECTURES = {
+    "MLP": lambda rngs: nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.relu, nnx.Linear(8, 3, rngs=rngs)),
+    "CNN": lambda rngs: nnx.Sequential(nnx.Conv(3, 8, (3, 3), rngs=rngs), nnx.BatchNorm(8, rngs=rngs)),
+    "transposed": lambda rngs: nnx.ConvTranspose(3, 8, (3, 3), rngs=rngs),
+    "LSTM": lambda rngs: nnx.RNN(nnx.LSTMCell(4, 5, rngs=rngs), rngs=rngs),
+    "optimized LSTM": lambda rngs: nnx.RNN(nnx.OptimizedLSTMCell(4, 5, rngs=rngs), rngs=rngs),
+    "GRU": lambda rngs: nnx.RNN(nnx.GRUCell(4, 5, rngs=rngs), rngs=rngs),
+    "attention": lambda rngs: nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs),
+    "embedding": lambda rngs: nnx.Embed(7, 4, rngs=rngs),
+    "general": lambda rngs: nnx.LinearGeneral((2, 3), (4, 5), axis=(-2, -1), rngs=rngs),
+    "LoRA": lambda rngs: nnx.LoRALinear(4, 5, lora_rank=2, rngs=rngs),
+}
+
+
+@pytest.mark.parametrize("name", TORCH_ARCHITECTURES)
+def test_torch_members_never_share_a_draw(name):
+    base = TORCH_ARCHITECTURES[name]()
+    if name == "CNN":
+        base(torch.zeros(2, 3, 5, 5))
+    networks = [base, *pt.ensemble(base, 3), *pt.ensemble(base, 2, rngs=1)]
+    assert_no_draw_is_shared([[p.detach().numpy() for p in network.parameters()] for network in networks])
+
+
+@pytest.mark.parametrize("name", FLAX_ARCHITECTURES)
+def test_flax_members_never_share_a_draw(name):
+    base = FLAX_ARCHITECTURES[name](nnx.Rngs(9))
+    networks = [base, *pf.ensemble(base, 3), *pf.ensemble(FLAX_ARCHITECTURES[name], 2, rngs=1)]
+    leaves = [jax.tree.leaves(nnx.state(network, nnx.Param)) for network in networks]
+    assert_no_draw_is_shared([[np.asarray(leaf) for leaf in network] for network in leaves])
+
+
+def assert_no_draw_is_shared(networks):
+    drawn = 0
+    for tensors in zip(*networks, strict=True):
+        if any(np.unique(tensor).size > 1 for tensor in tensors):  # the others start at a constant, such as 0
+            drawn += 1
+            assert not any((a == b).any() for a, b in itertools.combinations(tensors, 2))
+    assert drawn
+
+
+def test_members_in_two_modes_are_refused():
+    train, evaluate = (nnx.Dropout(0.5, rngs=nnx.Rngs(0)) for _ in range(2))
+    evaluate.eval()
+    with pytest.raises(ValueError, match=r"network.deterministic=False where member 1 has network.deterministic=True"):
+        pf.Ensemble([train, evaluate])
 
 
 @pytest.mark.parametrize(
