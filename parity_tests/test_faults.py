@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 import probly_flax as pf
-from parity_tests.subjects import SUBJECTS, Subject, flax_linear
+from parity_tests.subject import Subject
+from parity_tests.subjects import SUBJECTS, flax_linear
 from parity_tests.test_parity import bounded_verdicts, exact_verdicts
 
 BY_NAME = {subject.name: subject for subject in SUBJECTS}

@@ -13,7 +13,7 @@ import probly_flax
 import probly_torch
 
 TORCH, FLAX = (Path(package.__file__).parent for package in (probly_torch, probly_flax))
-MODULES = sorted(path.stem for path in TORCH.glob("*.py") if not path.stem.startswith("_"))
+MODULES = sorted(path.stem for path in TORCH.iterdir() if not path.name.startswith(("_", "py.typed")))
 IDENTICAL = ("_checks.py", "_files.py", "_report.py")
 
 # Every difference that has to be there, and why. One that is gone fails the suite too.
@@ -55,9 +55,10 @@ def parameters(subject):
 
 
 def test_files_have_the_same_names():
-    assert sorted(p.name for p in TORCH.iterdir() if p.is_file()) == sorted(
-        p.name for p in FLAX.iterdir() if p.is_file()
+    ours, theirs = (
+        sorted(p.relative_to(root) for p in root.rglob("*.*") if "pyc" not in p.suffix) for root in (TORCH, FLAX)
     )
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("name", IDENTICAL)

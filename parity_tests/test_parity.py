@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from parity_tests import standard
-from parity_tests.subjects import EXACT_SUBJECTS, SUBJECTS, run_flax, run_oracle, run_torch, with_cotangent
+from parity_tests.subject import run_flax, run_oracle, run_torch, with_cotangent
+from parity_tests.subjects import EXACT_SUBJECTS, SUBJECTS
 
 SEEDS = range(5)
 DTYPES = ("float32", "float64", "bfloat16")

@@ -340,8 +340,8 @@ def draw_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def lecun_normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """`jax.nn.initializers.lecun_normal` for a kernel `(in, out)`: truncated normal, variance 1 / in."""
-    variance, truncation = torch.tensor([1 / shape[-2], 0.87962566103423978], dtype=dtype, device="cpu")
+    """`jax.nn.initializers.lecun_normal` for a kernel `(..., in, out)`: truncated normal, variance 1 / (... in)."""
+    variance, truncation = torch.tensor([1 / math.prod(shape[:-1]), 0.87962566103423978], dtype=dtype, device="cpu")
     std = (variance.sqrt() / truncation).item()
     return truncated_normal(key, -2.0, 2.0, shape, dtype) * std
 

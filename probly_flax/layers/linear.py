@@ -1,4 +1,4 @@
-"""BatchEnsemble layers: a shared ("slow") weight and two rank-one ("fast") factors for each member."""
+"""Linear layers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,22 @@ from probly_flax._checks import (
     seed_is_not_num_members,
 )
 from probly_flax.functional import batch_ensemble_linear
+from probly_flax.layers._common import TorchNames, axes, draw_fast_weights, draw_kernel, param
 from probly_flax.random import Rngs
 
 __all__ = ["BatchEnsembleLinear"]
+
+_OPTIONS = (
+    "in_features",
+    "out_features",
+    "use_bias",
+    "dtype",
+    "param_dtype",
+    "precision",
+    "dot_general",
+    "promote_dtype",
+    "preferred_element_type",
+)
 
 
 class BatchEnsembleLinear(nnx.Linear):
@@ -80,15 +93,15 @@ class BatchEnsembleLinear(nnx.Linear):
             setattr(self, name, getattr(base_layer, name))
 
         base, bias = base_layer.kernel, base_layer.bias
-        kernel = jnp.copy(base[...]) if use_base_weights else _draw_kernel(rngs, base[...])
-        r = _draw_fast_weights(rngs, (self.num_members, self.in_features), init, r_mean, r_std, base.dtype)
-        s = _draw_fast_weights(rngs, (self.num_members, self.out_features), init, s_mean, s_std, base.dtype)
-        in_axis, out_axis = _axes(base)
-        self.kernel = _param(kernel, base, in_axis, out_axis)
-        self.r, self.s = _param(r, base, None, in_axis), _param(s, base, None, out_axis)
+        kernel = jnp.copy(base[...]) if use_base_weights else draw_kernel(rngs, base[...])
+        r = draw_fast_weights(rngs, (self.num_members, self.in_features), init, r_mean, r_std, base.dtype)
+        s = draw_fast_weights(rngs, (self.num_members, self.out_features), init, s_mean, s_std, base.dtype)
+        in_axis, out_axis = axes(base)
+        self.kernel = param(kernel, base, in_axis, out_axis)
+        self.r, self.s = param(r, base, None, in_axis), param(s, base, None, out_axis)
         self.bias = nnx.data(None)
         if bias is not None:
-            self.bias = _param(jnp.tile(bias[...], (self.num_members, 1)), bias, None, *_axes(bias))
+            self.bias = param(jnp.tile(bias[...], (self.num_members, 1)), bias, None, *axes(bias))
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         """Applies each member to its own rows.
@@ -127,8 +140,8 @@ class BatchEnsembleLinear(nnx.Linear):
         for name in _OPTIONS:
             setattr(linear, name, getattr(self, name))
         kernel = self.kernel[...] * (self.r[i][:, None] * self.s[i][None])
-        linear.kernel = _param(kernel, self.kernel, *_axes(self.kernel))
-        linear.bias = nnx.data(None) if self.bias is None else _param(self.bias[i], self.bias, _axes(self.bias)[1])
+        linear.kernel = param(kernel, self.kernel, *axes(self.kernel))
+        linear.bias = nnx.data(None) if self.bias is None else param(self.bias[i], self.bias, axes(self.bias)[1])
         return linear
 
     def keep_members(self, indices: Sequence[int]) -> None:
@@ -141,40 +154,13 @@ class BatchEnsembleLinear(nnx.Linear):
                 setattr(self, name, rows.copy(rows[jnp.array(indices)]))
 
 
-_OPTIONS = (
-    "in_features",
-    "out_features",
-    "use_bias",
-    "dtype",
-    "param_dtype",
-    "precision",
-    "dot_general",
-    "promote_dtype",
-    "preferred_element_type",
-)
-
-
-def _axes(parameter: nnx.Param) -> tuple[Any, ...]:
-    """The mesh axis of each of a parameter's axes, None where it is not sharded."""
-    return parameter.get_metadata("out_sharding", None) or (None,) * parameter.ndim
-
-
-def _param(value: Array, like: nnx.Param, *axes: Any) -> nnx.Param:
-    """A parameter of the same type and metadata, sharded along these mesh axes if there are any."""
-    metadata = like.get_metadata() | {"out_sharding": axes}
-    if not any(axes):
-        del metadata["out_sharding"]
-    return type(like)(value, **metadata)
-
-
-def _draw_kernel(rngs: Rngs, like: Array) -> Array:
-    """A fresh kernel (in_features, out_features), lecun_normal."""
-    return nnx.initializers.lecun_normal()(rngs.params(), like.shape, random.draw_dtype(like.dtype)).astype(like.dtype)
-
-
-def _draw_fast_weights(rngs: Rngs, shape: tuple[int, int], init: str, mean: float, std: float, dtype: Any) -> Array:
-    key = rngs.params()
-    if init == "random_sign":
-        half = jnp.float32(0.5)  # named, since the bits that are drawn depend on it
-        return jnp.where(random.bernoulli(key, half, shape), 1, -1).astype(dtype)
-    return (mean + std * random.normal(key, shape, random.draw_dtype(dtype))).astype(dtype)
+# By the names of their twins in torch, and the order of a weight's axes there, counted from the last.
+TORCH_NAMES: TorchNames = {
+    nnx.Linear: {"kernel": ("weight", lambda layer: (-1, -2)), "bias": ("bias", None)},
+    BatchEnsembleLinear: {
+        "kernel": ("weight", lambda layer: (-1, -2)),
+        "r": ("r", None),
+        "s": ("s", None),
+        "bias": ("bias", None),
+    },
+}

@@ -1,10 +1,9 @@
-"""BatchEnsemble layers: a shared ("slow") weight and two rank-one ("fast") factors for each member."""
+"""Linear layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from probly_torch import random
@@ -19,6 +18,7 @@ from probly_torch._checks import (
     seed_is_not_num_members,
 )
 from probly_torch.functional import batch_ensemble_linear
+from probly_torch.layers._common import copied, draw_fast_weights, draw_kernel
 from probly_torch.random import Rngs
 
 __all__ = ["BatchEnsembleLinear"]
@@ -48,6 +48,7 @@ class BatchEnsembleLinear(nn.Module):
         TypeError: if base_layer is not a Linear layer, or rngs neither a seed nor an Rngs.
         ValueError: if the rows do not divide by num_members or the last axis is not in_features.
     Example:
+        >>> import torch
         >>> layer = BatchEnsembleLinear(nn.Linear(3, 2), num_members=4)
         >>> layer(torch.ones(8, 3)).shape
         torch.Size([8, 2])
@@ -78,14 +79,14 @@ class BatchEnsembleLinear(nn.Module):
         rngs = random.as_rngs(what, rngs)
 
         base, bias = base_layer.weight, base_layer.bias
-        weight = base if use_base_weights else _draw_kernel(rngs, base.T).T
-        r = _draw_fast_weights(rngs, (self.num_members, self.in_features), init, r_mean, r_std, base)
-        s = _draw_fast_weights(rngs, (self.num_members, self.out_features), init, s_mean, s_std, base)
-        self.weight = nn.Parameter(_copy(weight), requires_grad=base.requires_grad)
+        weight = base if use_base_weights else draw_kernel(rngs, base.T).T
+        r = draw_fast_weights(rngs, (self.num_members, self.in_features), init, r_mean, r_std, base)
+        s = draw_fast_weights(rngs, (self.num_members, self.out_features), init, s_mean, s_std, base)
+        self.weight = nn.Parameter(copied(weight), requires_grad=base.requires_grad)
         self.r, self.s = nn.Parameter(r), nn.Parameter(s)
         self.bias = None
         if bias is not None:
-            self.bias = nn.Parameter(_copy(bias.expand(self.num_members, -1)), requires_grad=bias.requires_grad)
+            self.bias = nn.Parameter(copied(bias.expand(self.num_members, -1)), requires_grad=bias.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         check_member_rows("BatchEnsembleLinear", x.shape, self.num_members, self.in_features)
@@ -95,6 +96,7 @@ class BatchEnsembleLinear(nn.Module):
         """Member i as an ordinary Linear layer, with the weight W * s_i r_i^T and the bias b_i.
 
         Example:
+            >>> import torch
             >>> layer, x = BatchEnsembleLinear(nn.Linear(3, 2), num_members=4), torch.ones(5, 3)
             >>> torch.allclose(layer.member(1)(x), layer(x.repeat(4, 1))[5:10])
             True
@@ -106,7 +108,7 @@ class BatchEnsembleLinear(nn.Module):
         weight = self.weight * (self.s[i, :, None] * self.r[i])
         linear.weight = nn.Parameter(weight.detach(), requires_grad=self.weight.requires_grad)
         if self.bias is not None:
-            linear.bias = nn.Parameter(_copy(self.bias[i]), requires_grad=self.bias.requires_grad)
+            linear.bias = nn.Parameter(copied(self.bias[i]), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
 
     def keep_members(self, indices: Sequence[int]) -> None:
@@ -116,28 +118,10 @@ class BatchEnsembleLinear(nn.Module):
         for name in ("r", "s", "bias"):
             rows = getattr(self, name)
             if rows is not None:
-                setattr(self, name, nn.Parameter(_copy(rows[indices]), requires_grad=rows.requires_grad))
+                setattr(self, name, nn.Parameter(copied(rows[indices]), requires_grad=rows.requires_grad))
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, num_members={self.num_members}, "
             f"bias={self.bias is not None}"
         )
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _draw_kernel(rngs: Rngs, like: Tensor) -> Tensor:
-    """A fresh kernel (in_features, out_features), lecun_normal."""
-    key = rngs.params().to(like.device)
-    return random.lecun_normal(key, like.shape, random.draw_dtype(like.dtype)).to(like.dtype)
-
-
-def _draw_fast_weights(rngs: Rngs, shape: tuple[int, int], init: str, mean: float, std: float, like: Tensor) -> Tensor:
-    key, dtype = rngs.params().to(like.device), random.draw_dtype(like.dtype)
-    if init == "random_sign":
-        half = torch.tensor(0.5, dtype=torch.float32)  # named, since the bits that are drawn depend on it
-        return torch.where(random.bernoulli(key, half, shape), 1.0, -1.0).to(like.dtype)
-    return (mean + std * random.normal(key, shape, dtype)).to(like.dtype)

@@ -1,0 +1,59 @@
+"""Linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jax import Array, lax
+
+from probly_flax._checks import check_fast_weights, check_member_rows, check_weight
+from probly_flax.functional._common import rows
+
+__all__ = ["batch_ensemble_linear"]
+
+
+def batch_ensemble_linear(
+    x: Array,
+    kernel: Array,
+    r: Array,
+    s: Array,
+    bias: Array | None = None,
+    *,
+    precision: Any = None,
+    dot_general: Callable[..., Array] = lax.dot_general,
+    **dot_general_kwargs: Any,
+) -> Array:
+    r"""Applies to each member's rows the linear map whose kernel is W * r_i s_i^T.
+
+    Member i computes  y_i = ((x_i * r_i) W) * s_i + b_i        (Wen et al. 2020, eq. 5)
+
+    Shape:
+        x: (E*B, ..., in_features), rows [k*B, (k+1)*B) belong to member k. Returns (E*B, ..., out_features).
+    Weights:
+        kernel (in_features, out_features), r (E, in_features), s (E, out_features), bias (E, out_features) or None.
+    Raises:
+        ValueError: if the rows do not divide by E, the last axis is not in_features, or r, s and bias do not
+            have E rows each.
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, kernel = jnp.ones((4, 3)), jnp.ones((3, 2))
+        >>> r, s = jnp.array([[1.0, 1, 1], [2, 2, 2]]), jnp.array([[1.0, 1], [1, 10]])
+        >>> batch_ensemble_linear(x, kernel, r, s)
+        Array([[ 3.,  3.],
+               [ 3.,  3.],
+               [ 6., 60.],
+               [ 6., 60.]], dtype=float32)
+    """
+    check_weight("batch_ensemble_linear", kernel.shape)
+    in_features, out_features = kernel.shape
+    check_fast_weights(
+        "batch_ensemble_linear", in_features, out_features, r.shape, s.shape, None if bias is None else bias.shape
+    )
+    num_members = r.shape[0]
+    check_member_rows("batch_ensemble_linear", x.shape, num_members, in_features)
+    members = x.reshape(num_members, x.shape[0] // num_members, *x.shape[1:])
+    scaled = (members * rows(r, members)).reshape(x.shape)
+    y = dot_general(scaled, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=precision, **dot_general_kwargs)
+    y = y.reshape(*members.shape[:-1], out_features) * rows(s, members).astype(y.dtype)
+    return (y if bias is None else y + rows(bias, members)).reshape(*x.shape[:-1], out_features)

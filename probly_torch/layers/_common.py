@@ -1,0 +1,27 @@
+"""What the layers share: copies and draws of their weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from probly_torch import random
+from probly_torch.random import Rngs
+
+
+def copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def draw_kernel(rngs: Rngs, like: Tensor) -> Tensor:
+    """A fresh kernel (in_features, out_features), lecun_normal."""
+    key = rngs.params().to(like.device)
+    return random.lecun_normal(key, like.shape, random.draw_dtype(like.dtype)).to(like.dtype)
+
+
+def draw_fast_weights(rngs: Rngs, shape: tuple[int, int], init: str, mean: float, std: float, like: Tensor) -> Tensor:
+    key, dtype = rngs.params().to(like.device), random.draw_dtype(like.dtype)
+    if init == "random_sign":
+        half = torch.tensor(0.5, dtype=torch.float32)  # named, since the bits that are drawn depend on it
+        return torch.where(random.bernoulli(key, half, shape), 1.0, -1.0).to(like.dtype)
+    return (mean + std * random.normal(key, shape, dtype)).to(like.dtype)
