@@ -13,6 +13,7 @@ DTYPES = ("float32", "float64", "bfloat16")
 # One of each kind: torch.compile takes some seconds for each dtype.
 COMPILED = (
     "batch_ensemble_linear-E3-B4-5to7",
+    "batch_ensemble_linear-E3-B16-5to7",
     "BatchEnsembleLinear",
     "BatchEnsemble-shared_batch",
     "Ensemble-shared_batch",

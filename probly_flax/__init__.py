@@ -4,7 +4,7 @@ One contract: a model of E members is called with a batch [B, ...] and returns m
 """
 
 from probly_flax import functional, layers, losses, random, uncertainty, weights
-from probly_flax.batchensemble import BatchEnsemble, batchensemble
+from probly_flax.batchensemble import BatchEnsemble, batchensemble, register_batchensemble
 from probly_flax.ensemble import Ensemble, ensemble, register_reset
 from probly_flax.functional import split_members, tile_members
 from probly_flax.layers import BatchEnsembleLinear
@@ -24,6 +24,7 @@ __all__ = [
     "load_weights",
     "losses",
     "random",
+    "register_batchensemble",
     "register_reset",
     "save_weights",
     "split_members",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +22,37 @@ from probly_flax._checks import (
     check_num_members,
     check_output_leaf,
     check_output_rows,
+    check_reset_type,
     check_rows_of_batch,
     common_num_members,
     member_index,
     member_indices,
 )
+from probly_flax._members import is_stateful
 from probly_flax._report import Exclude, Excluder, Report, ReportRow, make_report, natural_order
-from probly_flax.ensemble import is_stateful
+from probly_flax.ensemble import Ensemble
 from probly_flax.functional import split_members, tile_members
 from probly_flax.layers import BatchEnsembleLinear
 from probly_flax.random import Rngs
 
-__all__ = ["BatchEnsemble", "batchensemble"]
+__all__ = ["BatchEnsemble", "batchensemble", "register_batchensemble"]
+
+Converter = TypeVar("Converter", bound=Callable[..., nnx.Module])
+_CONVERTERS: dict[type[nnx.Module], Callable[..., nnx.Module]] = {nnx.Linear: BatchEnsembleLinear}
+_NORMS: dict[type[nnx.Module], Callable[..., nnx.Module]] = {}
+
+
+@runtime_checkable
+class BatchEnsembleLayer(Protocol):
+    """What a layer of members offers; register_batchensemble takes any that does."""
+
+    num_members: int
+
+    def member(self, i: int) -> nnx.Module:
+        """Member i as an ordinary layer."""
+
+    def keep_members(self, indices: Sequence[int]) -> None:
+        """Drops every other member, in place."""
 
 
 class BatchEnsemble(nnx.Module):
@@ -111,6 +130,17 @@ class BatchEnsemble(nnx.Module):
             _become(layer, layer.member(i))
         return network
 
+    def fold(self) -> Ensemble:
+        """The same members as an Ensemble, each with weights of its own.
+
+        Example:
+            >>> base, x = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0))), jnp.ones((5, 2))
+            >>> model = batchensemble(base, 4)
+            >>> bool(jnp.allclose(model.fold()(x), model(x)))
+            True
+        """
+        return Ensemble(list(self))
+
 
 def batchensemble(
     base: nnx.Module,
@@ -123,12 +153,14 @@ def batchensemble(
     r_std: float = 0.5,
     s_mean: float = 1.0,
     s_std: float = 0.5,
+    per_member_norms: bool = False,
     exclude: Exclude | Iterable[Exclude] = (),
 ) -> BatchEnsemble:
-    """Converts every Linear layer of a copy of the network; the network itself stays as it is.
+    """Converts every layer that it knows in a copy of the network; the network itself stays as it is.
 
     Layers used twice stay one layer, tied weights stay tied, and each layer draws keys of its own from rngs,
-    in the order of their paths. Subclasses of Linear are left shared, since their __call__ may be their own.
+    in the order of their paths. Subclasses of a layer are left shared, since their __call__ may be their own, unless
+    they are registered: `register_batchensemble(MyLinear)(BatchEnsembleLinear)`.
 
     Args:
         base: the network.
@@ -140,6 +172,7 @@ def batchensemble(
         r_std: standard deviation of r under init="normal".
         s_mean: mean of s under init="normal".
         s_std: standard deviation of s under init="normal".
+        per_member_norms: give each member normalisation layers of its own; otherwise they share them.
         exclude: layers to leave shared: name patterns ("head.*"), types, or functions of (path, layer).
     Returns:
         A BatchEnsemble; its `report` says what was done with each layer.
@@ -164,39 +197,100 @@ def batchensemble(
     check_not_converted(what, (layer.num_members for layer in _layers(base)))
 
     network = nnx.clone(base, arrays=True)
+    converters = _CONVERTERS | (_NORMS if per_member_norms else {})
+    options = {"init": init, "r_mean": r_mean, "r_std": r_std, "s_mean": s_mean, "s_std": s_std}
     layers = dict(nnx.iter_modules(network))
-    biases: dict[int, Any] = {}
+    per_member: dict[int, nnx.Variable] = {}
+    inside: set[int] = set()  # of what is converted as a whole
     rows = []
     for parts, layer in sorted(layers.items(), key=lambda item: natural_order(_torch_path(item[0], layers))):
         path = ".".join(map(str, parts))
-        excluded = excluder(path, layer)
-        before = after = sum(p.size for p in vars(layer).values() if isinstance(p, nnx.Param))
-        if not before:
+        excluded = id(layer) not in inside and excluder(path, layer)
+        converts = not excluded and type(layer) in converters and _is_single(layer)
+        own = jax.tree.leaves(nnx.state(layer, nnx.Param)) if converts else _parameters(layer)
+        before = after = sum(p.size for p in own)
+        if not before or id(layer) in inside:
             continue
         kind, action = type(layer).__name__, "excluded" if excluded else "shared"
-        if not excluded and _is_convertible(layer):
+        if converts:
             action = "converted"
-            converted = BatchEnsembleLinear(
-                layer, rngs, num_members, use_base_weights, init, r_mean, r_std, s_mean, s_std
+            inside.update(id(module) for _, module in nnx.iter_modules(layer))
+            convert = converters[type(layer)]
+            converted = (
+                convert(layer, num_members)
+                if type(layer) in _NORMS
+                else convert(layer, rngs, num_members, use_base_weights, **options)
             )
-            layer.kernel.set_value(converted.kernel[...])
-            converted.kernel = layer.kernel  # the same Param, so that what was tied to it still is
-            converted.bias = biases.setdefault(id(layer.bias), converted.bias) if layer.use_bias else nnx.data(None)
+            _keep_ties(layer, converted, per_member)
             _become(layer, converted)
             after = sum(p.size for p in jax.tree.leaves(nnx.state(converted, nnx.Param)))
         rows.append(ReportRow(path, kind, action, before, after))
     excluder.check_all_matched(rows)
-    report = make_report(what, rows, ["Linear"])
+    report = make_report(what, rows, sorted(layer_type.__name__ for layer_type in converters))
     return BatchEnsemble(network, report)
 
 
-def _layers(network: nnx.Module) -> list[BatchEnsembleLinear]:
-    return [layer for _, layer in nnx.iter_modules(network) if isinstance(layer, BatchEnsembleLinear)]
+def register_batchensemble(layer_type: type[nnx.Module]) -> Callable[[Converter], Converter]:
+    """Registers how `batchensemble` converts the layers of exactly that type.
+
+    The function, or class, is called as BatchEnsembleLinear is: (layer, rngs, num_members, use_base_weights, init=...,
+    r_mean=..., r_std=..., s_mean=..., s_std=...). It returns a new layer that maps (E*B, ...) rows to (E*B, ...) rows,
+    with `num_members`, `member(i)` and `keep_members(indices)`, and leaves the one that it is given as it is.
+
+    Raises:
+        TypeError: if the type is not a layer's.
+    Example:
+        >>> class MyLinear(nnx.Linear):
+        ...     pass
+        >>> rngs = nnx.Rngs(0)
+        >>> base = nnx.Sequential(MyLinear(2, 3, rngs=rngs), nnx.Linear(3, 2, rngs=rngs))
+        >>> [row.action for row in batchensemble(base, 4).report.rows]
+        ['shared', 'converted']
+        >>> _ = register_batchensemble(MyLinear)(BatchEnsembleLinear)
+        >>> [row.action for row in batchensemble(base, 4).report.rows]
+        ['converted', 'converted']
+    """
+    check_reset_type("register_batchensemble", layer_type, (nnx.Module,))
+
+    def register(convert: Converter) -> Converter:
+        _CONVERTERS[layer_type] = convert
+        return convert
+
+    return register
 
 
-def _is_convertible(layer: nnx.Module) -> TypeGuard[nnx.Linear]:
-    """A Linear layer itself, and not a stack of them."""
-    return type(layer) is nnx.Linear and layer.kernel.ndim == 2
+def _layers(network: nnx.Module) -> list[Any]:
+    """The BatchEnsemble layers, without those that they hold themselves."""
+    found = {id(layer): layer for _, layer in nnx.iter_modules(network) if isinstance(layer, BatchEnsembleLayer)}
+    for layer in list(found.values()):
+        for _, held in nnx.iter_modules(layer):
+            if held is not layer:
+                found.pop(id(held), None)
+    return list(found.values())
+
+
+def _parameters(layer: nnx.Module) -> list[nnx.Param]:
+    """Those of the layer itself."""
+    return [value for value in vars(layer).values() if isinstance(value, nnx.Param)]
+
+
+def _is_single(layer: nnx.Module) -> bool:
+    """Not a stack of layers, as nnx.vmap makes it."""
+    weight = getattr(layer, "kernel", getattr(layer, "embedding", None))
+    return weight is None or weight.ndim == 2 + len(getattr(layer, "kernel_size", ()))
+
+
+def _keep_ties(layer: nnx.Module, converted: nnx.Module, per_member: dict[int, nnx.Variable]) -> None:
+    """What members share stays the very Variable that it was, and what two layers shared stays shared."""
+    for name, own in vars(layer).items():
+        new = getattr(converted, name, None)
+        if not isinstance(own, nnx.Param) or not isinstance(new, nnx.Param):
+            continue
+        if new.shape == own.shape:
+            own.set_value(new[...])
+            setattr(converted, name, own)
+        else:
+            setattr(converted, name, per_member.setdefault(id(own), new))
 
 
 def _become(layer: nnx.Module, new: nnx.Module) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
@@ -20,17 +20,36 @@ from probly_torch._checks import (
     check_num_members,
     check_output_leaf,
     check_output_rows,
+    check_reset_type,
     check_rows_of_batch,
     common_num_members,
     member_index,
     member_indices,
 )
 from probly_torch._report import Exclude, Excluder, Report, ReportRow, make_report, natural_order
+from probly_torch.ensemble import Ensemble
 from probly_torch.functional import split_members, tile_members
 from probly_torch.layers import BatchEnsembleLinear
 from probly_torch.random import Rngs
 
-__all__ = ["BatchEnsemble", "batchensemble"]
+__all__ = ["BatchEnsemble", "batchensemble", "register_batchensemble"]
+
+Converter = TypeVar("Converter", bound=Callable[..., nn.Module])
+_CONVERTERS: dict[type[nn.Module], Callable[..., nn.Module]] = {nn.Linear: BatchEnsembleLinear}
+_NORMS: dict[type[nn.Module], Callable[..., nn.Module]] = {}
+
+
+@runtime_checkable
+class BatchEnsembleLayer(Protocol):
+    """What a layer of members offers; register_batchensemble takes any that does."""
+
+    num_members: int
+
+    def member(self, i: int) -> nn.Module:
+        """Member i as an ordinary layer."""
+
+    def keep_members(self, indices: Sequence[int]) -> None:
+        """Drops every other member, in place."""
 
 
 class BatchEnsemble(nn.Module):
@@ -107,6 +126,17 @@ class BatchEnsemble(nn.Module):
             _become(layer, layer.member(i))
         return network
 
+    def fold(self) -> Ensemble:
+        """The same members as an Ensemble, each with weights of its own.
+
+        Example:
+            >>> import torch
+            >>> model, x = batchensemble(nn.Sequential(nn.Linear(2, 3)), 4), torch.ones(5, 2)
+            >>> torch.allclose(model.fold()(x), model(x))
+            True
+        """
+        return Ensemble(list(self))
+
 
 def batchensemble(
     base: nn.Module,
@@ -119,12 +149,14 @@ def batchensemble(
     r_std: float = 0.5,
     s_mean: float = 1.0,
     s_std: float = 0.5,
+    per_member_norms: bool = False,
     exclude: Exclude | Iterable[Exclude] = (),
 ) -> BatchEnsemble:
-    """Converts every Linear layer of a copy of the network; the network itself stays as it is.
+    """Converts every layer that it knows in a copy of the network; the network itself stays as it is.
 
     Layers used twice stay one layer, tied weights stay tied, and each layer draws keys of its own from rngs,
-    in the order of their paths. Subclasses of Linear are left shared, since their forward may be their own.
+    in the order of their paths. Subclasses of a layer are left shared, since their forward may be their own, unless
+    they are registered: `register_batchensemble(MyLinear)(BatchEnsembleLinear)`.
 
     Args:
         base: the network.
@@ -136,6 +168,7 @@ def batchensemble(
         r_std: standard deviation of r under init="normal".
         s_mean: mean of s under init="normal".
         s_std: standard deviation of s under init="normal".
+        per_member_norms: give each member normalisation layers of its own; otherwise they share them.
         exclude: layers to leave shared: name patterns ("head.*"), types, or functions of (path, layer).
     Returns:
         A BatchEnsemble; its `report` says what was done with each layer.
@@ -158,43 +191,93 @@ def batchensemble(
     check_not_converted(what, (layer.num_members for layer in _layers(base)))
 
     network = copy.deepcopy(base)
+    converters = _CONVERTERS | (_NORMS if per_member_norms else {})
+    options = {"init": init, "r_mean": r_mean, "r_std": r_std, "s_mean": s_mean, "s_std": s_std}
     paths: dict[nn.Module, str] = {}
     for path, layer in network.named_modules(remove_duplicate=False):
         paths[layer] = min(paths.get(layer, path), path, key=natural_order)
-    biases: dict[Tensor | None, Any] = {}
+    per_member: dict[nn.Parameter, nn.Parameter] = {}
+    inside: set[nn.Module] = set()  # of what is converted as a whole
     rows = []
     for layer, path in sorted(paths.items(), key=lambda item: natural_order(item[1])):
-        excluded = excluder(path, layer)
-        before = after = sum(p.numel() for p in layer.parameters(recurse=False))
-        if not before:
+        excluded = layer not in inside and excluder(path, layer)
+        converts = not excluded and type(layer) in converters and _is_plain(layer)
+        before = after = sum(p.numel() for p in layer.parameters(recurse=converts))
+        if not before or layer in inside:
             continue
         kind, action = type(layer).__name__, "excluded" if excluded else "shared"
-        if not excluded and _is_convertible(layer):
+        if converts:
             action = "converted"
-            converted = BatchEnsembleLinear(
-                layer, rngs, num_members, use_base_weights, init, r_mean, r_std, s_mean, s_std
+            inside.update(layer.modules())
+            convert = converters[type(layer)]
+            converted = (
+                convert(layer, num_members)
+                if type(layer) in _NORMS
+                else convert(layer, rngs, num_members, use_base_weights, **options)
             )
-            layer.weight.data.copy_(converted.weight.data)
-            # The same Parameter, so that what was tied to it still is.
-            converted.weight = layer.weight  # type: ignore[assignment]
-            converted.bias = biases.setdefault(layer.bias, converted.bias)
+            _keep_ties(layer, converted, per_member)
             _become(layer, converted)
             after = sum(p.numel() for p in converted.parameters())
         rows.append(ReportRow(path, kind, action, before, after))
     excluder.check_all_matched(rows)
-    report = make_report(what, rows, ["Linear"])
+    report = make_report(what, rows, sorted(layer_type.__name__ for layer_type in converters))
     _avoid_fast_paths(network)
     return BatchEnsemble(network, report)
 
 
-def _layers(network: nn.Module) -> list[BatchEnsembleLinear]:
-    return [layer for layer in network.modules() if isinstance(layer, BatchEnsembleLinear)]
+def register_batchensemble(layer_type: type[nn.Module]) -> Callable[[Converter], Converter]:
+    """Registers how `batchensemble` converts the layers of exactly that type.
+
+    The function, or class, is called as BatchEnsembleLinear is: (layer, rngs, num_members, use_base_weights, init=...,
+    r_mean=..., r_std=..., s_mean=..., s_std=...). It returns a new layer that maps (E*B, ...) rows to (E*B, ...) rows,
+    with `num_members`, `member(i)` and `keep_members(indices)`, and leaves the one that it is given as it is.
+
+    Raises:
+        TypeError: if the type is not a layer's.
+    Example:
+        >>> class MyLinear(nn.Linear):
+        ...     pass
+        >>> model = batchensemble(nn.Sequential(MyLinear(2, 3), nn.Linear(3, 2)), 4)
+        >>> [row.action for row in model.report.rows]
+        ['shared', 'converted']
+        >>> _ = register_batchensemble(MyLinear)(BatchEnsembleLinear)
+        >>> model = batchensemble(nn.Sequential(MyLinear(2, 3), nn.Linear(3, 2)), 4)
+        >>> [row.action for row in model.report.rows]
+        ['converted', 'converted']
+    """
+    check_reset_type("register_batchensemble", layer_type, (nn.Module,))
+
+    def register(convert: Converter) -> Converter:
+        _CONVERTERS[layer_type] = convert
+        return convert
+
+    return register
 
 
-def _is_convertible(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """A Linear layer itself, whose weight is a parameter (weight_norm, for one, makes it something else)."""
-    plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not layer._buffers
-    return plain and set(layer._parameters) == {"weight", "bias"}
+def _layers(network: nn.Module) -> list[Any]:
+    """The BatchEnsemble layers, without those that they hold themselves."""
+    if isinstance(network, BatchEnsembleLayer):
+        return [network]
+    found = (layer for child in network.children() for layer in _layers(child))
+    return list(dict.fromkeys(found))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Neither with a forward of its own, nor with a weight that a hook computes, as old weight_norm and pruning do."""
+    return "forward" not in vars(layer) and not any(isinstance(value, Tensor) for value in vars(layer).values())
+
+
+def _keep_ties(layer: nn.Module, converted: nn.Module, per_member: dict[nn.Parameter, nn.Parameter]) -> None:
+    """What members share stays the very Parameter that it was, and what two layers shared stays shared."""
+    for name, own in layer._parameters.items():
+        new = converted._parameters.get(name)
+        if own is None or new is None:
+            continue
+        if new.shape == own.shape:
+            own.data.copy_(new.data)
+            converted._parameters[name] = own
+        else:
+            converted._parameters[name] = per_member.setdefault(own, new)
 
 
 def _become(layer: nn.Module, new: nn.Module) -> None:

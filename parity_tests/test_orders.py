@@ -1,0 +1,166 @@
+"""batch_ensemble_linear scales activations or weights, whichever is cheaper: one function, under every transform."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vmap
+
+import probly_flax as pf
+import probly_torch as pt
+from parity_tests.standard import assert_close
+from probly_torch.functional.linear import _scale_activations
+
+FEW, MANY = 2, 24  # rows of a member, to the two sides of the rule for 5 and 7 features
+
+
+def arguments(rows, bias=True, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(rows)
+    shapes = [(3 * rows, 5), (7, 5), (3, 5), (3, 7), (3, 7)][: 5 if bias else 4]
+    return [torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def by_activations(x, *weights):
+    y = _scale_activations(x.unflatten(0, (3, -1)), *weights, *[None] * (4 - len(weights)))
+    return y.flatten(0, 1)
+
+
+def test_the_rule_is_that_of_the_docstring_in_both():
+    """The custom function, and the recomputation, are there for many rows and not for few."""
+    for rows, expected in ((FEW, False), (MANY, True), (11, False), (12, True)):  # 12 * 12 >= 4 * 35
+        y = pt.functional.batch_ensemble_linear(*arguments(rows))
+        assert ("ScaledWeights" in str(y.grad_fn.next_functions[0][0]) + str(y.grad_fn)) == expected
+        arrays = [jnp.asarray(a.detach().numpy()) for a in arguments(rows)]
+        arrays[1] = arrays[1].T
+        jaxpr = jax.make_jaxpr(pf.functional.batch_ensemble_linear)(*arrays)
+        assert ("remat" in str(jaxpr) or "checkpoint" in str(jaxpr)) == expected
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [FEW, MANY])
+def test_first_and_second_derivatives_forward_and_backward(rows, bias):
+    function = pt.functional.batch_ensemble_linear
+    leaves = arguments(rows, bias)
+    assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, leaves, check_batched_grad=False)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_orders_agree_under_transforms(bias):
+    leaves = arguments(MANY, bias)
+    function = pt.functional.batch_ensemble_linear
+
+    def loss(f):
+        return lambda *leaves: f(*leaves).pow(3).sum()
+
+    numbers = tuple(range(len(leaves)))
+    for ours, theirs in zip(
+        grad(loss(function), numbers)(*leaves), grad(loss(by_activations), numbers)(*leaves), strict=True
+    ):
+        assert_close(ours.detach(), theirs.detach(), "float64")
+    tangents = tuple(torch.ones_like(leaf).cumsum(0) for leaf in leaves)
+    for f in (function, by_activations):
+        assert_close(
+            jvp(f, tuple(leaves), tangents)[1].detach(),
+            jvp(by_activations, tuple(leaves), tangents)[1].detach(),
+            "float64",
+        )
+    batched = torch.stack([leaves[0], 2 * leaves[0]])
+    assert_close(
+        vmap(lambda x: function(x, *leaves[1:]))(batched)[1].detach(),
+        function(batched[1], *leaves[1:]).detach(),
+        "float64",
+    )
+    hessians = [
+        torch.func.hessian(lambda r, f=f: f(*leaves[:2], r, *leaves[3:]).pow(3).sum())(leaves[2])
+        for f in (function, by_activations)
+    ]
+    assert_close(hessians[0].detach(), hessians[1].detach(), "float64")
+
+
+def test_a_tangent_for_one_argument_alone():
+    leaves = [leaf.detach() for leaf in arguments(MANY)]
+    for i, leaf in enumerate(leaves):
+        with forward_ad.dual_level():
+            dual = [
+                forward_ad.make_dual(leaf, torch.ones_like(leaf)) if j == i else other for j, other in enumerate(leaves)
+            ]
+            ours, theirs = (
+                forward_ad.unpack_dual(f(*dual)).tangent for f in (pt.functional.batch_ensemble_linear, by_activations)
+            )
+        assert_close(ours, theirs, "float64")
+
+
+@pytest.mark.parametrize("frozen", range(5))
+def test_a_gradient_for_all_but_one(frozen):
+    leaves = arguments(MANY)
+    leaves[frozen].requires_grad_(False)
+    free = [leaf for leaf in leaves if leaf.requires_grad]
+    ours, theirs = (
+        torch.autograd.grad(f(*leaves).pow(3).sum(), free)
+        for f in (pt.functional.batch_ensemble_linear, by_activations)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b, "float64")
+
+
+def test_many_rows_save_the_input_and_the_weights_alone():
+    saved = []
+    leaves = arguments(MANY, dtype=torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        pt.functional.batch_ensemble_linear(*leaves)
+    own = {leaf.data_ptr() for leaf in leaves}
+    assert saved
+    assert all(tensor.data_ptr() in own for tensor in saved)
+
+
+def test_many_rows_in_a_network_under_ensembles_and_autocast():
+    layer = pt.BatchEnsembleLinear(torch.nn.Linear(5, 7), num_members=3)
+    x = torch.randn(3 * MANY, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == torch.bfloat16
+        for i in range(3):
+            assert_close(
+                y[i * MANY : (i + 1) * MANY].float().detach(),
+                layer.member(i)(x[i * MANY : (i + 1) * MANY]).float().detach(),
+                "bfloat16",
+            )
+    y.sum().backward()
+    assert layer.r.grad.dtype == torch.float32
+    parameters = dict(layer.named_parameters())
+    per_sample = vmap(grad(lambda p, x: functional_call(layer, p, x).sum()), (None, 0))(
+        parameters, torch.stack([x, 2 * x])
+    )
+    assert per_sample["r"].shape == (2, 3, 5)
+    deep = pt.ensemble(layer, 4, reset=lambda p, rngs: pt.random.normal(rngs.params(), p.shape))
+    assert_close(deep(x)[2].detach(), deep[2](x).detach(), "float32")
+
+
+def test_flax_orders_agree_under_transforms():
+    from probly_flax.functional.linear import _scale_activations as activations
+
+    leaves = [jnp.asarray(leaf.detach().numpy()) for leaf in arguments(MANY)]
+    leaves[1] = leaves[1].T
+    numbers = tuple(range(5))
+
+    def loss(f):
+        return lambda *leaves: (f(*leaves) ** 3).sum()
+
+    def reference(*leaves):
+        return activations(*leaves, jax.lax.dot_general)
+
+    function = pf.functional.batch_ensemble_linear
+    for transform in (lambda f: jax.grad(loss(f), numbers), jax.jit, lambda f: jax.jacfwd(f, numbers)):
+        for ours, theirs in zip(
+            jax.tree.leaves(transform(function)(*leaves)), jax.tree.leaves(transform(reference)(*leaves)), strict=True
+        ):
+            assert_close(np.asarray(ours), np.asarray(theirs), "float64")
+    hessians = [
+        jax.hessian(lambda r, f=f: loss(f)(*leaves[:2], r, *leaves[3:]))(leaves[2]) for f in (function, reference)
+    ]
+    assert_close(*hessians, "float64")
+    batched = jnp.stack([leaves[0], 2 * leaves[0]])
+    assert_close(jax.vmap(lambda x: function(x, *leaves[1:]))(batched)[1], function(batched[1], *leaves[1:]), "float64")
