@@ -54,10 +54,13 @@ def batch_ensemble_linear(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias:
             f"Convert them: x.to({weight.dtype})."
         )
     members = x.reshape(num_members, math.prod(x.shape[:-1]) // num_members, in_features)
+    arguments = members, weight, r, s, None if bias is None else autocast(bias)
     if members.shape[1] * (in_features + out_features) < 4 * in_features * out_features:
-        y = _scale_activations(members, weight, r, s, bias if bias is None else autocast(bias))
+        y = _scale_activations(*arguments)
+    elif torch.compiler.is_compiling():  # the compiler knows no jvp, and decides by itself what to keep
+        y = _ScaledWeights.forward(*arguments)
     else:
-        y = _ScaledWeights.apply(members, weight, r, s, bias if bias is None else autocast(bias))
+        y = _ScaledWeights.apply(*arguments)
     return y.reshape(*x.shape[:-1], out_features)
 
 
