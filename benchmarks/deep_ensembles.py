@@ -5,27 +5,14 @@ under one `jax.jit`. The loop calls, or trains, one member after the other. A st
 and Adam. Contenders take turns, and a ratio is a median time over the median of the limit.
 """
 
-import argparse
-import importlib.metadata
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-CASES = ((3, 128, 128), (10, 128, 128), (30, 128, 128), (100, 64, 32), (10, 512, 256))  # members, hidden, batch
+from benchmarks._timing import LIMIT, Contenders, main
+
+CASES = ((3, 128, 128), (10, 128, 128), (30, 128, 128), (100, 64, 32), (10, 512, 256))
 QUICK_CASES = ((3, 16, 8), (10, 16, 8))
-# Else glibc gives large tensors back and gets them anew at every call, in some runs and not in others: up to 2 x.
-KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
-PACKAGES = {"torch": ("torch",), "flax": ("jax", "flax", "optax")}
-LIMIT = "limit"
-Contenders = dict[str, Callable[[], Any]]  # what each runs, by name
 
 
 def torch_contenders(num_members: int, hidden: int, batch: int) -> Iterator[tuple[str, Contenders]]:
@@ -142,60 +129,6 @@ def flax_contenders(num_members: int, hidden: int, batch: int) -> Iterator[tuple
     yield "step", {**steps, "loop": lambda: [step() for step in loop]}
 
 
-def medians(contenders: Contenders, seconds: float) -> dict[str, float]:
-    """Median seconds of each, in rounds in which each runs once, every round in another order."""
-    for run in list(contenders.values()) * 3:  # compiles, and warms the caches
-        run()
-    names, times = list(contenders), {name: [] for name in contenders}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[LIMIT]) < 5:
-        for name in names:
-            start = time.perf_counter()
-            contenders[name]()
-            times[name].append(time.perf_counter() - start)
-        names.append(names.pop(0))
-    return {name: statistics.median(column) for name, column in times.items()}
-
-
-def measure(framework: str, quick: bool, threads: int, path: Path | None) -> None:
-    """Prints the table of one framework, and writes what is in it."""
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)  # before the framework is imported
-    parallel = "true" if threads > 1 else "false"
-    os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={parallel} intra_op_parallelism_threads={threads}"
-    contenders_of = {"torch": torch_contenders, "flax": flax_contenders}[framework]
-    rows, wall, cpu = [], time.perf_counter(), time.process_time()
-    for case in QUICK_CASES if quick else CASES:
-        for what, contenders in contenders_of(*case):
-            times = medians(contenders, seconds=0.1 if quick else 4.0)
-            ratios = {name: t / times[LIMIT] for name, t in times.items() if name != LIMIT}
-            if not rows:
-                print(f"{framework:21}members   H   B  limit, us" + "".join(f"{name:>22}" for name in ratios))
-            line = "{:21}{:7}{:4}{:4}{:11.0f}".format(what, *case, times[LIMIT] * 1e6)
-            print(line + "".join(f"{ratio:21.2f}x" for ratio in ratios.values()), flush=True)
-            rows.append({"what": what, "members, hidden, batch": case, "seconds": times})
-    machine = {"machine": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()}
-    machine |= {name: importlib.metadata.version(name) for name in PACKAGES[framework]}
-    busy = (time.process_time() - cpu) / (time.perf_counter() - wall)  # above 1 if several threads ran
-    machine |= {"threads": threads, "cores busy": round(busy, 2), "load": round(os.getloadavg()[0], 1)}
-    print(", ".join(f"{name} {value}" for name, value in machine.items()), end="\n\n", flush=True)
-    if path:
-        path.write_text(json.dumps({"framework": framework, **machine, "rows": rows}, indent=2) + "\n")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--framework", choices=PACKAGES, help="only this one; without it, each in a process of its own")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also writes the seconds here, or to PATH_torch, ...")
-    parser.add_argument("--quick", action="store_true", help="tiny networks, to see that everything runs")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    if args.framework:
-        measure(args.framework, args.quick, args.threads, args.json)
-    for framework in () if args.framework else PACKAGES:
-        command = [sys.executable, "-m", "benchmarks.deep_ensembles", *sys.argv[1:], "--framework", framework]
-        own_file = ["--json", str(args.json.with_stem(f"{args.json.stem}_{framework}"))] if args.json else []
-        subprocess.run([*command, *own_file], check=True, env=os.environ | KEEP_FREED_MEMORY)
-
-
 if __name__ == "__main__":
-    main()
+    frameworks = {"torch": torch_contenders, "flax": flax_contenders}
+    main("benchmarks.deep_ensembles", __doc__, frameworks, ("members", "H", "B"), CASES, QUICK_CASES)

@@ -372,3 +372,113 @@ def test_torch_models_are_copied_and_exported():
     exported = torch.export.export(model, (x,), dynamic_shapes=any_batch).module()
     assert torch.equal(exported(x)["logits"], y)
     assert exported(torch.ones(7, 4))["logits"].shape == (3, 7, 5)
+
+
+def test_folded_into_an_ensemble_the_members_are_the_same():
+    x = torch.randn(2, 4)
+    model = torch_model()
+    deep = model.fold()
+    assert isinstance(deep, pt.Ensemble)
+    assert_close(deep(x)["logits"].detach(), model(x)["logits"].detach(), "float32")
+    twin = flax_model()
+    with jax.numpy_rank_promotion("allow"):
+        ours, theirs = twin.fold()(jnp.asarray(x.numpy())), twin(jnp.asarray(x.numpy()))
+    assert isinstance(twin.fold(), pf.Ensemble)
+    assert_close(ours["logits"], theirs["logits"], "float32")
+
+
+class TorchScale(nn.Module):
+    """A layer of the user's own."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(features))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+class TorchScales(nn.Module):
+    """Its members."""
+
+    def __init__(self, layer, rngs, num_members, use_base_weights, **options):
+        super().__init__()
+        self.num_members = num_members
+        self.scale = nn.Parameter(pt.random.normal(rngs.params(), (num_members, *layer.scale.shape)))
+
+    def forward(self, x):
+        return (x.unflatten(0, (self.num_members, -1)) * self.scale[:, None]).flatten(0, 1)
+
+    def member(self, i):
+        layer = TorchScale(self.scale.shape[1])
+        layer.scale.data = self.scale[i].detach()
+        return layer
+
+    def keep_members(self, indices):
+        self.num_members = len(indices)
+        self.scale = nn.Parameter(self.scale.detach()[list(indices)])
+
+
+class FlaxScale(nnx.Module):
+    """A layer of the user's own."""
+
+    def __init__(self, features):
+        self.scale = nnx.Param(jnp.ones(features, "float32"))
+
+    def __call__(self, x):
+        return x * self.scale[...]
+
+
+class FlaxScales(nnx.Module):
+    """Its members."""
+
+    def __init__(self, layer, rngs, num_members, use_base_weights, **options):
+        self.num_members = num_members
+        self.scale = nnx.Param(jax.random.normal(rngs.params(), (num_members, *layer.scale.shape), "float32"))
+
+    def __call__(self, x):
+        return (x.reshape(self.num_members, -1, x.shape[-1]) * self.scale[:, None]).reshape(x.shape)
+
+    def member(self, i):
+        layer = FlaxScale(self.scale.shape[1])
+        layer.scale.set_value(self.scale[i])
+        return layer
+
+    def keep_members(self, indices):
+        self.num_members = len(indices)
+        self.scale = nnx.Param(self.scale[jnp.array(indices)])
+
+
+def test_a_users_layer_is_converted_when_registered_and_draws_alike():
+    pt.register_batchensemble(TorchScale)(TorchScales)
+    pf.register_batchensemble(FlaxScale)(FlaxScales)
+    ours = pt.batchensemble(nn.Sequential(TorchScale(4), nn.Linear(4, 3)), 3, rngs=2)
+    theirs = pf.batchensemble(nnx.Sequential(FlaxScale(4), nnx.Linear(4, 3, rngs=nnx.Rngs(0))), 3, rngs=2)
+    for model, x in ((ours, torch.randn(2, 4)), (theirs, jnp.ones((2, 4), "float32"))):
+        assert [(row.kind, row.action) for row in model.report.rows][0][1] == "converted"
+        y = model(x)
+        for i, member in enumerate(model):
+            assert_close(np.asarray(y[i].tolist()), np.asarray(member(x).tolist()), "float32")
+        assert_close(np.asarray(model[[2, 0]](x)[1].tolist()), np.asarray(y[0].tolist()), "float32")
+    np.testing.assert_array_equal(ours.network[0].scale.detach().numpy(), theirs.network.layers[0].scale[...])
+    np.testing.assert_array_equal(ours.network[1].r.detach().numpy(), theirs.network.layers[1].r[...])
+    assert type(ours[0][0]) is TorchScale
+    assert type(theirs[0].layers[0]) is FlaxScale
+
+
+def test_a_subclass_is_left_shared_unless_registered():
+    class TorchOwn(nn.Linear):
+        pass
+
+    class FlaxOwn(nnx.Linear):
+        pass
+
+    rngs = nnx.Rngs(0)
+    pairs = (
+        (pt, TorchOwn, nn.Sequential(TorchOwn(4, 3), nn.Linear(3, 2))),
+        (pf, FlaxOwn, nnx.Sequential(FlaxOwn(4, 3, rngs=rngs), nnx.Linear(3, 2, rngs=rngs))),
+    )
+    for package, own, network in pairs:
+        assert [row.action for row in package.batchensemble(network, 3).report.rows] == ["shared", "converted"]
+        package.register_batchensemble(own)(package.BatchEnsembleLinear)
+        assert [row.action for row in package.batchensemble(network, 3).report.rows] == ["converted", "converted"]
