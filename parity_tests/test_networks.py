@@ -426,7 +426,7 @@ class FlaxScale(nnx.Module):
         self.scale = nnx.Param(jnp.ones(features, "float32"))
 
     def __call__(self, x):
-        return x * self.scale[...]
+        return x * self.scale[...][None]
 
 
 class FlaxScales(nnx.Module):
@@ -455,7 +455,7 @@ def test_a_users_layer_is_converted_when_registered_and_draws_alike():
     ours = pt.batchensemble(nn.Sequential(TorchScale(4), nn.Linear(4, 3)), 3, rngs=2)
     theirs = pf.batchensemble(nnx.Sequential(FlaxScale(4), nnx.Linear(4, 3, rngs=nnx.Rngs(0))), 3, rngs=2)
     for model, x in ((ours, torch.randn(2, 4)), (theirs, jnp.ones((2, 4), "float32"))):
-        assert [(row.kind, row.action) for row in model.report.rows][0][1] == "converted"
+        assert model.report.rows[0].action == "converted"
         y = model(x)
         for i, member in enumerate(model):
             assert_close(np.asarray(y[i].tolist()), np.asarray(member(x).tolist()), "float32")
