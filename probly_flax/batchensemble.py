@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -282,15 +283,15 @@ def _is_single(layer: nnx.Module) -> bool:
 
 def _keep_ties(layer: nnx.Module, converted: nnx.Module, per_member: dict[int, nnx.Variable]) -> None:
     """What members share stays the very Variable that it was, and what two layers shared stays shared."""
-    for name, own in vars(layer).items():
-        new = getattr(converted, name, None)
-        if not isinstance(own, nnx.Param) or not isinstance(new, nnx.Param):
-            continue
-        if new.shape == own.shape:
-            own.set_value(new[...])
-            setattr(converted, name, own)
-        else:
-            setattr(converted, name, per_member.setdefault(id(own), new))
+    new = dict(nnx.to_flat_state(nnx.state(converted, nnx.Param)))
+    for path, own in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
+        if path in new:
+            if new[path].shape == own.shape:
+                own.set_value(new[path][...])
+            else:
+                own = per_member.setdefault(id(own), new[path])
+            holder = reduce(getattr, map(str, path[:-1]), converted)
+            setattr(holder, str(path[-1]), own)
 
 
 def _become(layer: nnx.Module, new: nnx.Module) -> None:

@@ -269,15 +269,15 @@ def _is_plain(layer: nn.Module) -> bool:
 
 def _keep_ties(layer: nn.Module, converted: nn.Module, per_member: dict[nn.Parameter, nn.Parameter]) -> None:
     """What members share stays the very Parameter that it was, and what two layers shared stays shared."""
-    for name, own in layer._parameters.items():
-        new = converted._parameters.get(name)
-        if own is None or new is None:
-            continue
-        if new.shape == own.shape:
-            own.data.copy_(new.data)
-            converted._parameters[name] = own
-        else:
-            converted._parameters[name] = per_member.setdefault(own, new)
+    new = dict(converted.named_parameters())
+    for path, own in layer.named_parameters():
+        if path in new:
+            holder, _, name = path.rpartition(".")
+            if new[path].shape == own.shape:
+                own.data.copy_(new[path].data)
+            else:
+                own = per_member.setdefault(own, new[path])
+            converted.get_submodule(holder)._parameters[name] = own
 
 
 def _become(layer: nn.Module, new: nn.Module) -> None:
