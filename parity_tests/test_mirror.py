@@ -14,16 +14,41 @@ import probly_torch
 
 TORCH, FLAX = (Path(package.__file__).parent for package in (probly_torch, probly_flax))
 MODULES = sorted(path.stem for path in TORCH.iterdir() if not path.name.startswith(("_", "py.typed")))
-IDENTICAL = ("_checks.py", "_files.py", "_report.py")
+IDENTICAL = sorted(
+    p.relative_to(TORCH) for p in TORCH.rglob("_*.py") if p.name.startswith(("_checks", "_files", "_report"))
+)
 
 # Every difference that has to be there, and why. One that is gone fails the suite too.
 RENAMED = {
-    ("functional.batch_ensemble_linear", "weight", "kernel"): "each framework's word, and its layout",
+    (f"functional.batch_ensemble_{kind}", ours, theirs): "each framework's word, and its layout"
+    for kind, names in {
+        "linear": {"weight": "kernel"},
+        "conv": {
+            "weight": "kernel",
+            "stride": "strides",
+            "dilation": "kernel_dilation",
+            "groups": "feature_group_count",
+        },
+        "conv_transpose": {"weight": "kernel", "stride": "strides", "dilation": "kernel_dilation"},
+    }.items()
+    for ours, theirs in names.items()
+}
+ONLY_TORCH = {
+    ("functional.batch_ensemble_conv_transpose", "output_padding"): "nnx pads the input instead",
+    ("functional.batch_ensemble_conv_transpose", "groups"): "nnx.ConvTranspose has none",
 }
 ONLY_FLAX = {
     ("functional.batch_ensemble_linear", "precision"): "an option of nnx.Linear, torch sets it globally",
     ("functional.batch_ensemble_linear", "dot_general"): "an option of nnx.Linear",
     ("functional.batch_ensemble_linear", "dot_general_kwargs"): "options of nnx.Linear",
+    **{
+        (f"functional.batch_ensemble_{kind}", name): "an option of nnx's convolutions"
+        for kind, names in {
+            "conv": ("input_dilation", "conv_general_dilated", "out_sharding"),
+            "conv_transpose": ("transpose_kernel",),
+        }.items()
+        for name in (*names, "precision", "preferred_element_type")
+    },
     ("ensemble.ensemble", "example_input"): "Linen modules have no weights before they see an input",
     ("random.key", "impl"): "jax.random has other generators",
     ("random.key", "dtype"): "jax.random has other generators",
@@ -32,7 +57,10 @@ ONLY_FLAX = {
         for name in ("bernoulli", "bits", "normal", "permutation", "truncated_normal", "uniform")
     },
 }
-OTHER_DEFAULT = {("random.bits", "dtype"): "jax names its default by None"}
+OTHER_DEFAULT = {
+    ("random.bits", "dtype"): "jax names its default by None",
+    ("functional.batch_ensemble_conv_transpose", "padding"): "the default of each framework",
+}
 OTHER_HEADINGS = {
     "weights.to_arrays": "torch names its own tensors; each nnx layer needs a rule",
 }
@@ -61,7 +89,7 @@ def test_files_have_the_same_names():
     assert ours == theirs
 
 
-@pytest.mark.parametrize("name", IDENTICAL)
+@pytest.mark.parametrize("name", IDENTICAL, ids=str)
 def test_files_without_a_framework_are_identical(name):
     assert (TORCH / name).read_bytes() == (FLAX / name).read_bytes()
     assert not re.search(r"^(import|from) (torch|jax|flax|probly)", (TORCH / name).read_text(), re.MULTILINE)
@@ -75,11 +103,13 @@ def test_all_is_the_same_sorted_and_complete(name):
 
 
 def test_signatures_agree_but_for_the_table():
-    renamed, only_flax, other_default = set(), set(), set()
+    renamed, only_torch, only_flax, other_default = set(), set(), set(), set()
     for path, ours, theirs in public():
         a, b = parameters(ours), parameters(theirs)
         extra = [name for name in b if (path, name) in ONLY_FLAX]
         only_flax |= {(path, name) for name in extra}
+        only_torch |= {(path, name) for name in a if (path, name) in ONLY_TORCH}
+        a = {name: p for name, p in a.items() if (path, name) not in ONLY_TORCH}
         b = {name: p for name, p in b.items() if name not in extra}
         for (name, p), (other, q) in zip(a.items(), b.items(), strict=True):
             if name != other:
@@ -88,6 +118,7 @@ def test_signatures_agree_but_for_the_table():
                 other_default.add((path, name))
             assert p.kind == q.kind, f"{path}({name})"
     assert renamed == RENAMED.keys()
+    assert only_torch == ONLY_TORCH.keys()
     assert only_flax == ONLY_FLAX.keys()
     assert other_default == OTHER_DEFAULT.keys()
 

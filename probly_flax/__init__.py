@@ -7,13 +7,29 @@ from probly_flax import functional, layers, losses, random, uncertainty, weights
 from probly_flax.batchensemble import BatchEnsemble, batchensemble, register_batchensemble
 from probly_flax.ensemble import Ensemble, ensemble, register_reset
 from probly_flax.functional import split_members, tile_members
-from probly_flax.layers import BatchEnsembleLinear
+from probly_flax.layers import (
+    BatchEnsembleConv,
+    BatchEnsembleConvTranspose,
+    BatchEnsembleGRU,
+    BatchEnsembleGRUCell,
+    BatchEnsembleLinear,
+    BatchEnsembleLSTM,
+    BatchEnsembleLSTMCell,
+    BatchEnsembleMultiHeadAttention,
+)
 from probly_flax.random import Rngs
 from probly_flax.weights import load_arrays, load_weights, save_weights, to_arrays
 
 __all__ = [
     "BatchEnsemble",
+    "BatchEnsembleConv",
+    "BatchEnsembleConvTranspose",
+    "BatchEnsembleGRU",
+    "BatchEnsembleGRUCell",
+    "BatchEnsembleLSTM",
+    "BatchEnsembleLSTMCell",
     "BatchEnsembleLinear",
+    "BatchEnsembleMultiHeadAttention",
     "Ensemble",
     "Rngs",
     "batchensemble",

@@ -80,12 +80,12 @@ class Excluder:
             )
 
 
-def make_report(what: str, rows: Sequence[ReportRow], convertible: Sequence[str]) -> Report:
+def make_report(what: str, rows: Sequence[ReportRow]) -> Report:
     if not any(row.action == "converted" for row in rows):
         kinds = ", ".join(sorted({f"{row.kind} ({row.action})" for row in rows})) or "none"
         raise ValueError(
-            f"{what} expects a network with a layer it can convert ({', '.join(convertible)}); got layers: {kinds}. "
-            f"For members with weights of their own, call ensemble(network, num_members)."
+            f"{what} expects a network with a layer it can convert (linear, convolution, embedding, attention, "
+            f"recurrent, or registered); got layers: {kinds}. For members with weights of their own, call ensemble(network, num_members)."
         )
     return Report(tuple(rows))
 

@@ -33,13 +33,35 @@ from probly_flax._members import is_stateful
 from probly_flax._report import Exclude, Excluder, Report, ReportRow, make_report, natural_order
 from probly_flax.ensemble import Ensemble
 from probly_flax.functional import split_members, tile_members
-from probly_flax.layers import BatchEnsembleLinear
+from probly_flax.layers import (
+    BatchEnsembleConv,
+    BatchEnsembleConvTranspose,
+    BatchEnsembleGRU,
+    BatchEnsembleGRUCell,
+    BatchEnsembleLinear,
+    BatchEnsembleLSTM,
+    BatchEnsembleLSTMCell,
+    BatchEnsembleMultiHeadAttention,
+)
 from probly_flax.random import Rngs
 
 __all__ = ["BatchEnsemble", "batchensemble", "register_batchensemble"]
 
 Converter = TypeVar("Converter", bound=Callable[..., nnx.Module])
-_CONVERTERS: dict[type[nnx.Module], Callable[..., nnx.Module]] = {nnx.Linear: BatchEnsembleLinear}
+_CONVERTERS: dict[type[nnx.Module], Callable[..., nnx.Module]] = {
+    nnx.Linear: BatchEnsembleLinear,
+    nnx.Conv: BatchEnsembleConv,
+    nnx.ConvTranspose: BatchEnsembleConvTranspose,
+    nnx.MultiHeadAttention: BatchEnsembleMultiHeadAttention,
+    nnx.LSTMCell: BatchEnsembleLSTMCell,
+    nnx.OptimizedLSTMCell: BatchEnsembleLSTMCell,
+    nnx.GRUCell: BatchEnsembleGRUCell,
+}
+_RNNS: dict[type[nnx.Module], Callable[..., nnx.Module]] = {  # by the type of their cell
+    nnx.LSTMCell: BatchEnsembleLSTM,
+    nnx.OptimizedLSTMCell: BatchEnsembleLSTM,
+    nnx.GRUCell: BatchEnsembleGRU,
+}
 _NORMS: dict[type[nnx.Module], Callable[..., nnx.Module]] = {}
 
 
@@ -207,16 +229,16 @@ def batchensemble(
     for parts, layer in sorted(layers.items(), key=lambda item: natural_order(_torch_path(item[0], layers))):
         path = ".".join(map(str, parts))
         excluded = id(layer) not in inside and excluder(path, layer)
-        converts = not excluded and type(layer) in converters and _is_single(layer)
+        convert = _RNNS.get(type(layer.cell)) if type(layer) is nnx.RNN else converters.get(type(layer))
+        converts = convert is not None and not excluded and _is_single(layer)
         own = jax.tree.leaves(nnx.state(layer, nnx.Param)) if converts else _parameters(layer)
         before = after = sum(p.size for p in own)
         if not before or id(layer) in inside:
             continue
         kind, action = type(layer).__name__, "excluded" if excluded else "shared"
-        if converts:
+        if convert and converts:
             action = "converted"
             inside.update(id(module) for _, module in nnx.iter_modules(layer))
-            convert = converters[type(layer)]
             converted = (
                 convert(layer, num_members)
                 if type(layer) in _NORMS
@@ -227,7 +249,7 @@ def batchensemble(
             after = sum(p.size for p in jax.tree.leaves(nnx.state(converted, nnx.Param)))
         rows.append(ReportRow(path, kind, action, before, after))
     excluder.check_all_matched(rows)
-    report = make_report(what, rows, sorted(layer_type.__name__ for layer_type in converters))
+    report = make_report(what, rows)
     return BatchEnsemble(network, report)
 
 

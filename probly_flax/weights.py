@@ -10,22 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from probly_flax._checks import check_arrays, check_loaded_dtype, check_numpy, check_tied
 from probly_flax._files import read_arrays, write_arrays
 from probly_flax.ensemble import Ensemble
-from probly_flax.layers import linear
-from probly_flax.layers._common import TorchNames
+from probly_flax.layers import attention, conv, linear
+from probly_flax.layers._common import Rule, TorchNames
 
 __all__ = ["load_arrays", "load_weights", "save_weights", "to_arrays"]
 
-# For each layer, its variables: their names in torch, and the order of their axes there, counted from the last.
-_NAMES: TorchNames = {**linear.TORCH_NAMES}
+_NAMES: TorchNames = {
+    **attention.TORCH_NAMES,
+    **conv.TORCH_NAMES,
+    **linear.TORCH_NAMES,
+}
 # Attributes of a container that its twin in torch has no name for.
 _UNNAMED = {nnx.Sequential: "layers", Ensemble: "stacked"}
-
-
-_Named = tuple[nnx.Variable, tuple[int, ...] | None]
 
 
 def to_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
@@ -38,7 +39,8 @@ def to_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
         >>> {name: array.shape for name, array in to_arrays(nnx.Linear(3, 2, rngs=nnx.Rngs(0))).items()}
         {'weight': (2, 3), 'bias': (2,)}
     """
-    return {name: _to_torch(np.array(v[...]), axes) for name, (v, axes) in _variables("to_arrays", model)}
+    rules = _rules("to_arrays", model)
+    return {name: np.array(rule.to_torch(*(np.asarray(v[...]) for v in rule.variables))) for name, rule in rules}
 
 
 def load_arrays(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> None:
@@ -74,25 +76,27 @@ def load_weights(model: nnx.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _load(what: str, model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> None:
-    variables = dict(_variables(what, model))
-    expected = {name: (_shape_in_torch(v.shape, axes), v.dtype.name) for name, (v, axes) in variables.items()}
+    rules = dict(_rules(what, model))
     check_numpy(what, arrays)
+    expected = {name: _in_torch(rule) for name, rule in rules.items()}
     check_arrays(what, expected, {name: (a.shape, a.dtype.name) for name, a in arrays.items()})
-    check_tied(what, {name: id(v) for name, (v, _) in variables.items()}, arrays)
-    values = {name: jnp.array(_from_torch(np.asarray(arrays[name]), axes)) for name, (_, axes) in variables.items()}
-    for name, (_, dtype) in expected.items():
-        check_loaded_dtype(what, name, dtype, values[name].dtype.name)
-    for name, (variable, _) in variables.items():
-        old, value = variable.get_value(), values[name]
+    check_tied(what, {name: tuple(map(id, rule.variables)) or name for name, rule in rules.items()}, arrays)
+    values: list[tuple[nnx.Variable, Array]] = []
+    for name, rule in rules.items():
+        for variable, array in zip(rule.variables, rule.from_torch(np.asarray(arrays[name])), strict=True):
+            values.append((variable, jnp.array(array)))
+            check_loaded_dtype(what, name, variable.dtype.name, values[-1][1].dtype.name)
+    for variable, value in values:
+        old = variable.get_value()
         # Only then: a jitted step would compile again for arrays that are tied to a device.
         placed = isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer) and old.committed
         variable.set_value(jax.device_put(value, old.sharding) if placed else value)
 
 
-def _variables(what: str, model: nnx.Module) -> Iterator[tuple[str, _Named]]:
+def _rules(what: str, model: nnx.Module) -> Iterator[tuple[str, Rule]]:
     """Every weight under every name it has in torch; a layer used twice has two."""
     named = list(_walk(model, ""))
-    covered = {id(variable) for _, (variable, _) in named}
+    covered = {id(variable) for _, rule in named for variable in rule.variables}
     missed = [
         ".".join(map(str, path))
         for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState)))
@@ -106,33 +110,39 @@ def _variables(what: str, model: nnx.Module) -> Iterator[tuple[str, _Named]]:
     yield from named
 
 
-def _walk(module: nnx.Module, prefix: str) -> Iterator[tuple[str, _Named]]:
+def _walk(module: nnx.Module, prefix: str) -> Iterator[tuple[str, Rule]]:
     names = _of_type(_NAMES, module) or {}
+    if callable(names):
+        yield from ((prefix + name, rule) for name, rule in names(module).items())
+        names = {}
     for attribute, value in vars(module).items():
         if isinstance(value, nnx.Variable) and attribute in names:
             name, axes = names[attribute]
-            yield prefix + name, (value, None if axes is None else axes(module))
+            yield prefix + name, _permuted(value, None if axes is None else axes(module))
         elif isinstance(value, nnx.Module):
             unnamed = _of_type(_UNNAMED, module) == attribute
             yield from _walk(value, prefix if unnamed else f"{prefix}{attribute}.")
 
 
+def _in_torch(rule: Rule) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype, without the values."""
+    array = rule.to_torch(*(np.broadcast_to(np.int8(0), variable.shape) for variable in rule.variables))
+    return array.shape, rule.variables[0].dtype.name if rule.variables else array.dtype.name
+
+
+def _permuted(variable: nnx.Variable, axes: tuple[int, ...] | None) -> Rule:
+    """Axes in front of those that are named, such as that of the members, stay first."""
+    if axes is None:
+        return Rule((variable,), lambda array: array, lambda array: [array])
+    rank = len(variable.shape)
+    order = (*range(rank - len(axes)), *(rank - abs(axis) for axis in axes))
+    flipped = tuple(rank - axis for axis in axes if axis > 0)
+    return Rule(
+        (variable,),
+        lambda array: np.ascontiguousarray(np.flip(array, flipped).transpose(order)),
+        lambda array: [np.ascontiguousarray(np.flip(array.transpose(np.argsort(order)), flipped))],
+    )
+
+
 def _of_type(table: Mapping[Any, Any], module: nnx.Module) -> Any:
     return next((table[layer_type] for layer_type in type(module).__mro__ if layer_type in table), None)
-
-
-def _to_torch(array: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
-    """Axes in front of those that are named, such as that of the members, stay first."""
-    return array if axes is None else np.ascontiguousarray(array.transpose(_order(array.ndim, axes)))
-
-
-def _from_torch(array: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
-    return array if axes is None else np.ascontiguousarray(array.transpose(np.argsort(_order(array.ndim, axes))))
-
-
-def _shape_in_torch(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[int, ...]:
-    return shape if axes is None else tuple(shape[axis] for axis in _order(len(shape), axes))
-
-
-def _order(rank: int, axes: tuple[int, ...]) -> tuple[int, ...]:
-    return (*range(rank - len(axes)), *(rank + axis for axis in axes))

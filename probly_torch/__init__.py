@@ -7,13 +7,29 @@ from probly_torch import functional, layers, losses, random, uncertainty, weight
 from probly_torch.batchensemble import BatchEnsemble, batchensemble, register_batchensemble
 from probly_torch.ensemble import Ensemble, ensemble, register_reset
 from probly_torch.functional import split_members, tile_members
-from probly_torch.layers import BatchEnsembleLinear
+from probly_torch.layers import (
+    BatchEnsembleConv,
+    BatchEnsembleConvTranspose,
+    BatchEnsembleGRU,
+    BatchEnsembleGRUCell,
+    BatchEnsembleLinear,
+    BatchEnsembleLSTM,
+    BatchEnsembleLSTMCell,
+    BatchEnsembleMultiHeadAttention,
+)
 from probly_torch.random import Rngs
 from probly_torch.weights import load_arrays, load_weights, save_weights, to_arrays
 
 __all__ = [
     "BatchEnsemble",
+    "BatchEnsembleConv",
+    "BatchEnsembleConvTranspose",
+    "BatchEnsembleGRU",
+    "BatchEnsembleGRUCell",
+    "BatchEnsembleLSTM",
+    "BatchEnsembleLSTMCell",
     "BatchEnsembleLinear",
+    "BatchEnsembleMultiHeadAttention",
     "Ensemble",
     "Rngs",
     "batchensemble",

@@ -29,13 +29,35 @@ from probly_torch._checks import (
 from probly_torch._report import Exclude, Excluder, Report, ReportRow, make_report, natural_order
 from probly_torch.ensemble import Ensemble
 from probly_torch.functional import split_members, tile_members
-from probly_torch.layers import BatchEnsembleLinear
+from probly_torch.layers import (
+    BatchEnsembleConv,
+    BatchEnsembleConvTranspose,
+    BatchEnsembleGRU,
+    BatchEnsembleGRUCell,
+    BatchEnsembleLinear,
+    BatchEnsembleLSTM,
+    BatchEnsembleLSTMCell,
+    BatchEnsembleMultiHeadAttention,
+)
 from probly_torch.random import Rngs
 
 __all__ = ["BatchEnsemble", "batchensemble", "register_batchensemble"]
 
 Converter = TypeVar("Converter", bound=Callable[..., nn.Module])
-_CONVERTERS: dict[type[nn.Module], Callable[..., nn.Module]] = {nn.Linear: BatchEnsembleLinear}
+_CONVERTERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    nn.Linear: BatchEnsembleLinear,
+    nn.Conv1d: BatchEnsembleConv,
+    nn.Conv2d: BatchEnsembleConv,
+    nn.Conv3d: BatchEnsembleConv,
+    nn.ConvTranspose1d: BatchEnsembleConvTranspose,
+    nn.ConvTranspose2d: BatchEnsembleConvTranspose,
+    nn.ConvTranspose3d: BatchEnsembleConvTranspose,
+    nn.MultiheadAttention: BatchEnsembleMultiHeadAttention,
+    nn.LSTM: BatchEnsembleLSTM,
+    nn.GRU: BatchEnsembleGRU,
+    nn.LSTMCell: BatchEnsembleLSTMCell,
+    nn.GRUCell: BatchEnsembleGRUCell,
+}
 _NORMS: dict[type[nn.Module], Callable[..., nn.Module]] = {}
 
 
@@ -220,7 +242,7 @@ def batchensemble(
             after = sum(p.numel() for p in converted.parameters())
         rows.append(ReportRow(path, kind, action, before, after))
     excluder.check_all_matched(rows)
-    report = make_report(what, rows, sorted(layer_type.__name__ for layer_type in converters))
+    report = make_report(what, rows)
     _avoid_fast_paths(network)
     return BatchEnsemble(network, report)
 

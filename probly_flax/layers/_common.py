@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
 from probly_flax import random
 from probly_flax.random import Rngs
 
-TorchNames = dict[Any, dict[str, tuple[str, Callable[[Any], tuple[int, ...]] | None]]]
+
+class Rule(NamedTuple):
+    """How the arrays of some variables make one of torch's, and come out of it again."""
+
+    variables: tuple[nnx.Variable, ...]
+    to_torch: Callable[..., np.ndarray]
+    from_torch: Callable[[np.ndarray], Sequence[np.ndarray]]
+
+
+# Of a layer: for each variable, its name in torch and the order of its axes there, counted from the last (by a positive
+# number where torch has the axis the other way round); or a function of the layer that returns rules by torch's names.
+TorchNames = dict[
+    Any, dict[str, tuple[str, Callable[[Any], tuple[int, ...]] | None]] | Callable[[Any], Mapping[str, Rule]]
+]
 
 
 def axes(parameter: nnx.Param) -> tuple[Any, ...]:

@@ -1,0 +1,947 @@
+"""BatchEnsembleMultiHeadAttention: parity with the oracle, what it keeps of its base layer, and who it works with."""
+
+import copy
+import pickle
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from torch import nn
+
+import probly_flax as pf
+import probly_torch as pt
+from parity_tests import standard
+from parity_tests.oracle_attention import batch_ensemble_attention
+from parity_tests.standard import assert_close
+from probly_flax.layers.attention import BatchEnsembleMultiHeadAttention as FlaxAttention
+from probly_torch.layers.attention import BatchEnsembleMultiHeadAttention as TorchAttention
+
+# The weights of one layer under the names of the other.
+
+
+def to_torch(layer):
+    """By torch's names; of gradients as well, which come in a layer's place."""
+    q, k, v, out = layer.query, layer.key, layer.value, layer.out
+    kernels = [np.asarray(p.kernel[...]) for p in (q, k, v)]
+    weights = [kernel.reshape(len(kernel), -1).T for kernel in kernels]
+    if layer.in_kv_features == layer.in_features:
+        arrays = {"in_proj_weight": np.concatenate(weights)}
+    else:
+        arrays = {f"{name}_proj_weight": weight for name, weight in zip("qkv", weights, strict=True)}
+    out_kernel = np.asarray(out.kernel[...])
+    arrays["out_proj.weight"] = out_kernel.reshape(-1, out_kernel.shape[-1]).T
+    if isinstance(layer, FlaxAttention):
+        for name, p in zip(("q_", "k_", "v_", "out_proj."), (q, k, v, out), strict=True):
+            arrays |= {f"{name}r": np.asarray(p.r[...]), f"{name}s": np.asarray(p.s[...])}
+    if layer.use_bias:
+        lead = (layer.num_members,) if isinstance(layer, FlaxAttention) else ()
+        biases = [np.asarray(p.bias[...]).reshape(*lead, -1) for p in (q, k, v)]
+        arrays |= {"in_proj_bias": np.concatenate(biases, axis=-1), "out_proj.bias": np.asarray(out.bias[...])}
+    return arrays
+
+
+def from_torch(layer, arrays):
+    """Copies arrays by torch's names into a layer."""
+    packed = arrays.get("in_proj_weight")
+    weights = [arrays[f"{n}_proj_weight"] for n in "qkv"] if packed is None else np.split(packed, 3)
+    weights.append(arrays["out_proj.weight"])
+    biases = [None] * 4
+    if layer.use_bias:
+        biases = [*np.split(arrays["in_proj_bias"], 3, axis=-1), arrays["out_proj.bias"]]
+    projections = (layer.query, layer.key, layer.value, layer.out)
+    for name, p, weight, bias in zip(("q_", "k_", "v_", "out_proj."), projections, weights, biases, strict=True):
+        p.kernel[...] = jnp.asarray(weight.T.reshape(p.kernel.shape))
+        if bias is not None:
+            p.bias[...] = jnp.asarray(bias.reshape(p.bias.shape))
+        if isinstance(layer, FlaxAttention):
+            p.r[...], p.s[...] = jnp.asarray(arrays[f"{name}r"]), jnp.asarray(arrays[f"{name}s"])
+
+
+@dataclass(frozen=True)
+class Case:
+    num_members: int = 3
+    batch: int = 2
+    steps: int = 4
+    keys: int = 4
+    features: int = 8
+    kv_features: int = 8
+    heads: int = 2
+    bias: bool = True
+    attn_mask: int | None = None  # its number of axes
+    padding: bool = False
+
+    def torch(self, dtype="float32", **options):
+        """A pair is made with options of nn.MultiheadAttention."""
+        options = {"batch_first": True, "bias": self.bias} | options
+        if self.kv_features != self.features:
+            options |= {"kdim": self.kv_features, "vdim": self.kv_features}
+        return nn.MultiheadAttention(self.features, self.heads, dtype=getattr(torch, dtype), **options)
+
+    def flax(self, dtype="float32", **options):
+        """With its softmax in the dtype of the layer, which is what nnx does where there is dropout."""
+        options = {"dropout_rate": 0.1, "deterministic": True} | options
+        return nnx.MultiHeadAttention(
+            self.heads,
+            self.features,
+            in_kv_features=self.kv_features,
+            use_bias=self.bias,
+            param_dtype=jnp.dtype(dtype),
+            decode=False,
+            rngs=nnx.Rngs(0),
+            **options,
+        )
+
+    def draw(self, seed, dtype):
+        """Inputs, a cotangent and weights by torch's names, all exact in the dtype."""
+        rng = np.random.default_rng([seed, self.num_members, self.steps, self.keys])
+        rows = self.num_members * self.batch
+        shapes = {
+            "query": (rows, self.steps, self.features),
+            "key": (rows, self.keys, self.kv_features),
+            "value": (rows, self.keys, self.kv_features),
+            "g": (rows, self.steps, self.features),
+        }
+        layer = TorchAttention(self.torch(), num_members=self.num_members)
+        shapes |= {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+        arrays = {}
+        for name, shape in shapes.items():
+            center, scale = (1.0, 0.5) if name[-2:] in ("_r", "_s", ".r", ".s") else (0.0, 1.0)
+            values = center + scale * rng.standard_normal(shape)
+            arrays[name] = values.astype(jnp.dtype(dtype)).astype(np.float64)
+        return arrays
+
+    def masks(self):
+        """Torch's masks, True where hidden; the first key is never."""
+        rng, rows = np.random.default_rng(0), self.num_members * self.batch
+        attn_mask = padding = None
+        if self.attn_mask:
+            shape = (self.steps, self.keys)
+            attn_mask = rng.random(shape if self.attn_mask == 2 else (rows * self.heads, *shape)) < 0.4
+            attn_mask[..., 0] = False
+        if self.padding:
+            padding = rng.random((rows, self.keys)) < 0.4
+            padding[:, 0] = False
+        return attn_mask, padding
+
+    def hidden(self):
+        """Both masks as one, (rows, heads, steps, keys)."""
+        attn_mask, padding = self.masks()
+        hidden = np.zeros((self.num_members * self.batch, self.heads, self.steps, self.keys), bool)
+        if attn_mask is not None:
+            hidden |= attn_mask if attn_mask.ndim == 2 else attn_mask.reshape(hidden.shape)
+        if padding is not None:
+            hidden |= padding[:, None, None]
+        return hidden
+
+
+CASES = {
+    "self": Case(),
+    "self-odd": Case(num_members=2, batch=3, steps=5, keys=5, features=9, kv_features=9, heads=3, attn_mask=2),
+    "no bias": Case(bias=False, padding=True),
+    "cross": Case(steps=3, keys=5, attn_mask=3),
+    "other features": Case(steps=3, keys=5, kv_features=5, attn_mask=2, padding=True),
+}
+
+
+def sown(layer, *inputs, **kwargs):
+    """Outputs and attention weights of each head."""
+    y, intermediates = nnx.capture(layer, nnx.Intermediate)(*inputs, sow_weights=True, **kwargs)
+    return y, intermediates["attention_weights"][0]
+
+
+def run_oracle(case, arrays):
+    added = np.where(case.hidden(), -np.inf, 0.0)
+    output, attention, grads = batch_ensemble_attention(num_heads=case.heads, added=added, **arrays)
+    named = {f"gradient by {name}": grad for name, grad in grads.items()}
+    return {"output": output, "weights": attention.mean(1), **named}
+
+
+def run_torch(case, arrays, dtype, need_weights=True):
+    layer = TorchAttention(case.torch(dtype), num_members=case.num_members)
+    tensors = {name: torch.tensor(value, dtype=getattr(torch, dtype)) for name, value in arrays.items()}
+    g = tensors.pop("g")
+    inputs = {name: tensors.pop(name).requires_grad_() for name in ("query", "key", "value")}
+    layer.load_state_dict(tensors)
+    attn_mask, padding = (None if mask is None else torch.tensor(mask) for mask in case.masks())
+    y, weights = layer(**inputs, attn_mask=attn_mask, key_padding_mask=padding, need_weights=need_weights)
+    leaves = inputs | dict(layer.named_parameters())
+    grads = torch.autograd.grad(y, list(leaves.values()), g)
+    results = {"output": y} | {f"gradient by {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    if need_weights:
+        results["weights"] = weights
+    return {name: value.detach().double().numpy() for name, value in results.items()}
+
+
+def run_flax(case, arrays, dtype, **options):
+    layer, run = _flax_call(case, dtype, **options)
+    values = {name: value.astype(jnp.dtype(dtype)) for name, value in arrays.items()}
+    g, *inputs = (jnp.asarray(values[name]) for name in ("g", "query", "key", "value"))
+    from_torch(layer, values)
+    y, weights, (params_grad, *inputs_grad) = run(nnx.state(layer, nnx.Param), g, *inputs)
+    nnx.update(layer, params_grad)
+    grads = dict(zip(("query", "key", "value"), inputs_grad, strict=True)) | to_torch(layer)
+    results = {"output": y, "weights": weights} | {f"gradient by {name}": grad for name, grad in grads.items()}
+    return {name: np.asarray(value).astype(np.float64) for name, value in results.items() if value is not None}
+
+
+@cache
+def _flax_call(case, dtype, sow=True, compiled=True, dropout_rate=0.1):
+    layer = FlaxAttention(case.flax(dtype, dropout_rate=dropout_rate), num_members=case.num_members)
+    hidden = case.hidden()
+    mask = jnp.asarray(~hidden) if hidden.any() else None
+    graph, _, rest = nnx.split(layer, nnx.Param, ...)
+
+    def forward(params, *inputs):
+        layer = nnx.merge(graph, params, rest, copy=True)
+        if not sow:
+            return layer(*inputs, mask=mask), None
+        y, weights = sown(layer, *inputs, mask=mask)
+        return y, weights.mean(1)
+
+    def forward_and_backward(params, g, *inputs):
+        y, backward, weights = jax.vjp(forward, params, *inputs, has_aux=True)
+        return y, weights, backward(g)
+
+    return layer, jax.jit(forward_and_backward) if compiled else forward_and_backward
+
+
+def verdicts(case, dtypes, run_torch=run_torch, run_flax=run_flax, without=()):
+    arrays = [case.draw(seed, dtypes[0]) for seed in range(3)]
+    reference = [{name: v for name, v in run_oracle(case, a).items() if name not in without} for a in arrays]
+    return standard.bounded(
+        {dtype: [run_torch(case, a, dtype) for a in arrays] for dtype in dtypes},
+        {dtype: [run_flax(case, a, dtype) for a in arrays] for dtype in dtypes},
+        reference,
+        dtypes[0],
+    )
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float64"), ("bfloat16",)], ids=["float32+float64", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_bounded(name, dtypes):
+    standard.assert_holds(verdicts(CASES[name], dtypes))
+
+
+def test_bounded_op_by_op():
+    run = partial(run_flax, compiled=False)
+    standard.assert_holds(verdicts(CASES["other features"], ("float32", "float64"), run_flax=run))
+
+
+@pytest.mark.parametrize("name", ["self", "other features"])
+def test_bounded_on_the_fused_paths(name):
+    """Without weights: torch's scaled_dot_product_attention, and that of JAX, whose softmax is float32."""
+    case, without = CASES[name], ("weights",)
+    fused = partial(run_torch, need_weights=False)
+    standard.assert_holds(verdicts(case, ("float32", "float64"), fused, without=without))
+    unfused = partial(run_flax, sow=False, dropout_rate=0.0)
+    standard.assert_holds(verdicts(case, ("float32",), fused, unfused, without))
+
+
+@pytest.mark.parametrize(("a", "b"), [("q_r", "k_r"), ("q_s", "k_s"), ("v_r", "v_s"), ("out_proj.r", "out_proj.s")])
+def test_a_swap_of_fast_weights_is_noticed(a, b):
+    def swapped(case, arrays, dtype):
+        return run_torch(case, arrays | {a: arrays[b], b: arrays[a]}, dtype)
+
+    broken = [v for v in verdicts(CASES["self"], ("float32", "float64"), swapped) if not v.holds]
+    assert {v.tensor for v in broken} >= {"output", f"gradient by {a}", f"gradient by {b}"}
+
+
+# Draws.
+
+OPTIONS = [
+    {},
+    {"init": "random_sign"},
+    {"use_base_weights": True, "r_mean": 0.5, "r_std": 0.1, "s_mean": -1.0, "s_std": 2.0},
+    {"rngs": 7},
+]
+
+
+def pair(case=CASES["self"], dtype="float32", base_options=None, **options):
+    ours, theirs = case.torch(dtype, **(base_options or {})), case.flax(dtype)
+    nn.init.normal_(ours.in_proj_bias) if ours.in_proj_bias is not None else None
+    from_torch(theirs, {name: value.astype(jnp.dtype(dtype)) for name, value in pt.to_arrays(ours).items()})
+    options = {"num_members": case.num_members} | options
+    return TorchAttention(ours, **options), FlaxAttention(theirs, **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["self", "no bias", "other features"])
+def test_one_seed_gives_one_layer_bit_for_bit(name, dtype, options):
+    ours, theirs = pair(CASES[name], dtype, **options)
+    a, b = pt.to_arrays(ours), to_torch(theirs)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype == jnp.dtype(dtype)
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_the_draws_follow_the_documented_order():
+    rngs = pt.Rngs(3)
+    layer = TorchAttention(nn.MultiheadAttention(6, 2), rngs=rngs, num_members=2)
+    assert int(rngs.default.count) == 12
+    keys = iter([pt.random.fold_in(pt.random.key(3), i) for i in range(12)])
+    weights = [*layer.in_proj_weight.chunk(3), layer.out_proj.weight]
+    fast = [(getattr(layer, f"{name}_r"), getattr(layer, f"{name}_s")) for name in "qkv"]
+    for weight, (r, s) in zip(weights, [*fast, (layer.out_proj.r, layer.out_proj.s)], strict=True):
+        assert torch.equal(weight, pt.random.lecun_normal(next(keys), (6, 6), torch.float32).T)
+        assert torch.equal(r, 1 + 0.5 * pt.random.normal(next(keys), (2, 6)))
+        assert torch.equal(s, 1 + 0.5 * pt.random.normal(next(keys), (2, 6)))
+    rngs = pt.Rngs(3)
+    TorchAttention(nn.MultiheadAttention(6, 2), rngs=rngs, num_members=2, use_base_weights=True)
+    assert int(rngs.default.count) == 8
+
+
+# Members.
+
+
+def torch_call(layer, i, query, key, value, num_members, attn_mask=None, key_padding_mask=None, **options):
+    """Of all rows for i=None, and else of those of member i, batch first."""
+
+    def of_member(x):
+        return x if i is None else x.reshape(num_members, -1, *x.shape[1:])[i]
+
+    order = (lambda x: x) if layer.batch_first else (lambda x: x.transpose(0, 1))
+    if attn_mask is not None and attn_mask.ndim == 3:
+        attn_mask = of_member(attn_mask)
+    if key_padding_mask is not None:
+        key_padding_mask = of_member(key_padding_mask)
+    y, weights = layer(
+        *(order(of_member(x)) for x in (query, key, value)),
+        attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask,
+        **options,
+    )
+    return order(y), weights
+
+
+TORCH_OPTIONS = {
+    "plain": {},
+    "batch second": {"batch_first": False},
+    "no bias": {"bias": False},
+    "other features": {"kdim": 5, "vdim": 7},
+    "bias_kv": {"add_bias_kv": True},
+    "zero attention": {"add_zero_attn": True},
+    "everything": {"add_bias_kv": True, "add_zero_attn": True, "kdim": 5, "vdim": 7, "batch_first": False},
+}
+
+
+def torch_masks(kind):
+    torch.manual_seed(1)
+    attn_mask, padding = torch.rand(3 * 2 * 2, 4, 5) < 0.4, torch.rand(6, 5) < 0.4
+    attn_mask[..., 0] = padding[:, 0] = False
+    numbers = torch.randn(12, 4, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    return {
+        "none": {},
+        "2-D": {"attn_mask": attn_mask[0]},
+        "3-D": {"attn_mask": attn_mask},
+        "padding": {"key_padding_mask": padding},
+        "both": {"attn_mask": attn_mask, "key_padding_mask": padding},
+        "2-D and padding": {"attn_mask": attn_mask[0], "key_padding_mask": padding},
+        "numbers": {"attn_mask": numbers[0], "key_padding_mask": numbers[1]},
+        "2-D numbers": {"attn_mask": numbers[0][0]},
+        "causal": {"attn_mask": torch.ones(4, 5, dtype=torch.bool).triu(1), "is_causal": True},
+        "causal and padding": {
+            "attn_mask": torch.ones(4, 5, dtype=torch.bool).triu(1),
+            "is_causal": True,
+            "key_padding_mask": padding,
+        },
+        "all hidden": {"key_padding_mask": torch.arange(6)[:, None].expand(6, 5) == 2},
+    }[kind]
+
+
+MASKS = [
+    "none",
+    "2-D",
+    "3-D",
+    "padding",
+    "both",
+    "2-D and padding",
+    "numbers",
+    "2-D numbers",
+    "causal",
+    "causal and padding",
+    "all hidden",
+]
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("options", TORCH_OPTIONS.values(), ids=TORCH_OPTIONS)
+def test_member_of_torch_is_an_ordinary_layer_that_computes_the_same(options, mask, need_weights):
+    base = nn.MultiheadAttention(8, 2, **{"batch_first": True, "dtype": torch.float64, **options})
+    layer = TorchAttention(base, num_members=3)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    inputs = [torch.randn(6, n, f, dtype=torch.float64) for n, f in ((4, 8), (5, base.kdim), (5, base.vdim))]
+    kwargs = {"num_members": 3, "need_weights": need_weights, **torch_masks(mask)}
+    for average in (True, False) if need_weights else (True,):
+        y, weights = torch_call(layer, None, *inputs, average_attn_weights=average, **kwargs)
+        for i in range(3):
+            member = layer.member(i)
+            assert type(member) is nn.MultiheadAttention
+            own, own_weights = torch_call(member, i, *inputs, average_attn_weights=average, **kwargs)
+            for a, b in ((own, y), (own_weights, weights)):
+                assert (a is None) == (b is None)
+                if b is not None:
+                    b = b.reshape(3, -1, *b.shape[1:])[i]
+                    assert torch.equal(a.isnan(), b.isnan())
+                    assert_close(a.detach().nan_to_num(7).numpy(), b.detach().nan_to_num(7).numpy(), "float64")
+
+
+def test_a_member_of_torch_has_the_state_of_its_base():
+    for options in TORCH_OPTIONS.values():
+        base = nn.MultiheadAttention(8, 2, dropout=0.25, **options).eval()
+        base.in_proj_bias is None or base.in_proj_bias.requires_grad_(False)
+        base.out_proj.weight.requires_grad_(False)
+        member = TorchAttention(base, num_members=3, use_base_weights=True).member(-1)
+        public = {name: value for name, value in vars(base).items() if isinstance(value, (bool, int, float))}
+        assert public == {name: getattr(member, name) for name in public}
+        described = [
+            {n: (p.shape, p.dtype, p.device, p.requires_grad) for n, p in m.named_parameters()} for m in (base, member)
+        ]
+        assert described[0] == described[1]
+        assert [type(m) for m in member.modules()] == [type(m) for m in base.modules()]
+
+
+FLAX_OPTIONS = {
+    "plain": {},
+    "no bias": {"use_bias": False},
+    "other features": {"in_kv_features": 5, "qkv_features": 12, "out_features": 7},
+    "fewer heads of keys": {"num_heads": 4, "num_kv_heads": 2},
+    "normalised": {"normalize_qk": True},
+    "dropout": {"dropout_rate": 0.5},
+    "dropout of each": {"dropout_rate": 0.5, "broadcast_dropout": False, "deterministic": True},
+    "no rngs": {"dropout_rate": 0.5, "deterministic": True, "keep_rngs": False},
+    "dtype": {"dtype": jnp.float64, "param_dtype": jnp.float32},
+    "custom": {
+        "attention_fn": lambda query, key, value, **kwargs: nnx.dot_product_attention(query * 2, key, value, **kwargs),
+        "precision": "highest",
+        "qkv_dot_general": jax.lax.dot_general,
+        "out_dot_general_cls": lambda: jax.lax.dot_general,
+    },
+}
+
+
+def flax_base(num_heads=2, **options):
+    options = {"param_dtype": jnp.float64, "deterministic": False, "decode": False, "rngs": nnx.Rngs(0)} | options
+    return nnx.MultiHeadAttention(num_heads, 8, **options)
+
+
+@pytest.fixture
+def promotion_of_nnx():
+    """Its norms, caches and fused attention promote dtypes silently."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.usefixtures("promotion_of_nnx")
+@pytest.mark.parametrize(("masked", "middle"), [(False, ()), (True, (3,))])
+@pytest.mark.parametrize("name", FLAX_OPTIONS)
+def test_member_of_flax_is_an_ordinary_layer_that_computes_the_same(name, masked, middle):
+    base = flax_base(**FLAX_OPTIONS[name])
+    layer = FlaxAttention(base, num_members=3)
+    rng = np.random.default_rng(0)
+    for _, variable in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
+        variable[...] += jnp.asarray(0.2 * rng.standard_normal(variable.shape), variable.dtype)
+    dtype = layer.dtype or jnp.float64
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((6, *middle, n, f)), dtype)
+        for n, f in ((4, 8), (5, base.in_kv_features), (5, base.in_kv_features))
+    )
+    mask = jnp.asarray(rng.random((6, *middle, 1, 4, 5)) < 0.6).at[..., 0].set(True) if masked else None
+    members = [layer.member(i) for i in range(3)]
+    y, weights = sown(layer, q, k, v, mask=mask)
+    folded = jnp.dtype(base.param_dtype).name  # the dtype that a member's weights are rounded to
+    assert y.shape == (6, *middle, 4, base.out_features)
+    for i, member in enumerate(members):
+        rows = slice(2 * i, 2 * i + 2)
+        assert type(member) is nnx.MultiHeadAttention
+        assert {type(child) for child in (member.query, member.key, member.value, member.out)} == {nnx.LinearGeneral}
+        own = sown(member, q[rows], k[rows], v[rows], mask=None if mask is None else mask[rows])
+        assert_close(own[0], y[rows], folded)
+        assert_close(own[1], weights[rows], folded)
+
+
+@pytest.mark.parametrize("name", FLAX_OPTIONS)
+def test_a_member_of_flax_has_the_state_of_its_base(name):
+    base = flax_base(**FLAX_OPTIONS[name])
+    base.eval()
+    member = FlaxAttention(base, num_members=3, use_base_weights=True).member(-1)
+    one, other = (nnx.to_flat_state(nnx.state(layer)) for layer in (base, member))
+    assert [(path, type(v), v.shape, v.dtype) for path, v in one] == [(p, type(v), v.shape, v.dtype) for p, v in other]
+    assert str(nnx.graphdef(member)) == str(nnx.graphdef(base))
+
+
+def test_the_base_layer_is_copied_and_left_alone():
+    ours = nn.MultiheadAttention(8, 2, add_bias_kv=True, dropout=0.3).eval()
+    ours.in_proj_weight.requires_grad_(False)
+    before = copy.deepcopy(ours.state_dict())
+    layer = TorchAttention(ours, num_members=3, use_base_weights=True)
+    assert torch.equal(layer.in_proj_weight, ours.in_proj_weight)
+    assert not layer.training
+    assert not layer.in_proj_weight.requires_grad
+    assert layer.q_r.requires_grad
+    assert layer.in_proj_bias.requires_grad
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    assert all(torch.equal(before[name], value) for name, value in ours.state_dict().items())
+    theirs = flax_base(normalize_qk=True, dropout_rate=0.3)
+    before = jax.tree.map(jnp.copy, nnx.state(theirs, nnx.Param))
+    layer = FlaxAttention(theirs, num_members=3, use_base_weights=True)
+    nnx.update(layer, jax.tree.map(jnp.zeros_like, nnx.state(layer, nnx.Param)))
+    layer.rngs()
+    assert int(theirs.rngs.count[...]) == 0
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(theirs, nnx.Param), before)
+
+
+def test_members_start_from_the_biases_of_the_base():
+    ours, theirs = pair()
+    assert ours.in_proj_bias.shape == (3, 24)
+    assert torch.equal(ours.in_proj_bias[0], ours.in_proj_bias[2])
+    np.testing.assert_array_equal(to_torch(theirs)["in_proj_bias"], ours.in_proj_bias.detach().numpy())
+
+
+def test_keep_members():
+    for layer, x in zip(pair(), (torch.randn(6, 4, 8), jnp.ones((6, 4, 8), "float32")), strict=True):
+        call = (
+            (lambda layer, x: layer(x, x, x)[0].detach())
+            if isinstance(x, torch.Tensor)
+            else (lambda layer, x: layer(x))
+        )
+        y = call(layer, x)
+        layer.keep_members([2, -3])
+        assert layer.num_members == 2
+        some = np.asarray(x)[[4, 5, 0, 1]]
+        kept = call(layer, torch.tensor(some) if isinstance(x, torch.Tensor) else jnp.asarray(some))
+        assert_close(np.asarray(kept), np.asarray(y)[[4, 5, 0, 1]], "float32")
+        with pytest.raises(IndexError, match="from -2 to 1"):
+            layer.keep_members([0, 2])
+        with pytest.raises(IndexError, match="from -2 to 1"):
+            layer.member(2)
+        assert layer.num_members == 2
+    layer = TorchAttention(nn.MultiheadAttention(8, 2, add_bias_kv=True, bias=False), num_members=3)
+    layer.keep_members([1])
+    assert layer.bias_k.shape == (1, 1, 1, 8)
+
+
+# Dropout.
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_dropout_of_torch_is_that_of_the_base_layer(need_weights):
+    layer = TorchAttention(nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True), num_members=1)
+    x = torch.randn(4, 6, 8)
+    member, runs = layer.member(0), []
+    for each in (layer, member):
+        torch.manual_seed(3)
+        runs.append(each(x, x, x, need_weights=need_weights))
+    assert_close(runs[0][0].detach().numpy(), runs[1][0].detach().numpy(), "float32")
+    if need_weights:
+        assert_close(runs[0][1].detach().numpy(), runs[1][1].detach().numpy(), "float32")
+    again = layer(x, x, x, need_weights=need_weights)[0]
+    assert not torch.allclose(again, runs[0][0])
+    layer.eval()
+    member.eval()
+    assert_close(layer(x, x, x)[0].detach().numpy(), member(x, x, x)[0].detach().numpy(), "float32")
+
+
+def test_dropout_of_flax_is_that_of_the_base_layer():
+    layer = FlaxAttention(flax_base(dropout_rate=0.5, broadcast_dropout=False), num_members=1)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6, 8)))
+    member = layer.member(0)
+    y = layer(x)
+    assert_close(y, member(x), "float64")
+    assert not np.allclose(layer(x), y)
+    np.testing.assert_array_equal(layer(x, rngs=nnx.Rngs(dropout=5)), layer(x, rngs=nnx.Rngs(dropout=5)))
+    layer.eval()
+    np.testing.assert_array_equal(layer(x), layer(x))
+    without = FlaxAttention(flax_base(dropout_rate=0.5, keep_rngs=False), num_members=2)
+    with pytest.raises(ValueError, match="keep_rngs=False"):
+        without(x)
+
+
+# Torch's Transformer.
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_in_an_encoder_layer(batch_first, norm_first):
+    """Whose fused kernel in eval mode would leave r and s out."""
+    base = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first, norm_first=norm_first).double()
+    layer = copy.deepcopy(base)
+    layer.self_attn = TorchAttention(layer.self_attn, num_members=3)
+    x = torch.randn(6, 6, 8, dtype=torch.float64)
+    mask, padding = nn.Transformer.generate_square_subsequent_mask(6, dtype=torch.float64), torch.zeros(6, 6)
+    padding = padding.double().masked_fill_(torch.arange(6) > torch.arange(6)[:, None], -torch.inf)
+    for kwargs in ({}, {"src_mask": mask}, {"src_mask": mask, "is_causal": True}, {"src_key_padding_mask": padding}):
+        runs = []
+        for training in (True, False):
+            layer.train(training)
+            runs.append(layer(x, **kwargs))
+            with torch.no_grad():
+                runs.append(layer(x, **kwargs))
+        for run in runs[1:]:
+            assert_close(run.detach().numpy(), runs[0].detach().numpy(), "float64")
+        layer.zero_grad()
+        runs[2].sum().backward()
+        assert layer.self_attn.q_r.grad.abs().max() > 0
+        for i in range(3):
+            member = copy.deepcopy(base).eval()
+            member.self_attn = layer.self_attn.member(i)
+            rows = slice(2 * i, 2 * i + 2)
+            own = {n: v[rows] if n == "src_key_padding_mask" else v for n, v in kwargs.items()}
+            at = rows if batch_first else (slice(None), rows)
+            assert_close(member(x[at], **own).detach().numpy(), runs[0][at].detach().numpy(), "float64")
+
+
+def test_in_a_decoder_layer():
+    layer = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double()
+    base = copy.deepcopy(layer)
+    layer.self_attn = TorchAttention(layer.self_attn, num_members=3)
+    layer.multihead_attn = TorchAttention(layer.multihead_attn, rngs=2, num_members=3)
+    x, memory = torch.randn(6, 4, 8, dtype=torch.float64), torch.randn(6, 5, 8, dtype=torch.float64)
+    mask = nn.Transformer.generate_square_subsequent_mask(4, dtype=torch.float64)
+    for training in (True, False):
+        layer.train(training)
+        y = layer(x, memory, tgt_mask=mask, tgt_is_causal=True)
+        with torch.no_grad():
+            assert torch.equal(layer(x, memory, tgt_mask=mask, tgt_is_causal=True), y)
+    for i in range(3):
+        base.self_attn, base.multihead_attn = layer.self_attn.member(i), layer.multihead_attn.member(i)
+        rows = slice(2 * i, 2 * i + 2)
+        own = base(x[rows], memory[rows], tgt_mask=mask, tgt_is_causal=True)
+        assert_close(own.detach().numpy(), y[rows].detach().numpy(), "float64")
+
+
+def test_in_an_encoder_with_padding():
+    """Built of converted layers an encoder makes no nested tensors; where it does, the error says how to stop it."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(copy.deepcopy(layer), 2).eval()
+    for each in encoder.layers:
+        each.self_attn = TorchAttention(each.self_attn, num_members=3)
+    x, padding = torch.randn(6, 5, 8), (torch.arange(5) > 2).expand(6, 5)
+    y = encoder(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"encoder.use_nested_tensor = False\.$"):
+            encoder(x, src_key_padding_mask=padding)
+        encoder.use_nested_tensor = False
+        assert torch.equal(encoder(x, src_key_padding_mask=padding), y)
+    layer.self_attn = TorchAttention(layer.self_attn, num_members=3)
+    with pytest.warns(UserWarning, match="_qkv_same_embed_dim was not True"):
+        encoder = nn.TransformerEncoder(layer, 2)
+    assert not encoder.use_nested_tensor
+
+
+# Citizens.
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"kdim": 5}, {"add_bias_kv": True, "add_zero_attn": True}], ids=str)
+def test_autocast_gives_the_dtype_of_the_base_layer(options, amp, need_weights):
+    base = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+    layer = TorchAttention(base, num_members=3)
+    x, key = torch.randn(6, 4, 8, requires_grad=True), torch.randn(6, 5, base.kdim)
+    value, padding = torch.randn(6, 5, 8), (torch.arange(5) > 3).expand(6, 5)
+    with torch.autocast("cpu", amp):
+        y, weights = layer(x, key, value, key_padding_mask=padding, need_weights=need_weights)
+        expected, expected_weights = base(x, key, value, key_padding_mask=padding, need_weights=need_weights)
+    assert y.dtype == expected.dtype
+    assert not need_weights or weights.dtype == expected_weights.dtype
+    y.float().sum().backward()
+    assert x.grad.dtype == x.dtype
+    assert {p.grad.dtype for p in layer.parameters()} == {torch.float32}
+
+
+def test_torch_layer_is_a_torch_citizen(tmp_path):
+    layer = pair()[0]
+    x = torch.randn(6, 4, 8)
+    y = layer(x, x, x)[0]
+    for variant in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(variant(x, x, x)[0], y)
+    torch.save(layer.state_dict(), tmp_path / "layer.pt")
+    other = pair(rngs=9)[0]
+    other.load_state_dict(torch.load(tmp_path / "layer.pt"))
+    assert torch.equal(other(x, x, x)[0], y)
+    exported = torch.export.export(layer, (x, x, x))
+    assert torch.equal(exported.module()(x, x, x)[0], y)
+    assert "num_members=3" in repr(layer)
+    assert sorted(dict(layer.named_parameters())) == [
+        "in_proj_bias", "in_proj_weight", "k_r", "k_s", "out_proj.bias", "out_proj.r", "out_proj.s", "out_proj.weight",
+        "q_r", "q_s", "v_r", "v_s",
+    ]  # fmt: skip
+    assert layer(x[:0], x[:0], x[:0], key_padding_mask=torch.zeros(0, 4, dtype=torch.bool))[0].shape == (0, 4, 8)
+    meta = TorchAttention(nn.MultiheadAttention(8, 2, device="meta", add_bias_kv=True), num_members=3)
+    assert {p.device.type for p in meta.parameters()} == {"meta"}
+
+
+def test_flax_layer_is_an_nnx_citizen():
+    layer = pair()[1]
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4, 8)), "float32")
+    y = layer(x)
+    assert isinstance(layer, nnx.MultiHeadAttention)
+    graph, state = nnx.split(layer)
+    for variant in (nnx.merge(graph, state), nnx.clone(layer), copy.deepcopy(layer)):
+        np.testing.assert_array_equal(variant(x), y)
+    assert_close(nnx.jit(lambda layer, x: layer(x))(layer, x), y, "float32")
+    grads = nnx.grad(lambda layer: layer(x).sum())(layer)
+    assert {path for path, _ in nnx.to_flat_state(grads)} == {
+        (projection, name) for projection in ("query", "key", "value", "out") for name in ("kernel", "r", "s", "bias")
+    }
+    layer.train()
+    assert layer.deterministic is False
+    layer.eval()
+    assert layer.deterministic is True
+    assert nnx.eval_shape(lambda: pair()[1]).query.r.shape == (3, 8)
+    stacked = nnx.vmap(lambda rngs: FlaxAttention(flax_base(rngs=rngs), rngs=rngs, num_members=3))
+    assert stacked(nnx.Rngs(0).split(4)).key.s.shape == (4, 3, 8)
+    np.testing.assert_array_equal(layer(x, x), y)
+    np.testing.assert_array_equal(layer(x, x, x), y)
+
+
+@pytest.mark.usefixtures("promotion_of_nnx")
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_flax_dtype_options_give_the_dtype_of_the_base_layer(dtype, param_dtype):
+    base = flax_base(dtype=dtype, param_dtype=param_dtype)
+    layer = FlaxAttention(base, num_members=3)
+    for x in (jnp.ones((6, 4, 8), "float32"), jnp.ones((6, 4, 8), "bfloat16")):
+        assert layer(x).dtype == base(x).dtype
+
+
+@pytest.mark.usefixtures("promotion_of_nnx")
+def test_flax_custom_functions_are_called_as_nnx_calls_them():
+    seen = []
+
+    def dot_general(x, kernel, dimensions, **kwargs):
+        seen.append((x.shape, kernel.shape, dimensions, sorted(kwargs)))
+        return jax.lax.dot_general(x, kernel, dimensions, **kwargs)
+
+    def promote_dtype(arrays, *, dtype):
+        seen.append((dtype, [a.shape for a in arrays[:2]]))
+        return arrays
+
+    base = flax_base(
+        qkv_dot_general=dot_general,
+        out_dot_general_cls=lambda: dot_general,
+        qkv_promote_dtype=promote_dtype,
+        out_promote_dtype=promote_dtype,
+        dtype=jnp.float64,
+    )
+    x = jnp.ones((6, 4, 8))
+    FlaxAttention(base, num_members=3)(x)
+    ours, seen[:] = list(seen), []
+    base(x)
+    assert len(ours) == 8
+    assert ours == seen
+
+
+@pytest.mark.usefixtures("promotion_of_nnx")
+def test_decoding_step_by_step_is_what_causal_attention_does_at_once():
+    base = flax_base(decode=True)
+    base.init_cache((2, 5, 8), jnp.float64)
+    layer = FlaxAttention(base, num_members=3)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 5, 8)))
+    with pytest.raises(ValueError, match="init_cache"):
+        layer(x[:, :1])
+    at_once = sown(layer, x, decode=False, is_causal=True)[0]
+    layer.init_cache(x.shape, jnp.float64)
+    for step in range(3):
+        assert_close(sown(layer, x[:, step : step + 1])[0], at_once[:, step : step + 1], "float64")
+    member, kept = layer.member(1), jnp.array([4, 5, 0, 1])
+    layer.keep_members([2, 0])
+    assert_close(sown(layer, x[kept, 3:4])[0], at_once[kept, 3:4], "float64")
+    assert_close(sown(member, x[2:4, 3:4])[0], at_once[2:4, 3:4], "float64")
+    assert int(member.cache_index[...]) == int(layer.cache_index[...]) == 4
+
+
+def test_sharding_of_the_base_layer_is_kept_on_four_devices():
+    program = """
+    import jax, jax.numpy as jnp
+    from flax import nnx
+    from probly_flax.layers.attention import BatchEnsembleMultiHeadAttention
+    from parity_tests.standard import error
+    jax.set_mesh(jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2))
+    options = {"decode": False, "rngs": nnx.Rngs(0)}
+    base = nnx.MultiHeadAttention(2, 8, kernel_metadata={"out_sharding": ("data", "model", None)},
+                                  out_kernel_metadata={"out_sharding": ("model", None, "data")},
+                                  bias_metadata={"out_sharding": ("model", None)},
+                                  out_bias_metadata={"out_sharding": ("data",)}, **options)
+    layer = BatchEnsembleMultiHeadAttention(base, num_members=2)
+    for p in (layer.query, layer.out):
+        print([getattr(p, n).get_metadata("out_sharding") for n in ("kernel", "r", "s", "bias")])
+    plain = BatchEnsembleMultiHeadAttention(nnx.MultiHeadAttention(2, 8, **options), num_members=2)
+    x = jnp.ones((6, 3, 8))
+    y = nnx.jit(lambda layer, x: layer(x))(layer, x)
+    print(error(y, plain(x), plain(x), "float32") <= 64, layer.member(1).out.kernel.get_metadata("out_sharding"))
+    """
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [
+        "[('data', 'model', None), (None, 'data'), (None, 'model'), (None, 'model', None)]",
+        "[('model', None, 'data'), (None, 'model'), (None, 'data'), (None, 'data')]",
+        "True ('model', None, 'data')",
+    ]
+
+
+# Bad input.
+
+
+def call(f, query=(12, 4, 8), key=None, value=None, **options):
+    zeros = torch.zeros if f is torch else jnp.zeros
+    ours, theirs = pair(num_members=4, **options)
+    key = query if key is None else key
+    return (ours if f is torch else theirs)(zeros(query), zeros(key), zeros(key if value is None else value))
+
+
+def build(f, *args, **options):
+    base = nn.MultiheadAttention(8, 2) if f is torch else flax_base()
+    return (TorchAttention if f is torch else FlaxAttention)(base, *args, **options)
+
+
+def build_from_norm(f):
+    if f is torch:
+        return TorchAttention(nn.LayerNorm(4), num_members=4)
+    return FlaxAttention(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), num_members=4)
+
+
+ERRORS = {
+    "rows that do not divide": (lambda f: call(f, (30, 4, 8)), ValueError, "call tile_members(query, 4)."),
+    "wrong last axis": (lambda f: call(f, (8, 4, 7)), ValueError, "whose query has 7 features."),
+    "rows of the key that do not divide": (lambda f: call(f, key=(3, 5, 8)), ValueError, "tile_members(key, 4)."),
+    "rows of the value": (lambda f: call(f, value=(4, 4, 8)), ValueError, "call tile_members(value, 4)."),
+    "wrong last axis of the key": (lambda f: call(f, key=(12, 5, 9)), ValueError, "whose key has 9 features."),
+    "keys without values": (lambda f: call(f, key=(12, 5, 8), value=(12, 6, 8)), ValueError, "as both: key, key."),
+    "no members": (lambda f: build(f, num_members=0), ValueError, "Pass num_members=4."),
+    "unknown init": (lambda f: build(f, num_members=2, init="gaussian"), ValueError, "or init='random_sign'."),
+    "r_std 0": (lambda f: build(f, num_members=2, r_std=0.0), ValueError, "Pass r_std=0.5."),
+    "rngs a string": (lambda f: build(f, rngs="0"), TypeError, "rngs=0, or Rngs(0)."),
+    "seed meant as members": (lambda f: build(f, 4), TypeError, "(base_layer, rngs=4, num_members=1)."),
+    "no attention": (build_from_norm, TypeError, "call batchensemble(network, num_members=4)."),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_the_same_sentence_in_both(name):
+    attempt, error, next_step = ERRORS[name]
+    sentences = []
+    for framework in (torch, jnp):
+        with pytest.raises(error) as raised:
+            attempt(framework)
+        assert type(raised.value) is error
+        # As for Linear layers, but nn and nnx spell the name of this one differently.
+        sentences.append(str(raised.value).replace("MultiheadAttention", "MultiHeadAttention"))
+    assert sentences[0] == sentences[1]
+    assert sentences[0].endswith(next_step)
+    assert sentences[0].startswith("BatchEnsembleMultiHeadAttention expects ")
+    assert "got " in sentences[0]
+
+
+def test_the_sentence_in_full():
+    with pytest.raises(ValueError, match="rows") as raised:
+        call(torch, key=(8, 4, 8))
+    assert str(raised.value) == (
+        "BatchEnsembleMultiHeadAttention expects key of shape [num_members*B, length, features] with num_members=4, "
+        "features=8; got (8, 4, 8), whose 8 rows are not the 12 of the query. To give every member the same batch, "
+        "call tile_members(key, 4)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "next_step"),
+    [
+        ({"key_padding_mask": torch.zeros(3, 4, dtype=torch.bool)}, ValueError, "tile_members(key_padding_mask, 4)."),
+        ({"key_padding_mask": torch.zeros(12, 5, dtype=torch.bool)}, ValueError, "tile_members(key_padding_mask, 4)."),
+        ({"attn_mask": torch.zeros(12, 4, 4)}, ValueError, "tile_members(attn_mask, 4)."),
+        ({"attn_mask": torch.zeros(6, 4, 4)}, ValueError, "tile_members(attn_mask, 4)."),
+        ({"attn_mask": torch.zeros(4, 5)}, ValueError, "tile_members(attn_mask, 4)."),
+        ({"attn_mask": torch.zeros(4, 4, dtype=torch.int64)}, TypeError, "attn_mask.bool()."),
+        ({"is_causal": True}, ValueError, "generate_square_subsequent_mask(4)."),
+    ],
+)
+def test_masks_that_torch_refuses(kwargs, error, next_step):
+    layer, x = pair(num_members=4)[0], torch.zeros(12, 4, 8)
+    with pytest.raises(error) as raised:
+        layer(x, x, x, **kwargs)
+    assert str(raised.value).endswith(next_step)
+
+
+def test_inputs_that_only_one_refuses():
+    ours, theirs = pair(num_members=4)
+    with pytest.raises(ValueError, match=r"instead of 3.*tile_members\(query\[None\], 4\)\.$"):
+        ours(*[torch.zeros(4, 8)] * 3)
+    with pytest.raises(ValueError, match=r"instead of 3.*query.flatten\(1, -2\)\.$"):
+        ours(*[torch.zeros(4, 2, 3, 8)] * 3)
+    with pytest.raises(ValueError, match=r"instead of at least 3.*tile_members\(query\[None\], 4\)\.$"):
+        theirs(jnp.zeros((4, 8), "float32"))
+    with pytest.raises(ValueError, match=r"tile_members\(mask, 4\)\.$"):
+        theirs(jnp.zeros((12, 4, 8), "float32"), mask=jnp.ones((3, 1, 4, 4), bool))
+    second = TorchAttention(nn.MultiheadAttention(8, 2), num_members=4)
+    with pytest.raises(ValueError, match=r"\[length, num_members\*B, features\].*query.repeat\(1, 4, 1\)\.$"):
+        second(*[torch.zeros(12, 3, 8)] * 3)
+    with pytest.raises(ValueError, match=r"query\[:, None\]\.repeat\(1, 4, 1\)\.$"):
+        second(*[torch.zeros(12, 8)] * 3)
+
+
+def test_one_mask_for_all_rows():
+    layer = pair()[1]
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4, 8)), "float32")
+    mask = nnx.make_causal_mask(x[:1, :, 0])
+    assert_close(layer(x, mask=mask), layer(x, mask=jnp.tile(mask, (6, 1, 1, 1))), "float32")
+
+
+def test_a_layer_with_projections_of_another_kind_is_refused():
+    base = flax_base()
+    base.query = nnx.LoRA(8, 2, 8, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="LinearGeneral layer; got LoRA"):
+        FlaxAttention(base, num_members=3)
+
+    class Own(nn.MultiheadAttention):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    with pytest.raises(TypeError, match="a forward of its own"):
+        TorchAttention(Own(8, 2), num_members=3)
+
+
+def test_cases_hide_something_and_never_everything():
+    for case in CASES.values():
+        assert case.hidden().any() == bool(case.attn_mask or case.padding)
+        assert not case.hidden().all(-1).any()
+    assert replace(CASES["self"], padding=True).hidden().any()
+
+
+@pytest.mark.parametrize("case", [Case(), Case(kv_features=6), Case(bias=False)], ids=str)
+def test_weights_have_torchs_names_and_layouts(case):
+    for layer in (case.flax(), FlaxAttention(case.flax(), num_members=3)):
+        expected = to_torch(layer)
+        arrays = pf.to_arrays(layer)
+        assert arrays.keys() == expected.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array, expected[name], err_msg=name)
+        other = nnx.clone(layer)
+        pf.load_arrays(other, {name: array + 1 for name, array in arrays.items()})
+        for name, array in to_torch(other).items():
+            np.testing.assert_array_equal(array, expected[name] + 1, err_msg=name)
+    ours = TorchAttention(case.torch(), num_members=3)
+    assert pt.to_arrays(ours).keys() == arrays.keys()
+    pt.load_arrays(ours, arrays)
+    plain = case.torch()
+    pt.load_arrays(plain, pf.to_arrays(case.flax()))
+    stacked = pf.ensemble(case.flax(), 2)
+    assert pf.to_arrays(stacked)["out_proj.weight"].shape == (2, case.features, case.features)
+    pf.load_arrays(stacked, pf.to_arrays(stacked))

@@ -1,0 +1,943 @@
+"""Recurrent layers: both packages against the oracle, each member against an ordinary layer, and every option."""
+
+import copy
+import pickle
+import subprocess
+import sys
+import textwrap
+import warnings
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import probly_torch as pt
+from parity_tests import oracle_recurrent, standard
+from parity_tests.standard import assert_close, assert_holds, error
+from probly_flax.layers import recurrent as flax_layers
+from probly_torch.layers import recurrent as torch_layers
+
+SEEDS = range(3)
+GATES = {"LSTM": 4, "GRU": 3}
+CELLS = {"LSTM": nnx.OptimizedLSTMCell, "GRU": nnx.GRUCell}
+KINDS = list(GATES)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer in both frameworks: a cell, or a sequence layer of any number of layers and directions.
+
+    nnx cells have one bias; `biases=2` gives the base cell a second one, by a Linear layer that has it, as torch's
+    cells have. nnx has no layers nor directions: `num_layers` and `bidirectional` stack nnx.Bidirectional by hand.
+    """
+
+    kind: str
+    is_cell: bool = False
+    sizes: tuple[int, int, int, int, int] = (3, 2, 4, 5, 3)  # E, B, T, in, hidden
+    num_layers: int = 1
+    bidirectional: bool = False
+    biases: int = 2
+    apart: bool = False
+
+    def __str__(self) -> str:
+        flags = [name for name in ("is_cell", "bidirectional", "apart") if getattr(self, name)]
+        sizes = "x".join(map(str, self.sizes))
+        return "-".join([self.kind, sizes, f"layers{self.num_layers}", f"biases{self.biases}", *flags])
+
+    @property
+    def places(self) -> list[str]:
+        if self.is_cell:
+            return [""]
+        ways = ("", "_reverse") if self.bidirectional else ("",)
+        return [f"_l{n}{way}" for n in range(self.num_layers) for way in ways]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        members, batch, steps, inputs, hidden = self.sizes
+        gates, rows, count = GATES[self.kind] * hidden, members * batch, len(self.places)
+        directions = 2 if self.bidirectional else 1
+        time, states = ((), (rows, hidden)) if self.is_cell else ((steps,), (count, rows, hidden))
+        shapes = {"x": (rows, *time, inputs), "g output": (rows, *time, directions * hidden)}
+        for name in ("h", "c") if self.kind == "LSTM" else ("h",):
+            shapes |= {f"{name}_0": states, f"g {name}_n": states}
+        for at, place in enumerate(self.places):
+            width = inputs if at < directions else directions * hidden
+            for kind, size in (("ih", width), ("hh", hidden)):
+                shapes |= {f"weight_{kind}{place}": (gates, size), f"r_{kind}{place}": (members, size)}
+                shapes |= {f"s_{kind}{place}": (members, gates), f"bias_{kind}{place}": (members, gates)}
+        return shapes
+
+    def draw(self, seed: int, dtype: str) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng([seed, *str(self).encode()])
+        arrays = {}
+        for name, shape in self.shapes().items():
+            values = 0.5 * rng.standard_normal(shape) + (name[:2] in ("r_", "s_"))
+            arrays[name] = values.astype(jnp.dtype(dtype)).astype(np.float64)
+            if self.biases == 1 and name.startswith("bias_hh"):
+                arrays[name] = np.zeros(shape)
+        return arrays
+
+
+CASES = [
+    *(Case(kind, is_cell, biases=biases) for kind in KINDS for is_cell in (True, False) for biases in (1, 2)),
+    *(Case("LSTM", is_cell, biases=1, apart=True) for is_cell in (True, False)),
+    *(Case(kind, sizes=(2, 3, 3, 4, 4)) for kind in KINDS),
+    *(Case(kind, sizes=(1, 1, 1, 1, 2)) for kind in KINDS),
+    *(Case(kind, sizes=(2, 2, 3, 4, 3), num_layers=2, bidirectional=True) for kind in KINDS),
+]
+
+
+def split(arrays):
+    """Inputs and states; cotangents; weights."""
+    inputs = {name: v for name, v in arrays.items() if name in ("x", "h_0", "c_0")}
+    g = {name[2:]: v for name, v in arrays.items() if name.startswith("g ")}
+    return inputs, g, {name: v for name, v in arrays.items() if name not in inputs and not name.startswith("g ")}
+
+
+def run_oracle(case, arrays):
+    inputs, g, weights = split(arrays)
+    g = {"c_n": np.zeros_like(g["h_n"])} | g
+    run = oracle_recurrent.cell if case.is_cell else oracle_recurrent.recurrent
+    options = {} if case.is_cell else {"num_layers": case.num_layers, "bidirectional": case.bidirectional}
+    x = inputs.pop("x")
+    outputs, grads = run(case.kind, g, x, weights, case.sizes[0], **options, **inputs)
+    if case.kind == "GRU":
+        del outputs["c_n"], grads["c_0"]
+    return compared(case, outputs, grads)
+
+
+def compared(case, outputs, grads):
+    """Of one bias, only the one that both have."""
+    names = [name for name in grads if case.biases == 2 or not name.startswith("bias_hh")]
+    return outputs | {f"gradient by {name}": grads[name] for name in names}
+
+
+def torch_base(case, dtype="float32", **options):
+    _, _, _, inputs, hidden = case.sizes
+    options = {"dtype": getattr(torch, dtype)} | options
+    if case.is_cell:
+        return getattr(nn, case.kind + "Cell")(inputs, hidden, **options)
+    options = {"num_layers": case.num_layers, "bidirectional": case.bidirectional, "batch_first": True} | options
+    return getattr(nn, case.kind)(inputs, hidden, **options)
+
+
+def ours(package, case):
+    return getattr(package, f"BatchEnsemble{case.kind}{'Cell' * case.is_cell}")
+
+
+def run_torch(case, arrays, dtype):
+    layer = ours(torch_layers, case)(torch_base(case, dtype), num_members=case.sizes[0])
+    inputs, g, weights = (
+        {name: torch.tensor(v, dtype=getattr(torch, dtype)) for name, v in part.items()} for part in split(arrays)
+    )
+    layer.load_state_dict(weights)
+    inputs = {name: v.requires_grad_() for name, v in inputs.items()}
+    states = [inputs[name] for name in ("h_0", "c_0") if name in inputs]
+    results = layer(inputs["x"], tuple(states) if len(states) == 2 else states[0])
+    if case.is_cell:
+        last = results if case.kind == "LSTM" else (results,)
+        outputs = {"output": last[0]}
+    else:
+        outputs, last = {"output": results[0]}, results[1] if case.kind == "LSTM" else (results[1],)
+    outputs |= dict(zip(("h_n", "c_n"), last, strict=False))
+    leaves = inputs | dict(layer.named_parameters())
+    grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), [g[name] for name in outputs])
+    results = compared(case, outputs, dict(zip(leaves, grads, strict=True)))
+    return {name: v.detach().double().numpy() for name, v in results.items()}
+
+
+def flax_cell(case, width, dtype="float32", **options):
+    hidden, rngs = case.sizes[4], nnx.Rngs(0)
+    # orthogonal, the default, is for float32 and float64 alone
+    init = nnx.initializers.lecun_normal()
+    options = {"param_dtype": jnp.dtype(dtype), "rngs": rngs, "recurrent_kernel_init": init} | options
+    cell = (nnx.LSTMCell if case.apart else CELLS[case.kind])(width, hidden, **options)
+    if case.biases == 2:
+        options = {"param_dtype": jnp.dtype(dtype), "rngs": rngs}
+        cell.dense_i = nnx.Linear(width, GATES[case.kind] * hidden, **options)
+        cell.dense_h = nnx.Linear(hidden, GATES[case.kind] * hidden, **options)
+    return cell
+
+
+class Stack(nnx.Module):
+    """Layers and directions, with states in torch's layout."""
+
+    def __init__(self, case, dtype):
+        members, _, _, inputs, hidden = case.sizes
+        directions = 2 if case.bidirectional else 1
+
+        def layer(n):
+            width = directions * hidden if n else inputs
+            cell = flax_cell(case, width, dtype)
+            return ours(flax_layers, case)(cell if case.is_cell else nnx.RNN(cell), num_members=members)
+
+        self.layers = nnx.List([layer(n) for n in range(case.num_layers) for _ in range(directions)])
+        self.case = case
+
+    def __call__(self, x, h_0, c_0=None):
+        if self.case.is_cell:
+            carry, y = self.layers[0](h_0 if c_0 is None else (c_0, h_0), x)
+            return {"output": y} | ({"h_n": carry} if c_0 is None else {"h_n": carry[1], "c_n": carry[0]})
+        carries = list(h_0) if c_0 is None else list(zip(c_0, h_0, strict=True))
+        last, step = [], 2 if self.case.bidirectional else 1
+        for at in range(0, len(self.layers), step):
+            if self.case.bidirectional:
+                layer, carry = nnx.Bidirectional(self.layers[at], self.layers[at + 1]), tuple(carries[at : at + 2])
+            else:
+                layer, carry = self.layers[at], carries[at]
+            carry, x = layer(x, initial_carry=carry, return_carry=True)
+            last += list(carry) if self.case.bidirectional else [carry]
+        if c_0 is None:
+            return {"output": x, "h_n": jnp.stack(last)}
+        return {"output": x, "h_n": jnp.stack([h for _, h in last]), "c_n": jnp.stack([c for c, _ in last])}
+
+
+def named(case, stack):
+    """Each variable by its name in torch, and whether it is transposed there."""
+    for place, layer in zip(case.places, stack.layers, strict=True):
+        cell = layer if case.is_cell else layer.cell
+        for kind, dense in (("ih", cell.dense_i), ("hh", cell.dense_h)):
+            yield f"weight_{kind}{place}", dense.kernel, True
+            yield f"r_{kind}{place}", dense.r, False
+            yield f"s_{kind}{place}", dense.s, False
+            if dense.bias is not None:
+                yield f"bias_{kind if case.biases == 2 else 'ih'}{place}", dense.bias, False
+
+
+def flax_stack(case, weights, dtype):
+    stack = Stack(case, dtype)
+    seen = {name for name, _, _ in named(case, stack)}
+    assert seen == {name for name in weights if case.biases == 2 or not name.startswith("bias_hh")}
+    for name, variable, transposed in named(case, stack):
+        value = jnp.asarray(weights[name].T if transposed else weights[name], dtype)
+        assert value.shape == variable.shape
+        variable.set_value(value)
+    return stack
+
+
+RUNS = {}
+
+
+def run_flax(case, arrays, dtype):
+    inputs, g, weights = split(arrays)
+    stack = flax_stack(case, weights, dtype)
+    graph, params, rest = nnx.split(stack, nnx.Param, ...)
+
+    def forward_and_backward(g, params, inputs):
+        def forward(params, inputs):
+            return nnx.merge(graph, params, rest, copy=True)(**inputs)
+
+        output, backward = jax.vjp(forward, params, inputs)
+        return output, backward(g)
+
+    if (case, dtype) not in RUNS:
+        RUNS[case, dtype] = jax.jit(forward_and_backward)
+    g, inputs = ({name: jnp.asarray(v, dtype) for name, v in part.items()} for part in (g, inputs))
+    outputs, (params, grads) = RUNS[case, dtype](g, params, inputs)
+    nnx.update(stack, params)
+    for name, variable, transposed in named(case, stack):
+        grads[name] = variable[...].T if transposed else variable[...]
+    return {name: np.asarray(v).astype(np.float64) for name, v in compared(case, outputs, grads).items()}
+
+
+def each_case_and_dtypes():
+    for case in CASES:
+        yield pytest.param(case, ("float32", "float64"), id=f"{case}-float32+float64")
+        if case.sizes == Case.sizes:  # compiling takes seconds
+            yield pytest.param(case, ("bfloat16",), id=f"{case}-bfloat16")
+
+
+@pytest.mark.parametrize(("case", "dtypes"), list(each_case_and_dtypes()))
+def test_values_and_gradients_of_both_and_the_oracle(case, dtypes):
+    low = dtypes[0]
+    arrays = [case.draw(seed, low) for seed in SEEDS]
+    assert_holds(
+        standard.bounded(
+            {dtype: [run_torch(case, a, dtype) for a in arrays] for dtype in dtypes},
+            {dtype: [run_flax(case, a, dtype) for a in arrays] for dtype in dtypes},
+            [run_oracle(case, a) for a in arrays],
+            low,
+        )
+    )
+
+
+def random_(layer, seed=0):
+    """The layer with other values in every parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator) + (name[:2] in ("r_", "s_")))
+    return layer
+
+
+def rows_of(value, i, num_members, axis):
+    batch = value.shape[axis] // num_members
+    return value[(slice(None),) * axis + (slice(i * batch, (i + 1) * batch),)]
+
+
+def tensors(results):
+    """The tensors of nested tuples."""
+    return [results] if isinstance(results, torch.Tensor) else [t for part in results for t in tensors(part)]
+
+
+TORCH_OPTIONS = [
+    {},
+    {"bias": False},
+    {"num_layers": 3, "bidirectional": True},
+    {"num_layers": 2, "dropout": 0.5},
+    {"batch_first": False},
+    {"batch_first": False, "num_layers": 2, "bidirectional": True, "bias": False},
+    {"proj_size": 2},
+    {"proj_size": 2, "num_layers": 2, "bidirectional": True, "bias": False},
+    {"proj_size": 2, "num_layers": 2, "bidirectional": True, "dropout": 0.3},
+]
+# torch's GRU has no projection
+TORCH_CASES = [(kind, o) for kind in KINDS for o in TORCH_OPTIONS if kind == "LSTM" or "proj_size" not in o]
+
+
+@pytest.mark.parametrize("states", [False, True], ids=["zeros", "states"])
+@pytest.mark.parametrize(("kind", "options"), TORCH_CASES, ids=str)
+def test_torch_members_are_ordinary_layers_bit_for_bit(kind, options, states):
+    case = Case(kind)
+    base = torch_base(case, **options)
+    layer = random_(ours(torch_layers, case)(base, num_members=3))
+    x = torch.randn((6, 4, 5) if base.batch_first else (4, 6, 5))
+    axis = 0 if base.batch_first else 1
+    count = base.num_layers * (2 if base.bidirectional else 1)
+    hx = None
+    if states:
+        hx = torch.randn(count, 6, base.proj_size or 3)
+        hx = (hx, torch.randn(count, 6, 3)) if kind == "LSTM" else hx
+    torch.manual_seed(3)
+    output, last = layer(x, hx)
+    torch.manual_seed(3)  # each member draws its own masks of dropout, one after the other
+    for i in range(3):
+        member = layer.member(i)
+        assert type(member) is getattr(nn, kind)
+        assert {name: getattr(member, name) for name in torch_layers._SEQUENCE_OPTIONS} == {
+            name: getattr(base, name) for name in torch_layers._SEQUENCE_OPTIONS
+        }
+        own = hx if hx is None or kind == "GRU" else tuple(rows_of(state, i, 3, 1) for state in hx)
+        own = rows_of(hx, i, 3, 1) if isinstance(hx, torch.Tensor) else own
+        own_output, own_last = member(rows_of(x, i, 3, axis), own)
+        assert torch.equal(own_output, rows_of(output, i, 3, axis))
+        for a, b in zip(tensors(own_last), tensors(last), strict=True):
+            assert torch.equal(a, rows_of(b, i, 3, 1))
+        for variant in (copy.deepcopy(member.eval()), pickle.loads(pickle.dumps(member))):
+            assert torch.equal(variant(x)[0], member(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(kind, o) for kind, o in TORCH_CASES if "dropout" not in o and o.get("batch_first", True)],
+    ids=str,
+)
+def test_torch_options_against_the_oracle(kind, options):
+    """Projections, which nnx has not, among them: torch's run stands for both."""
+    case = Case(kind)
+    runs, oracles = {"float32": [], "float64": []}, []
+    for seed in SEEDS:
+        layer = random_(ours(torch_layers, case)(torch_base(case, **options), num_members=3), seed)
+        x = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(seed))
+        weights = {name: p.detach().double().numpy() for name, p in layer.named_parameters()}
+        for dtype, results in runs.items():
+            own = copy.deepcopy(layer).to(getattr(torch, dtype))
+            own_x = x.to(getattr(torch, dtype), copy=True).requires_grad_()
+            outputs = own(own_x)
+            leaves = {"x": own_x, **dict(own.named_parameters())}
+            grads = torch.autograd.grad([t.sum() for t in tensors(outputs)], list(leaves.values()))
+            results.append(
+                {"output": outputs[0].detach().double().numpy()}
+                | {name: g.detach().double().numpy() for name, g in zip(leaves, grads, strict=True)}
+            )
+        directions, count = (2, 2 * layer.num_layers) if layer.bidirectional else (1, layer.num_layers)
+        h_0, c_0 = np.zeros((count, 6, layer.proj_size or 3)), np.zeros((count, 6, 3))
+        g = {"output": np.ones((6, 4, directions * h_0.shape[2])), "h_n": np.ones(h_0.shape), "c_n": np.ones(c_0.shape)}
+        outputs, grads = oracle_recurrent.recurrent(
+            kind, g, x.double().numpy(), weights, 3, layer.num_layers, layer.bidirectional, h_0, c_0
+        )
+        oracles.append({"output": outputs["output"]} | {name: grads[name] for name in leaves})
+    assert_holds(standard.bounded(runs, runs, oracles))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_torch_cells_are_ordinary_cells(kind, bias):
+    case = Case(kind, is_cell=True)
+    layer = random_(ours(torch_layers, case)(torch_base(case, "float64", bias=bias), num_members=3))
+    x, h, c = torch.randn(6, 5, dtype=torch.float64), *torch.randn(2, 6, 3, dtype=torch.float64)
+    for hx in (None, (h, c) if kind == "LSTM" else h):
+        results = tensors(layer(x, hx))
+        for i in range(3):
+            member = layer.member(i)
+            assert type(member) is getattr(nn, kind + "Cell")
+            assert (member.bias_ih is None) == (not bias)
+            own = hx if not isinstance(hx, torch.Tensor) else rows_of(hx, i, 3, 0)
+            own = tuple(rows_of(state, i, 3, 0) for state in hx) if isinstance(hx, tuple) else own
+            for a, b in zip(tensors(member(rows_of(x, i, 3, 0), own)), results, strict=True):
+                assert_close(a.detach().numpy(), rows_of(b, i, 3, 0).detach().numpy(), "float64")
+
+
+def flax_base(case, dtype="float32", rnn=None, **options):
+    cell = flax_cell(case, case.sizes[3], dtype, **options)
+    return cell if case.is_cell else nnx.RNN(cell, **(rnn or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "random_sign"}, {"use_base_weights": True, "s_std": 2.0, "rngs": 7}])
+@pytest.mark.parametrize(("kind", "apart"), [("LSTM", False), ("LSTM", True), ("GRU", False)])
+@pytest.mark.parametrize("is_cell", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_seed_gives_one_layer_bit_for_bit(kind, dtype, is_cell, apart, options):
+    case = Case(kind, is_cell=is_cell, biases=1, apart=apart)
+    base, theirs = torch_base(case, dtype), flax_base(case, dtype)
+    with torch.no_grad():
+        plain = ours(flax_layers, case)(theirs, use_base_weights=True)
+        for name, variable, transposed in named(case, Holder(plain)):
+            if name[:2] == "we":
+                value = torch.tensor(np.asarray(variable[...], np.float32))
+                getattr(base, name).copy_(value.T if transposed else value)
+    a = ours(torch_layers, case)(base, **({"num_members": 3} | options))
+    b = ours(flax_layers, case)(theirs, **({"num_members": 3} | options))
+    checked = set()
+    for name, variable, transposed in named(case, Holder(b)):
+        if name.startswith("bias"):
+            continue
+        value = variable[...].T if transposed else variable[...]
+        assert value.dtype.name == dtype
+        np.testing.assert_array_equal(np.asarray(value, np.float32), getattr(a, name).detach().float().numpy())
+        checked.add(name)
+    assert checked == {name for name, _ in a.named_parameters() if not name.startswith("bias")}
+
+
+class Holder:
+    """One layer, where `named` expects a stack."""
+
+    def __init__(self, layer):
+        self.layers = [layer]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_draws_follow_the_documented_order(kind):
+    case = Case(kind, num_layers=2, bidirectional=True)
+    rngs = pt.Rngs(3)
+    layer = ours(torch_layers, case)(torch_base(case), rngs=rngs, num_members=2)
+    keys = iter(pt.random.fold_in(pt.random.key(3), i) for i in range(24))
+    for place in case.places:
+        for name in ("ih", "hh"):
+            weight, r, s = (getattr(layer, f"{part}_{name}{place}") for part in ("weight", "r", "s"))
+            assert torch.equal(weight, pt.random.lecun_normal(next(keys), weight.T.shape, torch.float32).T)
+            assert torch.equal(r, 1 + 0.5 * pt.random.normal(next(keys), r.shape))
+            assert torch.equal(s, 1 + 0.5 * pt.random.normal(next(keys), s.shape))
+    assert int(rngs.default.count) == 24
+    assert next(keys, None) is None
+
+
+@pytest.mark.parametrize("is_cell", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_base_layer_is_copied_and_left_alone(kind, is_cell):
+    case = Case(kind, is_cell=is_cell)
+    base = torch_base(case)
+    base.eval()
+    frozen = next(iter(dict(base.named_parameters())))
+    getattr(base, frozen).requires_grad_(False)
+    before, state = copy.deepcopy(base.state_dict()), torch.get_rng_state()
+    layer = ours(torch_layers, case)(base, num_members=3, use_base_weights=True)
+    assert torch.equal(state, torch.get_rng_state())
+    for name, value in before.items():
+        own = getattr(layer, name)
+        assert torch.equal(own if name.startswith("weight") else own[2], value)
+        assert own.requires_grad == (name != frozen)
+        assert getattr(layer.member(1), name).requires_grad == (name != frozen)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
+
+    theirs = flax_base(case)
+    params = nnx.state(theirs, nnx.Param)
+    before = jax.tree.map(np.array, params)
+    layer = ours(flax_layers, case)(theirs, num_members=3, use_base_weights=True)
+    for _, variable, _ in named(case, Holder(layer)):
+        variable.set_value(jnp.zeros_like(variable[...]))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, nnx.state(theirs, nnx.Param)))
+    assert not is_cell or not {id(v) for v in jax.tree.leaves(theirs)} & {id(v) for v in jax.tree.leaves(layer)}
+
+
+def carry_of(kind, shape, dtype="float32", seed=0):
+    rng = np.random.default_rng(seed)
+    states = [jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2)]
+    return tuple(states) if kind == "LSTM" else states[0]
+
+
+FLAX_CELL_OPTIONS = [
+    {},
+    {"gate_fn": jnp.tanh, "activation_fn": nnx.relu},
+    {"dtype": jnp.dtype("float64")},
+    {"param_dtype": jnp.dtype("float64"), "dtype": jnp.dtype("float64")},
+]
+FLAX_RNN_OPTIONS = [
+    ({}, {}),
+    ({"time_major": True, "return_carry": True}, {}),
+    ({"reverse": True}, {"keep_order": True}),
+    ({"reverse": True, "keep_order": True, "unroll": 2}, {"return_carry": True, "lengths": True}),
+    ({"rngs": False}, {"initial_carry": True, "return_carry": True, "lengths": True}),
+    ({"rngs": nnx.Rngs(3)}, {"time_major": True, "reverse": True}),
+]
+
+
+@pytest.mark.parametrize("options", FLAX_CELL_OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("LSTM", True, biases=1),
+        Case("LSTM", True, biases=1, apart=True),
+        Case("GRU", True, biases=1),
+        Case("GRU", True),
+    ],
+    ids=str,
+)
+def test_flax_cells_are_ordinary_cells(case, options):
+    base = flax_base(case, **options)
+    layer = ours(flax_layers, case)(base, num_members=3)
+    assert isinstance(layer, CELLS[case.kind])
+    rng = np.random.default_rng(0)
+    for dense in (layer.dense_i, layer.dense_h):
+        if dense.bias is not None:
+            dense.bias.set_value(jnp.asarray(rng.standard_normal(dense.bias.shape), dense.bias.dtype))
+    with jax.numpy_dtype_promotion("standard"):
+        for middle in ((), (2,)):
+            x, carry = jnp.ones((6, *middle, 5), "float32"), carry_of(case.kind, (6, *middle, 3))
+            new, y = layer(carry, x)
+            expected = base(carry, x)[1]
+            assert y.dtype == expected.dtype
+            for i in range(3):
+                member = layer.member(i)
+                assert type(member) is type(base)
+                assert vars(member).keys() == vars(base).keys()
+                for name in flax_layers._CELL_OPTIONS:
+                    assert getattr(member, name) == getattr(base, name)
+                own_new, own_y = member(jax.tree.map(lambda c, i=i: rows_of(c, i, 3, 0), carry), rows_of(x, i, 3, 0))
+                low = "float64" if y.dtype == "float64" else "float32"
+                assert_close(own_y, rows_of(y, i, 3, 0), low)
+                jax.tree.map(lambda a, b, i=i, low=low: assert_close(a, rows_of(b, i, 3, 0), low), own_new, new)
+
+
+@pytest.mark.parametrize(("options", "call"), FLAX_RNN_OPTIONS, ids=[str(n) for n in range(len(FLAX_RNN_OPTIONS))])
+@pytest.mark.parametrize("kind", KINDS)
+def test_flax_members_are_ordinary_rnns(kind, options, call):
+    case, call = Case(kind, biases=1, sizes=(3, 2, 4, 5, 3)), dict(call)
+    base = flax_base(case, "float64", rnn=options)
+    layer = ours(flax_layers, case)(base, num_members=3)
+    assert isinstance(layer, nnx.RNN)
+    time_major = call.get("time_major", options.get("time_major", False))
+    axis = 1 if time_major else 0
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6, 5) if time_major else (6, 4, 5)))
+    rows = {}
+    if call.pop("lengths", False):
+        rows["seq_lengths"] = jnp.array([4, 1, 2, 3, 4, 2])
+    if call.pop("initial_carry", False):
+        rows["initial_carry"] = carry_of(kind, (6, 3), "float64")
+    results = layer(x, **rows, **call)
+    for i in range(3):
+        member = layer.member(i)
+        assert type(member) is nnx.RNN
+        assert type(member.cell) is CELLS[kind]
+        assert vars(member).keys() == vars(base).keys()
+        for name in flax_layers._RNN_OPTIONS:
+            assert getattr(member, name) == getattr(base, name)
+        own = jax.tree.map(lambda v, i=i: rows_of(v, i, 3, 0), rows)
+        own_results = member(rows_of(x, i, 3, axis), **own, **call)
+        if isinstance(results, tuple):
+            jax.tree.map(lambda a, b, i=i: assert_close(a, rows_of(b, i, 3, 0), "float64"), own_results[0], results[0])
+            assert_close(own_results[1], rows_of(results[1], i, 3, axis), "float64")
+        else:
+            assert_close(own_results, rows_of(results, i, 3, axis), "float64")
+
+
+def test_flax_takes_batches_of_several_axes_as_nnx_does():
+    layer = flax_layers.BatchEnsembleGRU(flax_base(Case("GRU", biases=1)), num_members=3)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 2, 4, 5)), "float32")
+    y = layer(x)
+    assert y.shape == (6, 2, 4, 3)
+    assert_close(y[:, 1], layer(x[:, 1]), "float32")
+
+
+def test_flax_rngs_and_carry_init_are_copied():
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        cell = nnx.GRUCell(5, 3, carry_init=nnx.initializers.normal(), keep_rngs=True, rngs=nnx.Rngs(0))
+    assert len(warned) == 2  # nnx deprecates both
+    base = nnx.RNN(cell, rngs=nnx.Rngs(4))
+    layer = flax_layers.BatchEnsembleGRU(base, num_members=3, use_base_weights=True)
+    copies = [layer, layer.member(0)]
+    for copied in copies:
+        assert copied.cell.carry_init is cell.carry_init
+        assert copied.cell.rngs is not cell.rngs
+        assert copied.rngs is not base.rngs
+    np.testing.assert_array_equal(layer.cell.initialize_carry((6, 5)), cell.initialize_carry((6, 5)))
+    x = jnp.ones((6, 4, 5), "float32")
+    layer(x)
+    assert int(layer.rngs.count[...]) == 1
+    assert int(base.rngs.count[...]) == int(copies[1].rngs.count[...]) == 0
+
+
+@pytest.mark.parametrize("biases", [1, 2])
+def test_a_gru_of_one_bias_is_torchs_gru_exactly_where_its_hidden_bias_of_n_is_zero(biases):
+    """nnx.GRUCell adds its one bias outside the reset gate: torch's b_ih + b_hh for r and z, and b_ih for n."""
+    case, two = Case("GRU", biases=biases), Case("GRU")
+    arrays = two.draw(0, "float64")
+    ones = dict(arrays)
+    for_n = np.arange(9) >= 6
+    if biases == 1:
+        ones["bias_ih_l0"] = arrays["bias_ih_l0"] + np.where(for_n, 0, arrays["bias_hh_l0"])
+        ones["bias_hh_l0"] = np.zeros((3, 9))
+    flax = run_flax(case, ones, "float64")["output"]
+    zero_for_n = arrays | {"bias_hh_l0": np.where(for_n, 0, arrays["bias_hh_l0"])}
+    with_n, without_n = (run_torch(two, a, "float64")["output"] for a in (arrays, zero_for_n))
+    assert_close(flax, without_n if biases == 1 else with_n, "float64")
+    other = with_n if biases == 1 else without_n
+    assert error(flax, other, other, "float64") > 2.0**40  # no folding of biases stands for b_hn
+
+
+def test_an_lstm_of_one_bias_takes_the_sum_of_torchs_two():
+    case, arrays = Case("LSTM", biases=1), Case("LSTM").draw(0, "float64")
+    summed = arrays | {"bias_ih_l0": arrays["bias_ih_l0"] + arrays["bias_hh_l0"], "bias_hh_l0": np.zeros((3, 12))}
+    ours_, theirs = run_torch(Case("LSTM"), arrays, "float64"), run_flax(case, summed, "float64")
+    for name in ("output", "h_n", "c_n", "gradient by bias_ih_l0"):
+        assert_close(theirs[name], ours_[name], "float64")
+    assert_close(ours_["gradient by bias_hh_l0"], ours_["gradient by bias_ih_l0"], "float64")
+
+
+@pytest.mark.parametrize("is_cell", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_keep_members_prunes_in_place(kind, is_cell):
+    case = Case(kind, is_cell=is_cell, biases=1)
+    x = np.random.default_rng(0).standard_normal((2, 5) if is_cell else (2, 4, 5))
+    layer = random_(ours(torch_layers, case)(torch_base(case, "float64"), num_members=3))
+    full = tensors(layer(torch.tensor(np.tile(x, (3, *[1] * (x.ndim - 1))))))[0]
+    layer.keep_members([2, 0])
+    assert layer.num_members == 2
+    kept = tensors(layer(torch.tensor(np.tile(x, (2, *[1] * (x.ndim - 1))))))[0]
+    assert_close(kept.detach().numpy(), torch.cat([full[4:], full[:2]]).detach().numpy(), "float64")
+    with pytest.raises(IndexError, match="from -2 to 1"):
+        layer.keep_members([2])
+    with pytest.raises(IndexError, match="from -2 to 1"):
+        layer.member(2)
+
+    layer = ours(flax_layers, case)(flax_base(case, "float64"), num_members=3)
+
+    def run(layer):
+        inputs = jnp.asarray(np.tile(x, (layer.num_members, *[1] * (x.ndim - 1))))
+        if not is_cell:
+            return layer(inputs)
+        return layer(layer.initialize_carry(inputs.shape, nnx.Rngs(0)), inputs)[1]
+
+    full = run(layer)
+    layer.keep_members([2, 0])
+    assert layer.num_members == 2
+    assert_close(run(layer), jnp.concatenate([full[4:], full[:2]]), "float64")
+    with pytest.raises(IndexError, match="from -2 to 1"):
+        layer.keep_members([2])
+    with pytest.raises(IndexError, match="from -2 to 1"):
+        layer.member(2)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("is_cell", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_gives_the_dtypes_of_the_base_layer(kind, is_cell, dtype, given):
+    case, dtype = Case(kind, is_cell=is_cell), getattr(torch, dtype)
+    base = torch_base(case, str(dtype).partition(".")[2])
+    layer = ours(torch_layers, case)(base, num_members=3)
+    x = torch.ones((6, 5) if is_cell else (6, 4, 5), dtype=dtype)
+    hx = torch.zeros((6, 3) if is_cell else (1, 6, 3), dtype=dtype) if given else None
+    hx = (hx, hx) if given and kind == "LSTM" else hx
+    with torch.autocast("cpu", torch.bfloat16):
+        results, expected = tensors(layer(x, hx)), tensors(base(x, hx))
+    assert [t.dtype for t in results] == [t.dtype for t in expected]
+    sum(t.float().sum() for t in results).backward()
+    assert {p.grad.dtype for p in layer.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("is_cell", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_layers_are_torch_citizens(kind, is_cell, tmp_path):
+    case = Case(kind, is_cell=is_cell)
+    layer = ours(torch_layers, case)(torch_base(case), num_members=3)
+    x = torch.randn((6, 5) if is_cell else (6, 4, 5))
+    before = copy.deepcopy(layer.state_dict())
+    y = tensors(layer(x))[0]
+    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+    for variant in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(tensors(variant(x))[0], y)
+    torch.save(layer.state_dict(), tmp_path / "layer.pt")
+    other = ours(torch_layers, case)(torch_base(case), num_members=3, rngs=9)
+    other.load_state_dict(torch.load(tmp_path / "layer.pt"))
+    assert torch.equal(tensors(other(x))[0], y)
+    exported = torch.export.export(layer, (x,))
+    assert_close(tensors(exported.module()(x))[0].detach().numpy(), y.detach().numpy(), "float32")
+    layer.double()
+    assert torch.autograd.gradcheck(lambda x: tensors(layer(x))[0], x.double().requires_grad_())
+    assert "num_members=3" in repr(layer)
+    assert tensors(layer(x[:0].double()))[0].shape[0] == 0
+    assert layer.eval().member(0).training is False
+    meta = ours(torch_layers, case)(torch_base(case, device="meta"), num_members=3)
+    assert {p.device.type for p in meta.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("is_cell", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_flax_layers_are_nnx_citizens(kind, is_cell):
+    case = Case(kind, is_cell=is_cell, biases=1)
+    layer = ours(flax_layers, case)(flax_base(case), num_members=3)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 5) if is_cell else (6, 4, 5)), "float32")
+    carry = carry_of(kind, (6, 3))
+
+    def run(layer, x):
+        return layer(carry, x)[1] if is_cell else layer(x, initial_carry=carry)
+
+    y = run(layer, x)
+    graph, state = nnx.split(layer)
+    # no pickle: nnx's own cells hold jax.numpy.tanh, which cannot be pickled
+    for variant in (nnx.merge(graph, state), nnx.clone(layer), copy.deepcopy(layer)):
+        np.testing.assert_array_equal(run(variant, x), y)
+    assert_close(nnx.jit(run)(layer, x), y, "float32")
+    grads = nnx.grad(lambda layer: run(layer, x).sum())(layer)
+    found = [path[-2:] for path, _ in nnx.to_flat_state(grads)]
+    biased = "dense_h" if kind == "LSTM" else "dense_i"
+    assert set(found) == {("dense_i", n) for n in ("kernel", "r", "s")} | {
+        ("dense_h", n) for n in ("kernel", "r", "s")
+    } | {(biased, "bias")}
+    layer.train()
+    layer.eval()
+    abstract = nnx.eval_shape(lambda: ours(flax_layers, case)(flax_base(case), num_members=3))
+    assert (abstract if is_cell else abstract.cell).dense_h.r.shape == (3, 3)
+
+    def build(rngs):
+        cell = CELLS[kind](5, 3, rngs=rngs)
+        return ours(flax_layers, case)(cell if is_cell else nnx.RNN(cell, rngs=False), rngs=rngs, num_members=3)
+
+    stacked = nnx.vmap(build)(nnx.Rngs(0).split(4))
+    assert (stacked if is_cell else stacked.cell).dense_h.r.shape == (4, 3, 3)
+
+
+def test_sharding_of_the_base_layer_is_kept_on_four_devices():
+    program = """
+    import jax, jax.numpy as jnp
+    from flax import nnx
+    from probly_flax.layers.recurrent import BatchEnsembleLSTM
+    jax.set_mesh(jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2))
+    for kind in (nnx.OptimizedLSTMCell, nnx.LSTMCell):
+        cell = kind(4, 6, rngs=nnx.Rngs(0), kernel_metadata={"out_sharding": ("data", "model")},
+                    bias_metadata={"out_sharding": ("model",)})
+        layer = BatchEnsembleLSTM(nnx.RNN(cell), num_members=2)
+        i, h = layer.cell.dense_i, layer.cell.dense_h
+        print([v.get_metadata("out_sharding") for v in (i.kernel, i.r, i.s, h.bias)])
+        member = layer.member(1).cell
+        dense = member.dense_i if kind is nnx.OptimizedLSTMCell else member.if_
+        print(dense.kernel.get_metadata("out_sharding"), layer(jnp.ones((6, 3, 4))).shape)
+    """
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    lines = ["[('data', 'model'), (None, 'data'), (None, 'model'), (None, 'model')]", "('data', 'model') (6, 3, 6)"]
+    assert run.stdout.splitlines() == lines * 2
+
+
+@dataclass(frozen=True)
+class Framework:
+    """A layer of 4 members, 5 inputs and 3 hidden features, and its inputs."""
+
+    is_torch: bool
+
+    def layer(self, kind, is_cell=False, **options):
+        case = Case(kind, is_cell=is_cell, biases=1)
+        base = torch_base(case) if self.is_torch else flax_base(case)
+        return ours(torch_layers if self.is_torch else flax_layers, case)(base, **({"num_members": 4} | options))
+
+    def zeros(self, *shape):
+        return torch.zeros(shape) if self.is_torch else jnp.zeros(shape, "float32")
+
+    def call(self, kind, *shape, is_cell=False):
+        layer, x = self.layer(kind, is_cell), self.zeros(*shape)
+        if self.is_torch or not is_cell:
+            return layer(x)
+        carry = self.zeros(*shape[:-1], 3)
+        return layer((carry, carry) if kind == "LSTM" else carry, x)
+
+
+BAD_INPUT = {
+    "rows that do not divide": ((30, 6, 5), (30, 5), "call tile_members(x, 4)."),
+    "wrong last axis": ((8, 6, 4), (8, 4), "in_features=4."),
+    "one axis too few": ((6, 5), (5,), "call tile_members(x[None], 4)."),
+    "no axis": ((), (), "None], 4)."),
+}
+
+
+@pytest.mark.parametrize("is_cell", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_refused_with_the_same_sentence(name, kind, is_cell):
+    sequences, steps, next_step = BAD_INPUT[name]
+    sentences = []
+    for f in (Framework(True), Framework(False)):
+        with pytest.raises(ValueError, match="expects inputs of shape") as raised:
+            f.call(kind, *(steps if is_cell else sequences), is_cell=is_cell)
+        assert type(raised.value) is ValueError
+        sentences.append(str(raised.value))
+    assert sentences[0] == sentences[1]
+    assert sentences[0].startswith(f"BatchEnsemble{kind}{'Cell' * is_cell} expects")
+    assert sentences[0].endswith(next_step)
+
+
+def test_the_sentence():
+    with pytest.raises(ValueError, match="rows") as raised:
+        Framework(True).call("LSTM", 30, 6, 5)
+    assert str(raised.value) == (
+        "BatchEnsembleLSTM expects inputs of shape [num_members*B, T, in_features] with num_members=4, in_features=5; "
+        "got (30, 6, 5), whose 30 rows do not divide by 4. To give every member the same batch, call "
+        "tile_members(x, 4)."
+    )
+
+
+@pytest.mark.parametrize("is_cell", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_arguments_are_refused_with_the_same_sentence(kind, is_cell):
+    for options, kind_of_error in (
+        ({"num_members": 0}, ValueError),
+        ({"num_members": 2.5}, TypeError),
+        ({"init": "gaussian"}, ValueError),
+        ({"r_std": 0.0}, ValueError),
+        ({"rngs": "0"}, TypeError),
+    ):
+        sentences = []
+        for f in (Framework(True), Framework(False)):
+            with pytest.raises(kind_of_error) as raised:
+                f.layer(kind, is_cell, **options)
+            sentences.append(str(raised.value))
+        assert sentences[0] == sentences[1]
+        assert sentences[0].startswith(f"BatchEnsemble{kind}{'Cell' * is_cell} expects")
+    case, sentences = Case(kind, is_cell=is_cell, biases=1), []
+    for layers, base in ((torch_layers, torch_base(case)), (flax_layers, flax_base(case))):
+        with pytest.raises(TypeError, match="4 members") as raised:
+            ours(layers, case)(base, 4)
+        sentences.append(str(raised.value))
+    assert sentences[0].endswith(f"BatchEnsemble{kind}{'Cell' * is_cell}(base_layer, rngs=4, num_members=1).")
+    assert sentences[0] == sentences[1]
+
+
+def test_layers_of_another_kind_are_refused():
+    for layers, lstm, gru, linear in (
+        (torch_layers, nn.LSTM(5, 3), nn.GRU(5, 3), nn.Linear(5, 3)),
+        (
+            flax_layers,
+            nnx.RNN(nnx.LSTMCell(5, 3, rngs=nnx.Rngs(0))),
+            nnx.RNN(nnx.GRUCell(5, 3, rngs=nnx.Rngs(0))),
+            nnx.Linear(5, 3, rngs=nnx.Rngs(0)),
+        ),
+    ):
+        for layer, bases in (
+            (layers.BatchEnsembleLSTM, (gru, linear)),
+            (layers.BatchEnsembleGRU, (lstm, linear)),
+            (layers.BatchEnsembleLSTMCell, (gru, linear)),
+            (layers.BatchEnsembleGRUCell, (lstm, linear)),
+        ):
+            for base in bases:
+                with pytest.raises(TypeError, match=f"{layer.__name__} expects base_layer to .*batchensemble"):
+                    layer(base, num_members=4)
+
+
+def test_layers_with_a_forward_of_their_own_are_refused():
+    class TorchOwn(nn.LSTM):
+        def forward(self, x, hx=None):
+            return super().forward(x * 2, hx)
+
+    class FlaxOwn(nnx.GRUCell):
+        def __call__(self, carry, inputs):
+            return super().__call__(carry, inputs * 2)
+
+    with pytest.raises(TypeError, match="forward of its own"):
+        torch_layers.BatchEnsembleLSTM(TorchOwn(5, 3), num_members=4)
+    own = FlaxOwn(5, 3, rngs=nnx.Rngs(0))
+    for layer, base in (
+        (flax_layers.BatchEnsembleGRUCell, own),
+        (flax_layers.BatchEnsembleGRU, nnx.RNN(own)),
+    ):
+        with pytest.raises(TypeError, match="__call__ of its own"):
+            layer(base, num_members=4)
+
+
+def test_states_are_not_broadcast():
+    f, x = Framework(True), torch.zeros(8, 6, 5)
+    for shape in ((1, 1, 3), (1, 2, 3), (2, 8, 3), (8, 3)):
+        with pytest.raises(ValueError, match=r"h_0 of shape \(1, 8, 3\).*layer\(x\)"):
+            f.layer("GRU")(x, torch.zeros(shape))
+        with pytest.raises(ValueError, match=r"c_0 of shape \(1, 8, 3\)"):
+            f.layer("LSTM")(x, (torch.zeros(1, 8, 3), torch.zeros(shape)))
+    with pytest.raises(TypeError, match=r"hx to be the pair \(h_0, c_0\); got Tensor"):
+        f.layer("LSTM")(x, torch.zeros(1, 8, 3))
+    with pytest.raises(ValueError, match=r"c of shape \(8, 3\)"):
+        f.layer("LSTM", True)(x[:, 0], (torch.zeros(8, 3), torch.zeros(1, 3)))
+    with pytest.raises(ValueError, match=r"hx of shape \(8, 3\)"):
+        f.layer("GRU", True)(x[:, 0], torch.zeros(2, 3))
+    f, x = Framework(False), jnp.zeros((8, 6, 5), "float32")
+    for shape in ((1, 3), (2, 3), (1, 8, 3)):
+        state = jnp.zeros(shape, "float32")
+        with pytest.raises(ValueError, match=r"initial_carry of shape \(8, 3\)"):
+            f.layer("GRU")(x, initial_carry=state)
+        with pytest.raises(ValueError, match=r"c of initial_carry of shape \(8, 3\)"):
+            f.layer("LSTM")(x, initial_carry=(state, jnp.zeros((8, 3), "float32")))
+        with pytest.raises(ValueError, match=r"carry of shape \(8, 3\).*initialize_carry\(x.shape, rngs\)"):
+            f.layer("GRU", True)(state, x[:, 0])
+        with pytest.raises(ValueError, match=r"h of carry of shape \(8, 3\)"):
+            f.layer("LSTM", True)((jnp.zeros((8, 3), "float32"), state), x[:, 0])
+    with pytest.raises(TypeError, match=r"carry to be the pair \(c, h\)"):
+        f.layer("LSTM", True)(jnp.zeros((8, 3), "float32"), x[:, 0])
+    for lengths in ((1,), (2,), (8, 1)):
+        with pytest.raises(ValueError, match=r"seq_lengths of shape \(8,\).*tile_members\(seq_lengths, 4\)"):
+            f.layer("GRU")(x, seq_lengths=jnp.ones(lengths, "int32"))
+
+
+def test_what_torch_refuses():
+    lstm, cell = Framework(True).layer("LSTM"), Framework(True).layer("LSTM", True)
+    x = torch.zeros(8, 6, 5)
+    with pytest.raises(TypeError, match=r"padded batch.*pad_packed_sequence"):
+        lstm(pack_padded_sequence(x, torch.full((8,), 6), batch_first=True))
+    with pytest.raises(TypeError, match=r"x of the weights' dtype, torch.float32; got torch.float64"):
+        lstm(x.double())
+    with pytest.raises(TypeError, match=r"c_0 of the weights' dtype"):
+        lstm(x, (torch.zeros(1, 8, 3), torch.zeros(1, 8, 3, dtype=torch.float64)))
+    with pytest.raises(TypeError, match=r"x of the weights' dtype, torch.float32; got torch.float64"):
+        cell(x[:, 0].double())
+    with pytest.raises(TypeError, match=r"c of the weights' dtype"):
+        cell(x[:, 0], (torch.zeros(8, 3), torch.zeros(8, 3, dtype=torch.float64)))
+    with pytest.raises(ValueError, match=r"4 axes instead of 3. Join the axes of time, x.flatten\(1, -2\)."):
+        lstm(x[:, None])
+    with pytest.raises(ValueError, match=r"3 axes instead of 2. Pass one step of them, x\[:, 0\]."):
+        cell(x)
+
+
+def test_time_major_rows_are_those_of_the_second_axis():
+    sentences = []
+    case = Case("GRU", biases=1)
+    for layer, x in (
+        (torch_layers.BatchEnsembleGRU(torch_base(case, batch_first=False), num_members=4), torch.zeros(8, 6, 5)),
+        (
+            flax_layers.BatchEnsembleGRU(flax_base(case, rnn={"time_major": True}), num_members=4),
+            jnp.zeros((8, 6, 5), "float32"),
+        ),
+    ):
+        with pytest.raises(ValueError, match="6 rows do not divide by 4") as raised:
+            layer(x)
+        sentences.append(str(raised.value))
+    assert sentences[0] == sentences[1]
+    assert "[T, num_members*B, in_features]" in sentences[0]
+    assert sentences[0].endswith("call tile_members(x.swapaxes(0, 1), 4).swapaxes(0, 1).")

@@ -1,0 +1,169 @@
+"""Convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from flax import nnx
+from jax import Array, lax
+
+from probly_flax._checks import check_fast_weights
+from probly_flax.functional._checks_conv import check_conv_kernel, check_conv_rows
+from probly_flax.functional._common import rows
+
+__all__ = ["batch_ensemble_conv", "batch_ensemble_conv_transpose"]
+
+
+def batch_ensemble_conv(
+    x: Array,
+    kernel: Array,
+    r: Array,
+    s: Array,
+    bias: Array | None = None,
+    *,
+    strides: int | Sequence[int] | None = 1,
+    padding: Any = 0,
+    kernel_dilation: int | Sequence[int] | None = 1,
+    feature_group_count: int = 1,
+    input_dilation: int | Sequence[int] | None = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    conv_general_dilated: Callable[..., Array] = lax.conv_general_dilated,
+    out_sharding: Any = None,
+) -> Array:
+    r"""Applies to each member's rows the convolution whose kernel is W, scaled by s_i and r_i along its channels.
+
+    Member i computes  y_i = conv(x_i * r_i, W) * s_i + b_i        (Wen et al. 2020, eq. 5)
+
+    Shape:
+        x: (E*B, ..., *spatial, in_features) with the spatial axes of the kernel, rows [k*B, (k+1)*B) belong to member
+            k. Returns (E*B, ..., *spatial, out_features), of the sizes that nnx.Conv gives with these options. The
+            default is no padding, as in torch; that of nnx.Conv is 'SAME'.
+    Weights:
+        kernel (*kernel_size, in_features / feature_group_count, out_features), r (E, in_features),
+            s (E, out_features), bias (E, out_features) or None.
+    Raises:
+        ValueError: if the rows do not divide by E, the last axis is not in_features, or r, s and bias do not have
+            E rows each.
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, kernel = jnp.ones((2, 4, 3)), jnp.ones((2, 3, 1))
+        >>> r, s = jnp.array([[1.0, 1, 1], [2, 2, 2]]), jnp.array([[1.0], [10]])
+        >>> batch_ensemble_conv(x, kernel, r, s)[..., 0]
+        Array([[  6.,   6.,   6.],
+               [120., 120., 120.]], dtype=float32)
+    """
+    check_conv_kernel("batch_ensemble_conv", kernel.shape)
+    features = kernel.shape[-2] * feature_group_count, kernel.shape[-1]
+
+    def conv(x: Array) -> Array:
+        layer = _layer(
+            kernel,
+            in_features=features[0],
+            strides=strides,
+            padding=padding,
+            kernel_dilation=kernel_dilation,
+            feature_group_count=feature_group_count,
+            input_dilation=input_dilation,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            conv_general_dilated=conv_general_dilated,
+        )
+        return nnx.Conv.__call__(layer, x, out_sharding)
+
+    return _batch_ensemble("batch_ensemble_conv", conv, features, x, kernel, r, s, bias)
+
+
+def batch_ensemble_conv_transpose(
+    x: Array,
+    kernel: Array,
+    r: Array,
+    s: Array,
+    bias: Array | None = None,
+    *,
+    strides: int | Sequence[int] | None = 1,
+    padding: Any = "VALID",
+    kernel_dilation: int | Sequence[int] | None = 1,
+    transpose_kernel: bool = False,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> Array:
+    r"""Applies to each member's rows the transposed convolution of W, scaled by s_i and r_i along its channels.
+
+    Member i computes  y_i = conv_transpose(x_i * r_i, W) * s_i + b_i        (Wen et al. 2020, eq. 5)
+
+    Shape:
+        x: (E*B, ..., *spatial, in_features) with the spatial axes of the kernel, rows [k*B, (k+1)*B) belong to member
+            k. Returns (E*B, ..., *spatial, out_features), of the sizes that nnx.ConvTranspose gives with these
+            options; its padding is that of the dilated inputs. The default cuts nothing off, as in torch; that of
+            nnx.ConvTranspose is 'SAME'.
+    Weights:
+        kernel (*kernel_size, in_features, out_features), or under transpose_kernel its mirror image
+            (*kernel_size, out_features, in_features), as torch has it; r (E, in_features), s (E, out_features),
+            bias (E, out_features) or None.
+    Raises:
+        ValueError: if the rows do not divide by E, the last axis is not in_features, or r, s and bias do not have
+            E rows each.
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, kernel = jnp.ones((2, 2, 3)), jnp.ones((2, 3, 1))
+        >>> r, s = jnp.array([[1.0, 1, 1], [2, 2, 2]]), jnp.array([[1.0], [10]])
+        >>> batch_ensemble_conv_transpose(x, kernel, r, s)[..., 0]
+        Array([[  3.,   6.,   3.],
+               [ 60., 120.,  60.]], dtype=float32)
+    """
+    check_conv_kernel("batch_ensemble_conv_transpose", kernel.shape)
+    in_axis, out_axis = (-1, -2) if transpose_kernel else (-2, -1)
+    features = kernel.shape[in_axis], kernel.shape[out_axis]
+
+    def conv_transpose(x: Array) -> Array:
+        layer = _layer(
+            kernel,
+            strides=strides,
+            padding=padding,
+            kernel_dilation=kernel_dilation,
+            transpose_kernel=transpose_kernel,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+        )
+        return nnx.ConvTranspose.__call__(layer, x)
+
+    return _batch_ensemble("batch_ensemble_conv_transpose", conv_transpose, features, x, kernel, r, s, bias)
+
+
+def _layer(kernel: Array, **options: Any) -> Any:
+    """What nnx computes a convolution from: so its padding, in all of its kinds, is written once, in nnx."""
+    return SimpleNamespace(
+        kernel=kernel,
+        kernel_size=kernel.shape[:-2],
+        kernel_shape=kernel.shape,
+        mask=None,
+        bias=None,
+        use_bias=False,
+        dtype=None,
+        promote_dtype=lambda arrays, *, dtype: arrays,  # they are promoted, with r, s and bias, before
+        **options,
+    )
+
+
+def _batch_ensemble(
+    what: str,
+    conv: Callable[[Array], Array],
+    features: tuple[int, int],
+    x: Array,
+    kernel: Array,
+    r: Array,
+    s: Array,
+    bias: Array | None,
+) -> Array:
+    check_fast_weights(what, *features, r.shape, s.shape, None if bias is None else bias.shape)
+    num_members = r.shape[0]
+    check_conv_rows(what, x.shape, num_members, features[0], kernel.ndim - 2, channels_first=False)
+    # Scaling activations, not kernels: E kernels would need a convolution of E groups, which is slower.
+    members = x.reshape(num_members, x.shape[0] // num_members, *x.shape[1:])
+    y = conv((members * rows(r, members)).reshape(x.shape))
+    members = y.reshape(*members.shape[:2], *y.shape[1:])
+    scaled = members * rows(s, members).astype(y.dtype)
+    return (scaled if bias is None else scaled + rows(bias, members)).reshape(y.shape)

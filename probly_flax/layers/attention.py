@@ -1,0 +1,352 @@
+"""Attention layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from probly_flax import random
+from probly_flax._checks import (
+    check_base_layer,
+    check_init,
+    check_num_members,
+    member_index,
+    member_indices,
+    seed_is_not_num_members,
+)
+from probly_flax.layers._checks_attention import check_attention_inputs, check_mask_rows
+from probly_flax.layers._common import Rule, TorchNames, axes, draw_fast_weights, draw_kernel, param
+from probly_flax.random import Rngs
+
+__all__ = ["BatchEnsembleMultiHeadAttention"]
+
+_OPTIONS = (
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "in_features",
+    "in_kv_features",
+    "qkv_features",
+    "out_features",
+    "dtype",
+    "param_dtype",
+    "broadcast_dropout",
+    "dropout_rate",
+    "deterministic",
+    "precision",
+    "use_bias",
+    "attention_fn",
+    "decode",
+    "normalize_qk",
+    "qkv_promote_dtype",
+    "out_promote_dtype",
+    "ln_promote_dtype",
+    "qkv_dot_general",
+    "out_dot_general",
+    "qkv_dot_general_cls",
+    "out_dot_general_cls",
+)
+_PROJECTION_OPTIONS = (
+    "in_features",
+    "out_features",
+    "axis",
+    "batch_axis",
+    "use_bias",
+    "dtype",
+    "param_dtype",
+    "precision",
+    "dot_general",
+    "dot_general_cls",
+    "promote_dtype",
+    "preferred_element_type",
+)
+_PROJECTIONS = ("query", "key", "value", "out")
+_NORMS = ("query_ln", "key_ln")
+_CACHES = ("cached_key", "cached_value", "cache_index")
+
+
+class BatchEnsembleMultiHeadAttention(nnx.MultiHeadAttention):
+    r"""E attention layers whose four projections share their kernels and differ by rank-one scalings.
+
+    Member i projects queries, keys, values and outputs each by  ((x_i * r_i) W) * s_i + b_i
+    (Wen et al. 2020, eq. 5), and attends as MultiHeadAttention does.
+
+    Shape:
+        inputs_q: (E*B, ..., L, in_features), rows [k*B, (k+1)*B) belong to member k; inputs_k and inputs_v:
+        (E*B, ..., S, in_kv_features). Returns (E*B, ..., L, out_features).
+        mask: (E*B, ..., num_heads, L, S) or 1 in the place of any of these, which is then the same for all.
+    Weights:
+        query, key, value and out, each with a kernel of the base layer's shape, r (E, inputs of the projection),
+        s (E, outputs of the projection), both with heads flattened, and bias (E, of the base layer's shape) or None.
+        With normalize_qk, members share query_ln and key_ln.
+    Args:
+        base_layer: the MultiHeadAttention layer to start from. It is copied, never changed or shared; a cache is not.
+        rngs: a seed or an Rngs; keys come from `rngs.params()` for the kernel (if drawn), r and s of the query's
+            projection, then the key's, the value's and the output's.
+        num_members: the number of members E.
+        use_base_weights: share copies of the base layer's kernels; otherwise draw them, lecun_normal.
+        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)) or "random_sign" (+-1 with equal
+            probability; Wen et al. 2020, appendix B).
+        r_mean: mean of r under init="normal".
+        r_std: standard deviation of r under init="normal".
+        s_mean: mean of s under init="normal".
+        s_std: standard deviation of s under init="normal".
+    Raises:
+        TypeError: if base_layer is not a MultiHeadAttention layer, or rngs neither a seed nor an Rngs.
+        ValueError: if the rows do not divide by num_members, or inputs or masks have other shapes.
+    Example:
+        >>> base = nnx.MultiHeadAttention(2, 6, decode=False, rngs=nnx.Rngs(0))
+        >>> layer = BatchEnsembleMultiHeadAttention(base, num_members=4)
+        >>> layer(jnp.ones((8, 5, 6))).shape
+        (8, 5, 6)
+        >>> [p.shape for p in (layer.query.kernel, layer.query.r, layer.query.s, layer.query.bias)]
+        [(6, 2, 3), (4, 6), (4, 6), (4, 2, 3)]
+    """
+
+    @seed_is_not_num_members
+    def __init__(
+        self,
+        base_layer: nnx.MultiHeadAttention,
+        rngs: Rngs | int = 1,
+        num_members: int = 1,
+        use_base_weights: bool = False,
+        init: str = "normal",
+        r_mean: float = 1.0,
+        r_std: float = 0.5,
+        s_mean: float = 1.0,
+        s_std: float = 0.5,
+    ) -> None:
+        what = "BatchEnsembleMultiHeadAttention"
+        check_base_layer(what, base_layer, nnx.MultiHeadAttention, "__call__")
+        for name in _PROJECTIONS:
+            check_base_layer(what, getattr(base_layer, name), nnx.LinearGeneral, "__call__")
+        check_init(what, init, r_mean, r_std, s_mean, s_std)
+        self.num_members = check_num_members(what, num_members)
+        rngs = random.as_rngs(what, rngs)
+        for name in _OPTIONS:
+            setattr(self, name, getattr(base_layer, name))
+        for name in _PROJECTIONS:
+            projection = _Projection(
+                getattr(base_layer, name), rngs, self.num_members, use_base_weights, init, r_mean, r_std, s_mean, s_std
+            )
+            setattr(self, name, projection)
+        _copy_norms_and_rngs(self, base_layer)
+        for name in _CACHES:
+            setattr(self, name, nnx.data(None))
+
+    def __call__(
+        self,
+        inputs_q: Array,
+        inputs_k: Array | None = None,
+        inputs_v: Array | None = None,
+        *,
+        mask: Array | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        sow_weights: bool = False,
+        decode: bool | None = None,
+        is_causal: bool = False,
+        out_sharding: Any = None,
+        qkv_sharding: Any = None,
+    ) -> Array:
+        """Applies each member to its own rows, as MultiHeadAttention applies itself to all of them.
+
+        Shape:
+            inputs_q: (E*B, ..., L, in_features). Returns (E*B, ..., L, out_features), sharded as asked.
+        """
+        what = "BatchEnsembleMultiHeadAttention"
+        key = inputs_q if inputs_k is None else inputs_k
+        value = key if inputs_v is None else inputs_v
+        shapes = {"query": inputs_q.shape, "key": key.shape, "value": value.shape}
+        features = (self.in_features, self.in_kv_features, self.in_kv_features)
+        check_attention_inputs(what, shapes, features, self.num_members, middle_axes=True)
+        if mask is not None and mask.ndim == inputs_q.ndim + 1 and mask.shape[0] != 1:
+            expected = {"[num_members*B, ...]": (inputs_q.shape[0], *mask.shape[1:])}
+            check_mask_rows(what, "mask", mask.shape, expected, self.num_members)
+        return super().__call__(
+            inputs_q,
+            inputs_k,
+            inputs_v,
+            mask=mask,
+            deterministic=deterministic,
+            rngs=rngs,
+            sow_weights=sow_weights,
+            decode=decode,
+            is_causal=is_causal,
+            out_sharding=out_sharding,
+            qkv_sharding=qkv_sharding,
+        )
+
+    def member(self, i: int) -> nnx.MultiHeadAttention:
+        """Member i as an ordinary MultiHeadAttention layer, with the kernels W * r_i s_i^T and its own biases.
+
+        Example:
+            >>> base, x = nnx.MultiHeadAttention(2, 6, decode=False, rngs=nnx.Rngs(0)), jnp.ones((3, 5, 6))
+            >>> layer = BatchEnsembleMultiHeadAttention(base, num_members=4)
+            >>> bool(jnp.allclose(layer.member(1)(x), layer(jnp.tile(x, (4, 1, 1)))[3:6], atol=1e-6))
+            True
+        """
+        i = member_index("BatchEnsembleMultiHeadAttention", i, self.num_members)
+        attention = nnx.eval_shape(lambda: nnx.MultiHeadAttention(1, 1, decode=False, rngs=nnx.Rngs(0)))
+        for name in _OPTIONS:
+            setattr(attention, name, getattr(self, name))
+        for name in _PROJECTIONS:
+            setattr(attention, name, getattr(self, name).member(i))
+        _copy_norms_and_rngs(attention, self)
+        for name in _CACHES:
+            setattr(attention, name, self._cache_of(name, [i]))
+        return attention
+
+    def keep_members(self, indices: Sequence[int]) -> None:
+        """Drops every other member, in place."""
+        indices = member_indices("BatchEnsembleMultiHeadAttention", indices, self.num_members)
+        for name in _PROJECTIONS:
+            getattr(self, name).keep_members(indices)
+        for name in _CACHES:
+            setattr(self, name, self._cache_of(name, indices))
+        self.num_members = len(indices)
+
+    def _cache_of(self, name: str, indices: Sequence[int]) -> Any:
+        """The rows of some members; what counts steps is the same for all."""
+        cache = getattr(self, name)
+        if cache is None:
+            return nnx.data(None)
+        if not cache.ndim:
+            return cache.copy(jnp.copy(cache[...]))
+        rows = cache[...].reshape(self.num_members, -1, *cache.shape[1:])[jnp.array(indices)]
+        return cache.copy(rows.reshape(-1, *cache.shape[1:]))
+
+
+class _Projection(nnx.LinearGeneral):
+    """E LinearGeneral layers on the last axes, with one kernel and rank-one scalings."""
+
+    def __init__(
+        self,
+        base_layer: nnx.LinearGeneral,
+        rngs: Rngs,
+        num_members: int,
+        use_base_weights: bool,
+        init: str,
+        r_mean: float,
+        r_std: float,
+        s_mean: float,
+        s_std: float,
+    ) -> None:
+        self.num_members = num_members
+        for name in _PROJECTION_OPTIONS:
+            setattr(self, name, getattr(base_layer, name))
+        base, bias = base_layer.kernel, base_layer.bias
+        matrix = base[...].reshape(math.prod(self.in_features), math.prod(self.out_features))
+        kernel = jnp.copy(base[...]) if use_base_weights else draw_kernel(rngs, matrix).reshape(base.shape)
+        r = draw_fast_weights(rngs, (num_members, matrix.shape[0]), init, r_mean, r_std, base.dtype)
+        s = draw_fast_weights(rngs, (num_members, matrix.shape[1]), init, s_mean, s_std, base.dtype)
+        # Heads are the slower of the flattened axes, and the one that is sharded.
+        in_axis, out_axis = axes(base)[0], axes(base)[len(self.in_features)]
+        self.kernel = param(kernel, base, *axes(base))
+        self.r, self.s = param(r, base, None, in_axis), param(s, base, None, out_axis)
+        self.bias = nnx.data(None)
+        if bias is not None:
+            self.bias = param(jnp.stack([bias[...]] * num_members), bias, None, *axes(bias))
+
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
+        contracted = len(self.in_features)
+        options = {"preferred_element_type": self.preferred_element_type} if self.preferred_element_type else {}
+        dot_general = self.dot_general_cls() if self.dot_general_cls else self.dot_general or lax.dot_general
+
+        def members(rows: Array) -> Array:
+            return rows.reshape(self.num_members, rows.shape[0] // self.num_members, *rows.shape[1:])
+
+        def rows(weights: Array, features: Sequence[int]) -> Array:
+            """(E, ...) -> (E, 1, ..., features), against members."""
+            return weights.reshape(self.num_members, *(1,) * (x.ndim - contracted), *features)
+
+        r, s = self.r[...].astype(x.dtype), self.s[...]
+        scaled = (members(x) * rows(r, self.in_features)).reshape(x.shape)
+        contraction = tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted))
+        y = dot_general(
+            scaled, kernel, (contraction, ((), ())), precision=self.precision, out_sharding=out_sharding, **options
+        )
+        scaled = members(y) * rows(s.astype(y.dtype), self.out_features)
+        return (scaled if bias is None else scaled + rows(bias, self.out_features)).reshape(y.shape)
+
+    def member(self, i: int) -> nnx.LinearGeneral:
+        linear = nnx.eval_shape(lambda: nnx.LinearGeneral(1, 1, rngs=nnx.Rngs(0)))
+        for name in _PROJECTION_OPTIONS:
+            setattr(linear, name, getattr(self, name))
+        scaling = (self.r[i][:, None] * self.s[i][None]).reshape(self.kernel.shape)
+        linear.kernel = param(self.kernel[...] * scaling, self.kernel, *axes(self.kernel))
+        linear.bias = nnx.data(None) if self.bias is None else param(self.bias[i], self.bias, *axes(self.bias)[1:])
+        return linear
+
+    def keep_members(self, indices: Sequence[int]) -> None:
+        self.num_members = len(indices)
+        for name in ("r", "s", "bias"):
+            rows = getattr(self, name)
+            if rows is not None:
+                setattr(self, name, rows.copy(rows[jnp.array(indices)]))
+
+
+def _copy_norms_and_rngs(layer: nnx.MultiHeadAttention, source: nnx.MultiHeadAttention) -> None:
+    for name in _NORMS:
+        norm = getattr(source, name)
+        setattr(layer, name, nnx.data(None) if norm is None else nnx.clone(norm))
+    layer.rngs = None if source.rngs is None else nnx.data(nnx.clone(source.rngs))
+
+
+def _torch_names(layer: nnx.MultiHeadAttention) -> dict[str, Rule]:
+    """Heads are flattened, and the three input projections packed into one, as in nn.MultiheadAttention."""
+    projections = layer.query, layer.key, layer.value
+    grouped = layer.key.kernel.shape[-2:] != layer.query.kernel.shape[-2:]
+    if grouped or not layer.qkv_features == layer.out_features == layer.in_features:
+        return {}  # torch has no such layer
+    if layer.in_kv_features == layer.in_features:
+        rules = {"in_proj_weight": _weights(1, *(p.kernel for p in projections))}
+    else:
+        rules = {f"{name}_proj_weight": _weights(1, p.kernel) for name, p in zip("qkv", projections, strict=True)}
+    rules["out_proj.weight"] = _weights(2, layer.out.kernel)
+    if layer.use_bias:
+        rules["in_proj_bias"] = _biases(*(p.bias for p in projections))
+        rules["out_proj.bias"] = _biases(layer.out.bias, heads=0)
+    for name, p in zip(("q_", "k_", "v_", "out_proj."), (*projections, layer.out), strict=True):
+        for scale in ("r", "s") if isinstance(p, _Projection) else ():
+            rules[name + scale] = Rule((getattr(p, scale),), lambda array: array, lambda array: [array])
+    return rules
+
+
+def _weights(in_axes: int, *kernels: nnx.Variable) -> Rule:
+    """(..., *in, *out) each -> (..., n * out, in)."""
+
+    def to_torch(*arrays: np.ndarray) -> np.ndarray:
+        return np.concatenate(
+            [a.reshape(*a.shape[:-3], math.prod(a.shape[-3 : in_axes - 3]), -1).mT for a in arrays], -2
+        )
+
+    def from_torch(array: np.ndarray) -> list[np.ndarray]:
+        parts = np.split(array, len(kernels), axis=-2)
+        return [np.ascontiguousarray(part.mT).reshape(k.shape) for part, k in zip(parts, kernels, strict=True)]
+
+    return Rule(kernels, to_torch, from_torch)
+
+
+def _biases(*biases: Any, heads: int = 1) -> Rule:
+    """(..., *heads, features) each -> (..., n * features)."""
+
+    def to_torch(*arrays: np.ndarray) -> np.ndarray:
+        return np.concatenate([a.reshape(*a.shape[: a.ndim - heads - 1], -1) for a in arrays], -1)
+
+    def from_torch(array: np.ndarray) -> list[np.ndarray]:
+        parts = np.split(array, len(biases), axis=-1)
+        return [part.reshape(bias.shape) for part, bias in zip(parts, biases, strict=True)]
+
+    return Rule(biases, to_torch, from_torch)
+
+
+TORCH_NAMES: TorchNames = {nnx.MultiHeadAttention: _torch_names}  # ours as well, which is one

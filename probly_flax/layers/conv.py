@@ -1,0 +1,341 @@
+"""Convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from probly_flax import random
+from probly_flax._checks import (
+    check_init,
+    check_num_members,
+    member_index,
+    member_indices,
+    seed_is_not_num_members,
+)
+from probly_flax.functional._checks_conv import check_conv_base_layer, check_conv_kernel, check_conv_rows
+from probly_flax.functional.conv import batch_ensemble_conv, batch_ensemble_conv_transpose
+from probly_flax.layers._common import TorchNames, axes, draw_fast_weights, draw_kernel, param
+from probly_flax.random import Rngs
+
+__all__ = ["BatchEnsembleConv", "BatchEnsembleConvTranspose"]
+
+_OPTIONS = (
+    "in_features",
+    "out_features",
+    "kernel_size",
+    "kernel_shape",
+    "strides",
+    "padding",
+    "kernel_dilation",
+    "use_bias",
+    "mask",
+    "dtype",
+    "param_dtype",
+    "precision",
+    "promote_dtype",
+    "preferred_element_type",
+)
+_CONV_OPTIONS = (*_OPTIONS, "input_dilation", "feature_group_count", "conv_general_dilated")
+_TRANSPOSE_OPTIONS = (*_OPTIONS, "transpose_kernel")
+
+
+class BatchEnsembleConv(nnx.Conv):
+    r"""E convolutions, of 1, 2, 3 or more spatial axes, that share one kernel and differ by rank-one scalings.
+
+    Member i computes  y_i = conv(x_i * r_i, W) * s_i + b_i        (Wen et al. 2020, eq. 5)
+
+    Shape:
+        x: (E*B, ..., *spatial, in_features), rows [k*B, (k+1)*B) belong to member k. Returns
+            (E*B, ..., *spatial, out_features), of the sizes that the base layer gives.
+    Weights:
+        kernel (*kernel_size, in_features / feature_group_count, out_features), r (E, in_features),
+            s (E, out_features), bias (E, out_features) or None.
+    Args:
+        base_layer: the Conv layer to start from. It is copied, never changed or shared.
+        rngs: a seed or an Rngs; keys come from `rngs.params()` for the kernel (if drawn), r and s, in this order.
+        num_members: the number of members E.
+        use_base_weights: share a copy of the base layer's kernel; otherwise draw one, lecun_normal, of the kernel's
+            shape.
+        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)) or "random_sign" (+-1 with equal
+            probability; Wen et al. 2020, appendix B).
+        r_mean: mean of r under init="normal".
+        r_std: standard deviation of r under init="normal".
+        s_mean: mean of s under init="normal".
+        s_std: standard deviation of s under init="normal".
+    Raises:
+        TypeError: if base_layer is not a Conv layer, or rngs neither a seed nor an Rngs.
+        ValueError: if the rows do not divide by num_members, the last axis is not in_features, or there is no batch
+            axis.
+    Example:
+        >>> layer = BatchEnsembleConv(nnx.Conv(3, 2, (3, 3), rngs=nnx.Rngs(0)), num_members=4)
+        >>> layer(jnp.ones((8, 6, 5, 3))).shape
+        (8, 6, 5, 2)
+        >>> [p.shape for p in (layer.kernel, layer.r, layer.s, layer.bias)]
+        [(3, 3, 3, 2), (4, 3), (4, 2), (4, 2)]
+    """
+
+    @seed_is_not_num_members
+    def __init__(
+        self,
+        base_layer: nnx.Conv,
+        rngs: Rngs | int = 1,
+        num_members: int = 1,
+        use_base_weights: bool = False,
+        init: str = "normal",
+        r_mean: float = 1.0,
+        r_std: float = 0.5,
+        s_mean: float = 1.0,
+        s_std: float = 0.5,
+    ) -> None:
+        what = "BatchEnsembleConv"
+        check_conv_base_layer(what, "Conv", base_layer, (nnx.Conv,), "__call__")
+        check_conv_kernel(what, base_layer.kernel.shape)
+        check_init(what, init, r_mean, r_std, s_mean, s_std)
+        self.num_members = check_num_members(what, num_members)
+        rngs = random.as_rngs(what, rngs)
+        _copy_options(self, base_layer, _CONV_OPTIONS)
+
+        base, bias = base_layer.kernel, base_layer.bias
+        kernel = jnp.copy(base[...]) if use_base_weights else draw_kernel(rngs, base[...])
+        r = draw_fast_weights(rngs, (self.num_members, self.in_features), init, r_mean, r_std, base.dtype)
+        s = draw_fast_weights(rngs, (self.num_members, self.out_features), init, s_mean, s_std, base.dtype)
+        *_, in_axis, out_axis = axes(base)
+        self.kernel = param(kernel, base, *axes(base))
+        self.r, self.s = param(r, base, None, in_axis), param(s, base, None, out_axis)
+        self.bias = nnx.data(None)
+        if bias is not None:
+            self.bias = param(jnp.tile(bias[...], (self.num_members, 1)), bias, None, *axes(bias))
+
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+        """Applies each member to its own rows.
+
+        Shape:
+            inputs: (E*B, ..., *spatial, in_features). Returns (E*B, ..., *spatial, out_features), sharded as asked.
+        """
+        what, spatial = "BatchEnsembleConv", len(self.kernel_size)
+        check_conv_rows(what, inputs.shape, self.num_members, self.in_features, spatial, channels_first=False)
+        x, kernel, r, s, bias = _promoted(self, inputs)
+        return batch_ensemble_conv(
+            x,
+            kernel,
+            r,
+            s,
+            bias,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
+            feature_group_count=self.feature_group_count,
+            input_dilation=self.input_dilation,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+            conv_general_dilated=self.conv_general_dilated,
+            out_sharding=out_sharding,
+        )
+
+    def member(self, i: int) -> nnx.Conv:
+        """Member i as an ordinary Conv layer, with the kernel W * r_i s_i^T and the bias b_i.
+
+        Example:
+            >>> base, x = nnx.Conv(3, 2, (2,), rngs=nnx.Rngs(0)), jnp.ones((5, 6, 3))
+            >>> layer = BatchEnsembleConv(base, num_members=4)
+            >>> bool(jnp.allclose(layer.member(1)(x), layer(jnp.tile(x, (4, 1, 1)))[5:10]))
+            True
+        """
+        i = member_index("BatchEnsembleConv", i, self.num_members)
+        conv = nnx.eval_shape(lambda: nnx.Conv(1, 1, 1, rngs=nnx.Rngs(0)))
+        _copy_options(conv, self, _CONV_OPTIONS)
+        groups = self.feature_group_count
+        r = jnp.repeat(self.r[i].reshape(groups, -1).T, self.out_features // groups, axis=1)
+        conv.kernel = param(self.kernel[...] * _on_channels(r * self.s[i][None], self), self.kernel, *axes(self.kernel))
+        conv.bias = nnx.data(None) if self.bias is None else param(self.bias[i], self.bias, axes(self.bias)[1])
+        return conv
+
+    def keep_members(self, indices: Sequence[int]) -> None:
+        """Drops every other member, in place."""
+        indices = member_indices("BatchEnsembleConv", indices, self.num_members)
+        self.num_members = len(indices)
+        for name in ("r", "s", "bias"):
+            rows = getattr(self, name)
+            if rows is not None:
+                setattr(self, name, rows.copy(rows[jnp.array(indices)]))
+
+
+class BatchEnsembleConvTranspose(nnx.ConvTranspose):
+    r"""E transposed convolutions, of 1 to 3 spatial axes, that share one kernel and differ by rank-one scalings.
+
+    Member i computes  y_i = conv_transpose(x_i * r_i, W) * s_i + b_i        (Wen et al. 2020, eq. 5)
+
+    Shape:
+        x: (E*B, ..., *spatial, in_features), rows [k*B, (k+1)*B) belong to member k. Returns
+            (E*B, ..., *spatial, out_features), of the sizes that the base layer gives.
+    Weights:
+        kernel (*kernel_size, in_features, out_features), or (*kernel_size, out_features, in_features) if the base
+            layer has transpose_kernel; r (E, in_features), s (E, out_features), bias (E, out_features) or None.
+    Args:
+        base_layer: the ConvTranspose layer to start from. It is copied, never changed or shared.
+        rngs: a seed or an Rngs; keys come from `rngs.params()` for the kernel (if drawn), r and s, in this order.
+        num_members: the number of members E.
+        use_base_weights: share a copy of the base layer's kernel; otherwise draw one, lecun_normal, of shape
+            (*kernel_size, in_features, out_features). It is laid out so that one seed gives one function with either
+            transpose_kernel, which is that of the layer in torch: without it, the draw's mirror image.
+        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)) or "random_sign" (+-1 with equal
+            probability; Wen et al. 2020, appendix B).
+        r_mean: mean of r under init="normal".
+        r_std: standard deviation of r under init="normal".
+        s_mean: mean of s under init="normal".
+        s_std: standard deviation of s under init="normal".
+    Raises:
+        TypeError: if base_layer is not a ConvTranspose layer, or rngs neither a seed nor an Rngs.
+        ValueError: if the rows do not divide by num_members, the last axis is not in_features, or there is no batch
+            axis.
+    Example:
+        >>> base = nnx.ConvTranspose(3, 2, (2, 2), strides=2, rngs=nnx.Rngs(0))
+        >>> layer = BatchEnsembleConvTranspose(base, num_members=4)
+        >>> layer(jnp.ones((8, 6, 5, 3))).shape
+        (8, 12, 10, 2)
+        >>> [p.shape for p in (layer.kernel, layer.r, layer.s, layer.bias)]
+        [(2, 2, 3, 2), (4, 3), (4, 2), (4, 2)]
+    """
+
+    @seed_is_not_num_members
+    def __init__(
+        self,
+        base_layer: nnx.ConvTranspose,
+        rngs: Rngs | int = 1,
+        num_members: int = 1,
+        use_base_weights: bool = False,
+        init: str = "normal",
+        r_mean: float = 1.0,
+        r_std: float = 0.5,
+        s_mean: float = 1.0,
+        s_std: float = 0.5,
+    ) -> None:
+        what = "BatchEnsembleConvTranspose"
+        check_conv_base_layer(what, "ConvTranspose", base_layer, (nnx.ConvTranspose,), "__call__")
+        check_conv_kernel(what, base_layer.kernel.shape)
+        check_init(what, init, r_mean, r_std, s_mean, s_std)
+        self.num_members = check_num_members(what, num_members)
+        rngs = random.as_rngs(what, rngs)
+        _copy_options(self, base_layer, _TRANSPOSE_OPTIONS)
+
+        base, bias = base_layer.kernel, base_layer.bias
+        kernel = jnp.copy(base[...]) if use_base_weights else self._drawn(rngs, base[...])
+        r = draw_fast_weights(rngs, (self.num_members, self.in_features), init, r_mean, r_std, base.dtype)
+        s = draw_fast_weights(rngs, (self.num_members, self.out_features), init, s_mean, s_std, base.dtype)
+        in_axis, out_axis = axes(base)[:-3:-1] if self.transpose_kernel else axes(base)[-2:]
+        self.kernel = param(kernel, base, *axes(base))
+        self.r, self.s = param(r, base, None, in_axis), param(s, base, None, out_axis)
+        self.bias = nnx.data(None)
+        if bias is not None:
+            self.bias = param(jnp.tile(bias[...], (self.num_members, 1)), bias, None, *axes(bias))
+
+    def _drawn(self, rngs: Rngs, like: Array) -> Array:
+        if self.transpose_kernel:
+            return draw_kernel(rngs, like.swapaxes(-1, -2)).swapaxes(-1, -2)
+        return jnp.flip(draw_kernel(rngs, like), range(like.ndim - 2))
+
+    def __call__(self, inputs: Array) -> Array:
+        """Applies each member to its own rows.
+
+        Shape:
+            inputs: (E*B, ..., *spatial, in_features). Returns (E*B, ..., *spatial, out_features).
+        """
+        what, spatial = "BatchEnsembleConvTranspose", len(self.kernel_size)
+        check_conv_rows(what, inputs.shape, self.num_members, self.in_features, spatial, channels_first=False)
+        x, kernel, r, s, bias = _promoted(self, inputs)
+        return batch_ensemble_conv_transpose(
+            x,
+            kernel,
+            r,
+            s,
+            bias,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
+            transpose_kernel=self.transpose_kernel,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+
+    def member(self, i: int) -> nnx.ConvTranspose:
+        """Member i as an ordinary ConvTranspose layer, with the kernel W * r_i s_i^T and the bias b_i.
+
+        Example:
+            >>> base, x = nnx.ConvTranspose(3, 2, (2,), rngs=nnx.Rngs(0)), jnp.ones((5, 6, 3))
+            >>> layer = BatchEnsembleConvTranspose(base, num_members=4)
+            >>> bool(jnp.allclose(layer.member(1)(x), layer(jnp.tile(x, (4, 1, 1)))[5:10]))
+            True
+        """
+        i = member_index("BatchEnsembleConvTranspose", i, self.num_members)
+        conv = nnx.eval_shape(lambda: nnx.ConvTranspose(1, 1, 1, rngs=nnx.Rngs(0)))
+        _copy_options(conv, self, _TRANSPOSE_OPTIONS)
+        scales = self.r[i][:, None] * self.s[i][None]
+        scales = _on_channels(scales.T if self.transpose_kernel else scales, self)
+        conv.kernel = param(self.kernel[...] * scales, self.kernel, *axes(self.kernel))
+        conv.bias = nnx.data(None) if self.bias is None else param(self.bias[i], self.bias, axes(self.bias)[1])
+        return conv
+
+    def keep_members(self, indices: Sequence[int]) -> None:
+        """Drops every other member, in place."""
+        indices = member_indices("BatchEnsembleConvTranspose", indices, self.num_members)
+        self.num_members = len(indices)
+        for name in ("r", "s", "bias"):
+            rows = getattr(self, name)
+            if rows is not None:
+                setattr(self, name, rows.copy(rows[jnp.array(indices)]))
+
+
+def _copy_options(target: nnx.Module, source: nnx.Module, names: Sequence[str]) -> None:
+    for name in names:
+        value = getattr(source, name)
+        setattr(target, name, nnx.data(value.copy()) if name == "mask" and value is not None else value)
+
+
+def _promoted(layer: Any, inputs: Array) -> tuple[Array, Array, Array, Array, Array | None]:
+    """The inputs and weights in the dtype that the base layer computes in."""
+    kernel = layer.kernel[...] if layer.mask is None else layer.kernel[...] * layer.mask
+    bias = None if layer.bias is None else layer.bias[...]
+    x, kernel, bias = layer.promote_dtype((inputs, kernel, bias), dtype=layer.dtype)
+    return x, kernel, layer.r[...].astype(x.dtype), layer.s[...].astype(x.dtype), bias
+
+
+def _on_channels(scales: Array, layer: nnx.Conv | nnx.ConvTranspose) -> Array:
+    """Against a kernel (*kernel_size, in, out)."""
+    return scales.reshape(*(1,) * len(layer.kernel_size), *scales.shape)
+
+
+def _torch_axes(layer: nnx.Conv | nnx.ConvTranspose) -> tuple[int, ...]:
+    """(*kernel_size, a, b) -> (b, a, *kernel_size)."""
+    return -1, -2, *range(-len(layer.kernel_size) - 2, -2)
+
+
+def _torch_axes_transposed(layer: nnx.ConvTranspose) -> tuple[int, ...]:
+    """The same, or (*kernel_size, in, out) -> (in, out, *kernel_size) of the mirror image, whose axes are reversed."""
+    if layer.transpose_kernel:
+        return _torch_axes(layer)
+    return -2, -1, *range(len(layer.kernel_size) + 2, 2, -1)
+
+
+# By the names of their twins in torch, and the order of a weight's axes there, counted from the last. An axis counted
+# by a positive number is reversed.
+TORCH_NAMES: TorchNames = {
+    nnx.Conv: {"kernel": ("weight", _torch_axes), "bias": ("bias", None)},
+    BatchEnsembleConv: {
+        "kernel": ("weight", _torch_axes),
+        "r": ("r", None),
+        "s": ("s", None),
+        "bias": ("bias", None),
+    },
+    nnx.ConvTranspose: {"kernel": ("weight", _torch_axes_transposed), "bias": ("bias", None)},
+    BatchEnsembleConvTranspose: {
+        "kernel": ("weight", _torch_axes_transposed),
+        "r": ("r", None),
+        "s": ("s", None),
+        "bias": ("bias", None),
+    },
+}

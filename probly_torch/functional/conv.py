@@ -1,0 +1,146 @@
+"""Convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from probly_torch._checks import check_fast_weights
+from probly_torch.functional._checks_conv import check_conv_kernel, check_conv_rows
+from probly_torch.functional._common import autocast
+
+__all__ = ["batch_ensemble_conv", "batch_ensemble_conv_transpose"]
+
+_CONV: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+_CONV_TRANSPOSE: dict[int, Callable[..., Tensor]] = {
+    1: functional.conv_transpose1d,
+    2: functional.conv_transpose2d,
+    3: functional.conv_transpose3d,
+}
+
+
+def batch_ensemble_conv(
+    x: Tensor,
+    weight: Tensor,
+    r: Tensor,
+    s: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    r"""Applies to each member's rows the convolution whose weight is W, scaled by s_i and r_i along its channels.
+
+    Member i computes  y_i = conv(x_i * r_i, W) * s_i + b_i        (Wen et al. 2020, eq. 5)
+
+    Shape:
+        x: (E*B, in_channels, *spatial) of 1 to 3 spatial axes, rows [k*B, (k+1)*B) belong to member k. Returns
+            (E*B, out_channels, *spatial), of the sizes that torch.nn.functional.conv1d, conv2d and conv3d give.
+    Weights:
+        weight (out_channels, in_channels / groups, *kernel_size), r (E, in_channels), s (E, out_channels),
+            bias (E, out_channels) or None.
+    Raises:
+        ValueError: if the rows do not divide by E, axis 1 is not in_channels, or r, s and bias do not have E rows
+            each.
+        TypeError: if x has another dtype than the weight, outside autocast.
+    Example:
+        >>> import torch
+        >>> x, weight = torch.ones(2, 3, 4), torch.ones(1, 3, 2)
+        >>> r, s = torch.tensor([[1.0, 1, 1], [2, 2, 2]]), torch.tensor([[1.0], [10]])
+        >>> batch_ensemble_conv(x, weight, r, s)
+        tensor([[[  6.,   6.,   6.]],
+        <BLANKLINE>
+                [[120., 120., 120.]]])
+    """
+    check_conv_kernel("batch_ensemble_conv", weight.shape, at_most=3)
+    channels = weight.shape[1] * groups, weight.shape[0]
+    conv = _CONV[weight.ndim - 2]
+    conv = partial(conv, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return _batch_ensemble("batch_ensemble_conv", conv, channels, x, weight, r, s, bias)
+
+
+def batch_ensemble_conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    r: Tensor,
+    s: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+) -> Tensor:
+    r"""Applies to each member's rows the transposed convolution of W, scaled by s_i and r_i along its channels.
+
+    Member i computes  y_i = conv_transpose(x_i * r_i, W) * s_i + b_i        (Wen et al. 2020, eq. 5)
+
+    Shape:
+        x: (E*B, in_channels, *spatial) of 1 to 3 spatial axes, rows [k*B, (k+1)*B) belong to member k. Returns
+            (E*B, out_channels, *spatial), of the sizes that torch.nn.functional.conv_transpose2d and its like give.
+    Weights:
+        weight (in_channels, out_channels / groups, *kernel_size), r (E, in_channels), s (E, out_channels),
+            bias (E, out_channels) or None.
+    Raises:
+        ValueError: if the rows do not divide by E, axis 1 is not in_channels, or r, s and bias do not have E rows
+            each.
+        TypeError: if x has another dtype than the weight, outside autocast.
+    Example:
+        >>> import torch
+        >>> x, weight = torch.ones(2, 3, 2), torch.ones(3, 1, 2)
+        >>> r, s = torch.tensor([[1.0, 1, 1], [2, 2, 2]]), torch.tensor([[1.0], [10]])
+        >>> batch_ensemble_conv_transpose(x, weight, r, s)
+        tensor([[[  3.,   6.,   3.]],
+        <BLANKLINE>
+                [[ 60., 120.,  60.]]])
+    """
+    check_conv_kernel("batch_ensemble_conv_transpose", weight.shape, at_most=3)
+    channels = weight.shape[0], weight.shape[1] * groups
+    conv = _CONV_TRANSPOSE[weight.ndim - 2]
+    conv = partial(
+        conv, stride=stride, padding=padding, dilation=dilation, output_padding=output_padding, groups=groups
+    )
+    return _batch_ensemble("batch_ensemble_conv_transpose", conv, channels, x, weight, r, s, bias)
+
+
+def _batch_ensemble(
+    what: str,
+    conv: Callable[..., Tensor],
+    channels: tuple[int, int],
+    x: Tensor,
+    weight: Tensor,
+    r: Tensor,
+    s: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    check_fast_weights(what, *channels, r.shape, s.shape, None if bias is None else bias.shape)
+    num_members = r.shape[0]
+    check_conv_rows(what, x.shape, num_members, channels[0], weight.ndim - 2, channels_first=True)
+    x, weight, r, s = autocast(x), autocast(weight), autocast(r), autocast(s)
+    if x.dtype != weight.dtype:
+        raise TypeError(
+            f"{what} expects inputs of the weight's dtype, {weight.dtype}; got {x.dtype}. "
+            f"Convert them: x.to({weight.dtype})."
+        )
+    # Scaling activations, not weights: E weights would need a convolution of E groups, which is slower.
+    y = conv((_members(x, num_members) * _rows(r, x)).reshape(x.shape), weight)
+    members = _members(y, num_members)
+    scaled = members * _rows(s, y) if bias is None else torch.addcmul(_rows(autocast(bias), y), members, _rows(s, y))
+    return scaled.reshape(y.shape)
+
+
+def _members(x: Tensor, num_members: int) -> Tensor:
+    """(E*B, ...) -> (E, B, ...)."""
+    return x.reshape(num_members, x.shape[0] // num_members, *x.shape[1:])
+
+
+def _rows(weights: Tensor, x: Tensor) -> Tensor:
+    """(E, channels) -> (E, 1, channels, 1, ...), against members (E, B, channels, *spatial)."""
+    return weights.reshape(weights.shape[0], 1, weights.shape[1], *(1,) * (x.ndim - 2))
