@@ -490,7 +490,7 @@ FLAX_RNN_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", FLAX_CELL_OPTIONS, ids=str)
+@pytest.mark.parametrize("options", FLAX_CELL_OPTIONS, ids=lambda options: ",".join(options) or "plain")
 @pytest.mark.parametrize(
     "case",
     [

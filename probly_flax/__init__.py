@@ -8,10 +8,14 @@ from probly_flax.batchensemble import BatchEnsemble, batchensemble, register_bat
 from probly_flax.ensemble import Ensemble, ensemble, register_reset
 from probly_flax.functional import split_members, tile_members
 from probly_flax.layers import (
+    BatchEnsembleBatchNorm,
     BatchEnsembleConv,
     BatchEnsembleConvTranspose,
+    BatchEnsembleEmbed,
+    BatchEnsembleGroupNorm,
     BatchEnsembleGRU,
     BatchEnsembleGRUCell,
+    BatchEnsembleLayerNorm,
     BatchEnsembleLinear,
     BatchEnsembleLSTM,
     BatchEnsembleLSTMCell,
@@ -22,12 +26,16 @@ from probly_flax.weights import load_arrays, load_weights, save_weights, to_arra
 
 __all__ = [
     "BatchEnsemble",
+    "BatchEnsembleBatchNorm",
     "BatchEnsembleConv",
     "BatchEnsembleConvTranspose",
+    "BatchEnsembleEmbed",
     "BatchEnsembleGRU",
     "BatchEnsembleGRUCell",
+    "BatchEnsembleGroupNorm",
     "BatchEnsembleLSTM",
     "BatchEnsembleLSTMCell",
+    "BatchEnsembleLayerNorm",
     "BatchEnsembleLinear",
     "BatchEnsembleMultiHeadAttention",
     "Ensemble",

@@ -34,10 +34,14 @@ from probly_flax._report import Exclude, Excluder, Report, ReportRow, make_repor
 from probly_flax.ensemble import Ensemble
 from probly_flax.functional import split_members, tile_members
 from probly_flax.layers import (
+    BatchEnsembleBatchNorm,
     BatchEnsembleConv,
     BatchEnsembleConvTranspose,
+    BatchEnsembleEmbed,
+    BatchEnsembleGroupNorm,
     BatchEnsembleGRU,
     BatchEnsembleGRUCell,
+    BatchEnsembleLayerNorm,
     BatchEnsembleLinear,
     BatchEnsembleLSTM,
     BatchEnsembleLSTMCell,
@@ -52,6 +56,7 @@ _CONVERTERS: dict[type[nnx.Module], Callable[..., nnx.Module]] = {
     nnx.Linear: BatchEnsembleLinear,
     nnx.Conv: BatchEnsembleConv,
     nnx.ConvTranspose: BatchEnsembleConvTranspose,
+    nnx.Embed: BatchEnsembleEmbed,
     nnx.MultiHeadAttention: BatchEnsembleMultiHeadAttention,
     nnx.LSTMCell: BatchEnsembleLSTMCell,
     nnx.OptimizedLSTMCell: BatchEnsembleLSTMCell,
@@ -62,7 +67,11 @@ _RNNS: dict[type[nnx.Module], Callable[..., nnx.Module]] = {  # by the type of t
     nnx.OptimizedLSTMCell: BatchEnsembleLSTM,
     nnx.GRUCell: BatchEnsembleGRU,
 }
-_NORMS: dict[type[nnx.Module], Callable[..., nnx.Module]] = {}
+_NORMS: dict[type[nnx.Module], Callable[..., nnx.Module]] = {
+    nnx.BatchNorm: BatchEnsembleBatchNorm,
+    nnx.LayerNorm: BatchEnsembleLayerNorm,
+    nnx.GroupNorm: BatchEnsembleGroupNorm,
+}
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from jax import Array
 from probly_flax._checks import check_arrays, check_loaded_dtype, check_numpy, check_tied
 from probly_flax._files import read_arrays, write_arrays
 from probly_flax.ensemble import Ensemble
-from probly_flax.layers import attention, conv, linear
+from probly_flax.layers import attention, conv, embed, linear, norm
 from probly_flax.layers._common import Rule, TorchNames
 
 __all__ = ["load_arrays", "load_weights", "save_weights", "to_arrays"]
@@ -23,7 +23,9 @@ __all__ = ["load_arrays", "load_weights", "save_weights", "to_arrays"]
 _NAMES: TorchNames = {
     **attention.TORCH_NAMES,
     **conv.TORCH_NAMES,
+    **embed.TORCH_NAMES,
     **linear.TORCH_NAMES,
+    **norm.TORCH_NAMES,
 }
 # Attributes of a container that its twin in torch has no name for.
 _UNNAMED = {nnx.Sequential: "layers", Ensemble: "stacked"}

@@ -8,10 +8,14 @@ from probly_torch.batchensemble import BatchEnsemble, batchensemble, register_ba
 from probly_torch.ensemble import Ensemble, ensemble, register_reset
 from probly_torch.functional import split_members, tile_members
 from probly_torch.layers import (
+    BatchEnsembleBatchNorm,
     BatchEnsembleConv,
     BatchEnsembleConvTranspose,
+    BatchEnsembleEmbed,
+    BatchEnsembleGroupNorm,
     BatchEnsembleGRU,
     BatchEnsembleGRUCell,
+    BatchEnsembleLayerNorm,
     BatchEnsembleLinear,
     BatchEnsembleLSTM,
     BatchEnsembleLSTMCell,
@@ -22,12 +26,16 @@ from probly_torch.weights import load_arrays, load_weights, save_weights, to_arr
 
 __all__ = [
     "BatchEnsemble",
+    "BatchEnsembleBatchNorm",
     "BatchEnsembleConv",
     "BatchEnsembleConvTranspose",
+    "BatchEnsembleEmbed",
     "BatchEnsembleGRU",
     "BatchEnsembleGRUCell",
+    "BatchEnsembleGroupNorm",
     "BatchEnsembleLSTM",
     "BatchEnsembleLSTMCell",
+    "BatchEnsembleLayerNorm",
     "BatchEnsembleLinear",
     "BatchEnsembleMultiHeadAttention",
     "Ensemble",

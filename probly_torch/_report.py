@@ -85,7 +85,8 @@ def make_report(what: str, rows: Sequence[ReportRow]) -> Report:
         kinds = ", ".join(sorted({f"{row.kind} ({row.action})" for row in rows})) or "none"
         raise ValueError(
             f"{what} expects a network with a layer it can convert (linear, convolution, embedding, attention, "
-            f"recurrent, or registered); got layers: {kinds}. For members with weights of their own, call ensemble(network, num_members)."
+            f"recurrent, or registered); got layers: {kinds}. For members with weights of their own, call "
+            f"ensemble(network, num_members)."
         )
     return Report(tuple(rows))
 

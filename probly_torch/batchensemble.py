@@ -30,10 +30,14 @@ from probly_torch._report import Exclude, Excluder, Report, ReportRow, make_repo
 from probly_torch.ensemble import Ensemble
 from probly_torch.functional import split_members, tile_members
 from probly_torch.layers import (
+    BatchEnsembleBatchNorm,
     BatchEnsembleConv,
     BatchEnsembleConvTranspose,
+    BatchEnsembleEmbed,
+    BatchEnsembleGroupNorm,
     BatchEnsembleGRU,
     BatchEnsembleGRUCell,
+    BatchEnsembleLayerNorm,
     BatchEnsembleLinear,
     BatchEnsembleLSTM,
     BatchEnsembleLSTMCell,
@@ -52,13 +56,20 @@ _CONVERTERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.ConvTranspose1d: BatchEnsembleConvTranspose,
     nn.ConvTranspose2d: BatchEnsembleConvTranspose,
     nn.ConvTranspose3d: BatchEnsembleConvTranspose,
+    nn.Embedding: BatchEnsembleEmbed,
     nn.MultiheadAttention: BatchEnsembleMultiHeadAttention,
     nn.LSTM: BatchEnsembleLSTM,
     nn.GRU: BatchEnsembleGRU,
     nn.LSTMCell: BatchEnsembleLSTMCell,
     nn.GRUCell: BatchEnsembleGRUCell,
 }
-_NORMS: dict[type[nn.Module], Callable[..., nn.Module]] = {}
+_NORMS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    nn.BatchNorm1d: BatchEnsembleBatchNorm,
+    nn.BatchNorm2d: BatchEnsembleBatchNorm,
+    nn.BatchNorm3d: BatchEnsembleBatchNorm,
+    nn.LayerNorm: BatchEnsembleLayerNorm,
+    nn.GroupNorm: BatchEnsembleGroupNorm,
+}
 
 
 @runtime_checkable

@@ -2,7 +2,9 @@
 
 from probly_flax.layers.attention import BatchEnsembleMultiHeadAttention
 from probly_flax.layers.conv import BatchEnsembleConv, BatchEnsembleConvTranspose
+from probly_flax.layers.embed import BatchEnsembleEmbed
 from probly_flax.layers.linear import BatchEnsembleLinear
+from probly_flax.layers.norm import BatchEnsembleBatchNorm, BatchEnsembleGroupNorm, BatchEnsembleLayerNorm
 from probly_flax.layers.recurrent import (
     BatchEnsembleGRU,
     BatchEnsembleGRUCell,
@@ -11,12 +13,16 @@ from probly_flax.layers.recurrent import (
 )
 
 __all__ = [
+    "BatchEnsembleBatchNorm",
     "BatchEnsembleConv",
     "BatchEnsembleConvTranspose",
+    "BatchEnsembleEmbed",
     "BatchEnsembleGRU",
     "BatchEnsembleGRUCell",
+    "BatchEnsembleGroupNorm",
     "BatchEnsembleLSTM",
     "BatchEnsembleLSTMCell",
+    "BatchEnsembleLayerNorm",
     "BatchEnsembleLinear",
     "BatchEnsembleMultiHeadAttention",
 ]

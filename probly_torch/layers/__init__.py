@@ -2,7 +2,9 @@
 
 from probly_torch.layers.attention import BatchEnsembleMultiHeadAttention
 from probly_torch.layers.conv import BatchEnsembleConv, BatchEnsembleConvTranspose
+from probly_torch.layers.embed import BatchEnsembleEmbed
 from probly_torch.layers.linear import BatchEnsembleLinear
+from probly_torch.layers.norm import BatchEnsembleBatchNorm, BatchEnsembleGroupNorm, BatchEnsembleLayerNorm
 from probly_torch.layers.recurrent import (
     BatchEnsembleGRU,
     BatchEnsembleGRUCell,
@@ -11,12 +13,16 @@ from probly_torch.layers.recurrent import (
 )
 
 __all__ = [
+    "BatchEnsembleBatchNorm",
     "BatchEnsembleConv",
     "BatchEnsembleConvTranspose",
+    "BatchEnsembleEmbed",
     "BatchEnsembleGRU",
     "BatchEnsembleGRUCell",
+    "BatchEnsembleGroupNorm",
     "BatchEnsembleLSTM",
     "BatchEnsembleLSTMCell",
+    "BatchEnsembleLayerNorm",
     "BatchEnsembleLinear",
     "BatchEnsembleMultiHeadAttention",
 ]

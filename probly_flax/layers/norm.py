@@ -1,0 +1,299 @@
+"""Normalisation layers of which each member has its own scale, offset and running statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from probly_flax._checks import check_num_members, member_index, member_indices
+from probly_flax.layers._checks_norm import check_base_type, check_mask, check_norm_rows
+from probly_flax.layers._common import TorchNames, axes, param
+
+__all__ = ["BatchEnsembleBatchNorm", "BatchEnsembleGroupNorm", "BatchEnsembleLayerNorm"]
+
+_COMMON = (
+    "epsilon",
+    "dtype",
+    "param_dtype",
+    "use_bias",
+    "use_scale",
+    "axis_name",
+    "axis_index_groups",
+    "use_fast_variance",
+    "promote_dtype",
+)
+_OPTIONS: dict[Any, tuple[str, ...]] = {
+    nnx.BatchNorm: (*_COMMON, "num_features", "use_running_average", "axis", "momentum"),
+    nnx.LayerNorm: (*_COMMON, "num_features", "reduction_axes", "feature_axes"),
+    nnx.GroupNorm: (*_COMMON, "num_groups", "group_size", "reduction_axes", "feature_axis"),
+}
+_VARIABLES = ("scale", "bias", "mean", "var")
+
+
+class BatchEnsembleBatchNorm(nnx.BatchNorm):
+    r"""E batch normalisations, each with its own scale, offset and running statistics.
+
+    Member i computes  y_i = (x_i - mean_i) / sqrt(var_i + epsilon) * scale_i + bias_i, with the mean and variance of
+    its own rows in train mode and its running statistics in eval mode. Everything else is the base layer's: each
+    member is nnx.BatchNorm, under vmap.
+
+    Shape:
+        x: (E*B, ..., num_features), or with the features on the base layer's axis; rows [k*B, (k+1)*B) belong to
+        member k. Returns the same.
+    Weights:
+        scale and bias (E, num_features) or None; mean and var (E, num_features). All members start as copies of the
+        base layer's.
+    Args:
+        base_layer: the BatchNorm layer to start from, copied.
+        num_members: the number of members E.
+    Raises:
+        TypeError: if base_layer is not a BatchNorm layer.
+        ValueError: if the rows do not divide by num_members, or the rank or the features are others.
+    Example:
+        >>> layer = BatchEnsembleBatchNorm(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), num_members=4)
+        >>> layer(jnp.ones((8, 5, 5, 3))).shape, layer.mean.shape
+        ((8, 5, 5, 3), (4, 3))
+    """
+
+    def __init__(self, base_layer: nnx.BatchNorm, num_members: int = 1) -> None:
+        what = "BatchEnsembleBatchNorm"
+        check_base_type(what, "a BatchNorm", base_layer, (nnx.BatchNorm,), "__call__")
+        self.num_members = check_num_members(what, num_members)
+        _for_each_member(self, nnx.BatchNorm, base_layer)
+
+    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
+        """Normalises each member's rows, and updates its running statistics unless they are used.
+
+        Shape:
+            x: (E*B, ..., num_features); mask: broadcastable to it. Returns (E*B, ..., num_features).
+        """
+        _check(self, "BatchEnsembleBatchNorm", x, mask, self.num_features, self.axis)
+        y, statistics = _normalized(
+            self, nnx.BatchNorm, x, mask, ("mean", "var"), use_running_average=use_running_average
+        )
+        if not (self.use_running_average if use_running_average is None else use_running_average):
+            self.mean[...], self.var[...] = statistics["mean"], statistics["var"]
+        return y
+
+    def member(self, i: int) -> nnx.BatchNorm:
+        """Member i as an ordinary BatchNorm layer, with its own weights and statistics.
+
+        Example:
+            >>> layer = BatchEnsembleBatchNorm(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), num_members=4)
+            >>> x = jnp.arange(15.0).reshape(5, 3)
+            >>> bool(jnp.allclose(layer.member(1)(x), layer(jnp.tile(x, (4, 1)))[5:10]))
+            True
+        """
+        return _member(self, "BatchEnsembleBatchNorm", nnx.BatchNorm, i)
+
+    def keep_members(self, indices: Sequence[int]) -> None:
+        """Drops every other member, in place."""
+        _keep(self, member_indices("BatchEnsembleBatchNorm", indices, self.num_members))
+
+
+class BatchEnsembleLayerNorm(nnx.LayerNorm):
+    r"""E layer normalisations, each with its own scale and offset.
+
+    Member i computes  y_i = (x_i - mean) / sqrt(var + epsilon) * scale_i + bias_i, with the mean and variance of the
+    base layer's reduction_axes of its rows. Everything else is the base layer's too: each member is nnx.LayerNorm,
+    under vmap.
+
+    Shape:
+        x: (E*B, ..., num_features), rows [k*B, (k+1)*B) belong to member k. Returns the same.
+    Weights:
+        scale and bias (E, num_features) or None. All members start as copies of the base layer's.
+    Args:
+        base_layer: the LayerNorm layer to start from, copied.
+        num_members: the number of members E.
+    Raises:
+        TypeError: if base_layer is not a LayerNorm layer.
+        ValueError: if the rows do not divide by num_members, or the rank or the features are others.
+    Example:
+        >>> layer = BatchEnsembleLayerNorm(nnx.LayerNorm(3, rngs=nnx.Rngs(0)), num_members=4)
+        >>> layer(jnp.ones((8, 5, 3))).shape, layer.scale.shape
+        ((8, 5, 3), (4, 3))
+    """
+
+    def __init__(self, base_layer: nnx.LayerNorm, num_members: int = 1) -> None:
+        what = "BatchEnsembleLayerNorm"
+        check_base_type(what, "a LayerNorm", base_layer, (nnx.LayerNorm,), "__call__")
+        self.num_members = check_num_members(what, num_members)
+        _for_each_member(self, nnx.LayerNorm, base_layer)
+
+    def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+        """Normalises each member's rows.
+
+        Shape:
+            x: (E*B, ..., num_features); mask: broadcastable to it. Returns (E*B, ..., num_features).
+        """
+        _check(self, "BatchEnsembleLayerNorm", x, mask, self.num_features, self.feature_axes, self.reduction_axes)
+        return _normalized(self, nnx.LayerNorm, x, mask)[0]
+
+    def member(self, i: int) -> nnx.LayerNorm:
+        """Member i as an ordinary LayerNorm layer.
+
+        Example:
+            >>> layer = BatchEnsembleLayerNorm(nnx.LayerNorm(3, rngs=nnx.Rngs(0)), num_members=4)
+            >>> x = jnp.arange(15.0).reshape(5, 3)
+            >>> bool(jnp.allclose(layer.member(1)(x), layer(jnp.tile(x, (4, 1)))[5:10]))
+            True
+        """
+        return _member(self, "BatchEnsembleLayerNorm", nnx.LayerNorm, i)
+
+    def keep_members(self, indices: Sequence[int]) -> None:
+        """Drops every other member, in place."""
+        _keep(self, member_indices("BatchEnsembleLayerNorm", indices, self.num_members))
+
+
+class BatchEnsembleGroupNorm(nnx.GroupNorm):
+    r"""E group normalisations, each with its own scale and offset.
+
+    Member i computes  y_i = (x_i - mean) / sqrt(var + epsilon) * scale_i + bias_i, with the mean and variance of each
+    group of channels in each row. Everything else is the base layer's: each member is nnx.GroupNorm, under vmap.
+
+    Shape:
+        x: (E*B, ..., num_features), rows [k*B, (k+1)*B) belong to member k. Returns the same.
+    Weights:
+        scale and bias (E, num_features) or None. All members start as copies of the base layer's.
+    Args:
+        base_layer: the GroupNorm layer to start from, copied.
+        num_members: the number of members E.
+    Raises:
+        TypeError: if base_layer is not a GroupNorm layer.
+        ValueError: if the rows do not divide by num_members, or there are other than num_features features.
+    Example:
+        >>> layer = BatchEnsembleGroupNorm(nnx.GroupNorm(6, num_groups=3, rngs=nnx.Rngs(0)), num_members=4)
+        >>> layer(jnp.ones((8, 5, 5, 6))).shape, layer.scale.shape
+        ((8, 5, 5, 6), (4, 6))
+    """
+
+    def __init__(self, base_layer: nnx.GroupNorm, num_members: int = 1) -> None:
+        what = "BatchEnsembleGroupNorm"
+        check_base_type(what, "a GroupNorm", base_layer, (nnx.GroupNorm,), "__call__")
+        self.num_members = check_num_members(what, num_members)
+        _for_each_member(self, nnx.GroupNorm, base_layer)
+
+    def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+        """Normalises each member's rows.
+
+        Shape:
+            x: (E*B, ..., num_features); mask: broadcastable to it. Returns (E*B, ..., num_features).
+        """
+        features = self.num_groups * self.group_size
+        _check(self, "BatchEnsembleGroupNorm", x, mask, features, self.feature_axis, self.reduction_axes or ())
+        return _normalized(self, nnx.GroupNorm, x, mask)[0]
+
+    def member(self, i: int) -> nnx.GroupNorm:
+        """Member i as an ordinary GroupNorm layer.
+
+        Example:
+            >>> layer = BatchEnsembleGroupNorm(nnx.GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0)), num_members=4)
+            >>> x = jnp.arange(20.0).reshape(5, 4)
+            >>> bool(jnp.allclose(layer.member(1)(x), layer(jnp.tile(x, (4, 1)))[5:10]))
+            True
+        """
+        return _member(self, "BatchEnsembleGroupNorm", nnx.GroupNorm, i)
+
+    def keep_members(self, indices: Sequence[int]) -> None:
+        """Drops every other member, in place."""
+        _keep(self, member_indices("BatchEnsembleGroupNorm", indices, self.num_members))
+
+
+def _for_each_member(layer: Any, base_type: Any, base_layer: Any) -> None:
+    """Gives the layer the base layer's options, and a copy of its variables for each member."""
+    for name in _OPTIONS[base_type]:
+        setattr(layer, name, getattr(base_layer, name))
+    for name in _VARIABLES:
+        if hasattr(base_layer, name):
+            base = getattr(base_layer, name)
+            setattr(layer, name, nnx.data(None))
+            if base is not None:
+                setattr(layer, name, param(jnp.tile(base[...], (layer.num_members, 1)), base, None, *axes(base)))
+
+
+def _variables(layer: Any) -> dict[str, Any]:
+    return {name: each for name in _VARIABLES if (each := getattr(layer, name, None)) is not None}
+
+
+def _ordinary(layer: Any, base_type: Any, variables: Mapping[str, nnx.Variable]) -> Any:
+    """A layer of the base layer's class with the options of ours, and these variables."""
+    sizes = {"num_groups": 1} if base_type is nnx.GroupNorm else {}
+    ordinary = base_type(1, **sizes, use_scale=False, use_bias=False, rngs=nnx.Rngs())
+    for name in _OPTIONS[base_type]:
+        setattr(ordinary, name, getattr(layer, name))
+    for name, variable in variables.items():
+        setattr(ordinary, name, variable)
+    return ordinary
+
+
+def _normalized(
+    layer: Any, base_type: Any, x: Array, mask: Array | None, updates: Sequence[str] = (), **options: Any
+) -> tuple[Array, dict[str, Array]]:
+    """Each member's rows through an ordinary layer; and the variables that it updates, by name."""
+
+    def member(values: dict[str, Array], x: Array, mask: Array | None) -> tuple[Array, dict[str, Array]]:
+        variables = {name: type(getattr(layer, name))(value) for name, value in values.items()}
+        ordinary = _ordinary(layer, base_type, variables)
+        y = ordinary(x, **options, mask=mask)
+        return y, {name: getattr(ordinary, name)[...] for name in updates}
+
+    def rows(x: Array) -> Array:
+        return x.reshape(layer.num_members, x.shape[0] // layer.num_members, *x.shape[1:])
+
+    own_mask = mask is not None and mask.ndim == x.ndim  # otherwise it has no rows, and is every member's
+    if mask is not None and own_mask:
+        mask = rows(jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:])))
+    values = {name: variable[...] for name, variable in _variables(layer).items()}
+    y, updated = jax.vmap(member, in_axes=(0, 0, 0 if own_mask else None))(values, rows(x), mask)
+    return y.reshape(x.shape), updated
+
+
+def _check(layer: Any, what: str, x: Array, mask: Array | None, num_features: int, *axes: Any) -> None:
+    """The first of the axes are those of the features."""
+    features, *others = (tuple(each) if isinstance(each, Sequence) else (each,) for each in axes)
+    used = [axis + 1 if axis >= 0 else -axis for each in (features, *others) for axis in each]
+    rank = max(2, len(features) + 1, *used)
+    shape = (max(1, x.shape[0] // layer.num_members), *x.shape[1:]) if x.ndim else ()
+    found = math.prod(shape[axis] for axis in features) if x.ndim >= rank else 0
+    check_norm_rows(what, x.shape, layer.num_members, (num_features,), (found,), (rank,))
+    if mask is not None:
+        check_mask(what, mask.shape, x.shape)
+
+
+def _member(layer: Any, what: str, base_type: Any, i: int) -> Any:
+    i = member_index(what, i, layer.num_members)
+    return _ordinary(
+        layer,
+        base_type,
+        {name: param(each[i], each, *axes(each)[1:]) for name, each in _variables(layer).items()},
+    )
+
+
+def _keep(layer: Any, indices: list[int]) -> None:
+    layer.num_members = len(indices)
+    for name, each in _variables(layer).items():
+        setattr(layer, name, each.copy(each[jnp.array(indices)]))
+
+
+_AFFINE: dict[str, tuple[str, Callable[[Any], tuple[int, ...]] | None]] = {
+    "scale": ("weight", None),
+    "bias": ("bias", None),
+}
+_STATISTICS: dict[str, tuple[str, Callable[[Any], tuple[int, ...]] | None]] = {
+    "mean": ("running_mean", None),
+    "var": ("running_var", None),
+}
+TORCH_NAMES: TorchNames = {
+    nnx.BatchNorm: {**_AFFINE, **_STATISTICS},
+    nnx.LayerNorm: _AFFINE,
+    nnx.GroupNorm: _AFFINE,
+    BatchEnsembleBatchNorm: {**_AFFINE, **_STATISTICS},
+    BatchEnsembleLayerNorm: _AFFINE,
+    BatchEnsembleGroupNorm: _AFFINE,
+}
