@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -35,6 +36,11 @@ SEEDS = range(5)
 DTYPES = ("float32", "float64", "bfloat16")
 # One of each kind op by op as well, which is slow where nothing is compiled together.
 EAGER = ("Embed-E3", "attend-E3", "BatchNorm-15x4-train", "LayerNorm-6x7", "GroupNorm-2-6x6")
+
+
+def plain(value):
+    """As text without addresses, which differ between processes."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +102,7 @@ EMBED_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", EMBED_OPTIONS, ids=str)
+@pytest.mark.parametrize("options", EMBED_OPTIONS, ids=plain)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_one_seed_gives_one_embedding_bit_for_bit(dtype, options):
     ours, theirs = embed_pair(dtype, **options)
@@ -182,7 +188,7 @@ def test_each_member_is_an_ordinary_embedding_exactly():
         {"sparse": True},
         {"sparse": True, "padding_idx": 1, "norm_type": 1.0},
     ],
-    ids=str,
+    ids=plain,
 )
 def test_torch_options_give_the_gradients_of_e_tables(options):
     base = nn.Embedding(6, 4, dtype=torch.float64, **options)
@@ -384,7 +390,7 @@ TORCH_CASES = [
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize(("name", "options"), TORCH_CASES, ids=str)
+@pytest.mark.parametrize(("name", "options"), TORCH_CASES, ids=plain)
 def test_each_torch_member_is_the_ordinary_layer_over_several_steps(name, options, last):
     make, layer_type, shape = NORMS[name]
     options = dict(options)
@@ -462,7 +468,7 @@ FLAX_CASES = [
 
 
 @pytest.mark.parametrize("masked", [None, "rows", "shared", "row"])
-@pytest.mark.parametrize(("name", "options"), FLAX_CASES, ids=str)
+@pytest.mark.parametrize(("name", "options"), FLAX_CASES, ids=plain)
 def test_each_flax_member_is_the_ordinary_layer_over_several_steps(name, options, masked):
     make, layer_type = flax_bases()[name]
     base = make(**options)
