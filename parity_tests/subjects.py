@@ -62,7 +62,7 @@ def _layer() -> Subject:
 WIDTHS = (5, 6, 3)
 
 
-def torch_mlp(dtype: torch.dtype) -> nn.Module:
+def torch_mlp(dtype: torch.dtype) -> nn.Sequential:
     """Linear, relu, linear."""
     return nn.Sequential(nn.Linear(*WIDTHS[:2], dtype=dtype), nn.ReLU(), nn.Linear(*WIDTHS[1:], dtype=dtype))
 

@@ -125,7 +125,7 @@ def test_signatures_agree_but_for_the_table():
 
 def test_methods_agree():
     call = {"forward": "__call__"}
-    only_torch = {"extra_repr", "train", "apply"}  # nn.Module's own, for printing, the mode and the weights
+    only_torch = {"extra_repr", "train", "apply", "reset_running_stats"}  # what nn.Module and its norms have
     for path, ours, theirs in public():
         if not inspect.isclass(ours) or path.startswith("random."):
             continue

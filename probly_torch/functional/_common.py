@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,10 @@ def rows(weights: Tensor, members: Tensor) -> Tensor:
     return weights.reshape(weights.shape[0], *(1,) * (members.ndim - 2), weights.shape[-1])
 
 
-def autocast(tensor: Tensor) -> Tensor:
+def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Casts as torch.autocast casts the arguments of a linear layer, so that r, s and bias do not widen the result."""
-    device = tensor.device.type
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return tensor.to(torch.get_autocast_dtype(device)) if enabled and tensor.dtype != torch.float64 else tensor
+    device = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

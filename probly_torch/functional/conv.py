@@ -123,7 +123,7 @@ def _batch_ensemble(
     check_fast_weights(what, *channels, r.shape, s.shape, None if bias is None else bias.shape)
     num_members = r.shape[0]
     check_conv_rows(what, x.shape, num_members, channels[0], weight.ndim - 2, channels_first=True)
-    x, weight, r, s = autocast(x), autocast(weight), autocast(r), autocast(s)
+    x, weight, r, s, bias = autocast(x, weight, r, s, bias)
     if x.dtype != weight.dtype:
         raise TypeError(
             f"{what} expects inputs of the weight's dtype, {weight.dtype}; got {x.dtype}. "
@@ -132,7 +132,7 @@ def _batch_ensemble(
     # Scaling activations, not weights: E weights would need a convolution of E groups, which is slower.
     y = conv((_members(x, num_members) * _rows(r, x)).reshape(x.shape), weight)
     members = _members(y, num_members)
-    scaled = members * _rows(s, y) if bias is None else torch.addcmul(_rows(autocast(bias), y), members, _rows(s, y))
+    scaled = members * _rows(s, y) if bias is None else torch.addcmul(_rows(bias, y), members, _rows(s, y))
     return scaled.reshape(y.shape)
 
 

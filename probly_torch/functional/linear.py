@@ -47,14 +47,14 @@ def batch_ensemble_linear(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias:
     )
     num_members = r.shape[0]
     check_member_rows("batch_ensemble_linear", x.shape, num_members, in_features)
-    x, weight, r, s = autocast(x), autocast(weight), autocast(r), autocast(s)
+    x, weight, r, s, bias = autocast(x, weight, r, s, bias)
     if x.dtype != weight.dtype:
         raise TypeError(
             f"batch_ensemble_linear expects inputs of the weight's dtype, {weight.dtype}; got {x.dtype}. "
             f"Convert them: x.to({weight.dtype})."
         )
     members = x.reshape(num_members, math.prod(x.shape[:-1]) // num_members, in_features)
-    arguments = members, weight, r, s, None if bias is None else autocast(bias)
+    arguments = members, weight, r, s, bias
     if members.shape[1] * (in_features + out_features) < 4 * in_features * out_features:
         y = _scale_activations(*arguments)
     elif torch.compiler.is_compiling():  # the compiler knows no jvp, and decides by itself what to keep

@@ -141,7 +141,7 @@ class _Cell(_Recurrent):
         _check_dtypes(what, self.weight_ih.dtype, {"x": x, **(states or {})})
         given = (x.new_zeros(expected),) * count if states is None else tuple(states.values())
         # On the CPU, autocast casts the matrix products of a cell, and elsewhere the whole cell.
-        return given if x.device.type == "cpu" else tuple(autocast(state) for state in given)
+        return given if x.device.type == "cpu" else autocast(*given)
 
 
 class _Sequence(_Recurrent):
