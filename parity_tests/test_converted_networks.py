@@ -207,3 +207,16 @@ def test_recurrent_networks():
                 assert type(member) is nnx.RNN
                 assert type(member.cell) is cell
                 assert_close(np.asarray(y[i]), np.asarray(member(jnp.asarray(x.numpy()))), "float32")
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", nn.functional.silu])
+def test_members_of_an_encoder_may_use_torchs_fused_inference_again(activation):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation=activation, batch_first=True)
+    base = nn.TransformerEncoder(layer, 2).eval()
+    model, x = pt.batchensemble(base, 3), torch.randn(4, 5, 8)
+    with torch.no_grad():
+        y = model(x)
+        for i, member in enumerate(model):
+            assert member.layers[0].activation_relu_or_gelu == base.layers[0].activation_relu_or_gelu
+            assert_close(y[i], member(x), "float32")
+    assert model.network.layers[0].activation_relu_or_gelu == 0

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
+from torch.nn.functional import gelu, relu
 from torch.utils._pytree import tree_map, tree_map_only
 
 from probly_torch import random
@@ -157,6 +158,7 @@ class BatchEnsemble(nn.Module):
         i = member_index("BatchEnsemble", item, self.num_members)
         for layer in _layers(network):
             _become(layer, layer.member(i))
+        _set_fast_paths(network, True)
         return network
 
     def fold(self) -> Ensemble:
@@ -254,7 +256,7 @@ def batchensemble(
         rows.append(ReportRow(path, kind, action, before, after))
     excluder.check_all_matched(rows)
     report = make_report(what, rows)
-    _avoid_fast_paths(network)
+    _set_fast_paths(network, False)
     return BatchEnsemble(network, report)
 
 
@@ -321,10 +323,16 @@ def _become(layer: nn.Module, new: nn.Module) -> None:
     vars(layer).update(vars(new) | kept)
 
 
-def _avoid_fast_paths(network: nn.Module) -> None:
-    """Turns off the fused inference of torch's Transformer, which reads weights past the layers that hold them."""
+def _set_fast_paths(network: nn.Module, enabled: bool) -> None:
+    """Allows or not the fused inference of torch's Transformer, which reads weights past their layers."""
     for module in network.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder):
+            kinds = ((relu, nn.ReLU), (gelu, nn.GELU))  # which torch numbers so
+            numbers = (
+                i
+                for i, (f, layer) in enumerate(kinds, 1)
+                if module.activation is f or isinstance(module.activation, layer)
+            )
+            module.activation_relu_or_gelu = next(numbers, 0) if enabled else 0
+        if isinstance(module, nn.TransformerEncoder) and not enabled:
             module.use_nested_tensor = False
