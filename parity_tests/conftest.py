@@ -1,8 +1,27 @@
 """Settings that every comparison needs: float64 in JAX, one thread and one seed in torch, no silent promotion."""
 
+import os
+import shutil
+import tempfile
+
 import jax
 import pytest
 import torch
+
+CACHE = "PARITY_TESTS_CACHE"
+
+
+def pytest_configure(config):
+    """Tests compile many equal programs: JAX keeps them in a folder that the workers of a run share."""
+    os.environ.setdefault(CACHE, tempfile.mkdtemp())
+    jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(CACHE), ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

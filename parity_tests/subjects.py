@@ -101,7 +101,9 @@ def _networks() -> list[Subject]:
                 f"network.{layer}.s": (num_members, fan_out),
                 f"network.{layer}.bias": (num_members, fan_out),
             }
-        ways = [("", nn.Sequential, None), ("-vmap", WithForward, None), ("-chunks", WithForward, 3)]
+        ways = [("", nn.Sequential, None), ("-chunks", WithForward, 3)]
+        if shared:
+            ways += [("-vmap", WithForward, None), ("-loop", WithForward, 1)]
         subjects += [
             *(
                 Subject(
@@ -116,7 +118,7 @@ def _networks() -> list[Subject]:
                     options=options,
                     exact=(4, 1.0, 1),
                 )
-                for way, kind, size in [*ways, ("-loop", WithForward, 1)]
+                for way, kind, size in ways
             ),
             Subject(
                 f"BatchEnsemble-{suffix}",

@@ -35,7 +35,7 @@ SEEDS = range(3)
 )
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
 def test_exact(subject, dtype, compiled):
-    for seed in SEEDS[:2]:
+    for seed in SEEDS[:1]:
         arrays = subject.draw_exact(seed, dtype)
         assert subject.certificate(arrays, dtype) <= 2.0 ** standard.SIGNIFICANT_BITS[dtype], "the inputs prove nothing"
         runs = run_torch(subject, arrays, dtype), run_flax(subject, arrays, dtype, compiled)

@@ -796,7 +796,8 @@ def test_weights_pass_between_the_frameworks():
     )
     for ours, theirs in pairs:
         arrays = pt.to_arrays(randomize(ours))
-        arrays.pop("num_batches_tracked", None)
+        if "num_batches_tracked" in arrays:  # which nnx has not
+            arrays["num_batches_tracked"] = np.zeros((), "int64")
         pf.load_arrays(theirs, arrays)
         back = pf.to_arrays(theirs)
         assert back.keys() == arrays.keys()

@@ -66,7 +66,7 @@ def test_outputs_are_trees_of_members():
 
 
 def test_the_same_seed_draws_the_same_fast_weights_whatever_the_order_of_definition():
-    ours, theirs = torch_model(rngs=5).network, flax_model(rngs=5).network
+    ours, theirs = torch_model(rngs=5, exclude=nn.Embedding).network, flax_model(rngs=5).network
     for path in ("a_head", "block", "encoder.0", "encoder.2"):
         layer = ours.get_submodule(path)
         twin = theirs

@@ -32,7 +32,8 @@ def batch_ensemble_linear(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias:
             have E rows each.
         TypeError: if x has another dtype than the weight, outside autocast.
     Example:
-        >>>         >>> x, weight = torch.ones(4, 3), torch.ones(2, 3)
+        >>> import torch
+        >>> x, weight = torch.ones(4, 3), torch.ones(2, 3)
         >>> r, s = torch.tensor([[1.0, 1, 1], [2, 2, 2]]), torch.tensor([[1.0, 1], [1, 10]])
         >>> batch_ensemble_linear(x, weight, r, s)
         tensor([[ 3.,  3.],
