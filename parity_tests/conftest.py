@@ -13,7 +13,8 @@ CACHE = "PARITY_TESTS_CACHE"
 
 def pytest_configure(config):
     """Tests compile many equal programs: JAX keeps them in a folder that the workers of a run share."""
-    os.environ.setdefault(CACHE, tempfile.mkdtemp())
+    if CACHE not in os.environ:
+        os.environ[CACHE] = tempfile.mkdtemp()
     jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
