@@ -148,15 +148,19 @@ class _Call:
 
     def chunk_again(self, rows: Sequence[Tensor], batches: Sequence[Tensor]) -> Outputs:
         """Keeps no activations, and runs once more in the backward pass, with the buffers as they were."""
-        before = [row if row.requires_grad else row.clone() for row in rows]
+        buffers = {id(buffer) for buffer in self.network.buffers()}
+        changes = [id(tensor) in buffers for tensor in self.tensors]
+
+        def copied(rows: Sequence[Tensor]) -> list[Tensor]:
+            return [row.clone() if may_change else row for row, may_change in zip(rows, changes, strict=True)]
 
         def run(*rows: Tensor) -> tuple[Outputs, list[Tensor]]:
-            own = [row if row.requires_grad else row.clone() for row in rows]
+            own = copied(rows)
             return self.chunk(own, batches), own
 
-        outputs, after = checkpoint(run, *before, use_reentrant=False)
-        for row, new in zip(rows, after, strict=True):
-            if not row.requires_grad:
+        outputs, after = checkpoint(run, *copied(rows), use_reentrant=False)
+        for row, new, may_change in zip(rows, after, changes, strict=True):
+            if may_change:
                 row.copy_(new)
         return outputs
 
