@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -40,6 +40,14 @@ def param(value: Array, like: nnx.Param, *axes: Any) -> nnx.Param:
     if not any(axes):
         del metadata["out_sharding"]
     return type(like)(value, **metadata)
+
+
+def keep_rows(layer: nnx.Module, names: Iterable[str], indices: Sequence[int]) -> None:
+    """Drops the rows of every other member of these parameters, where the layer has them, in place."""
+    for name in names:
+        rows = getattr(layer, name)
+        if rows is not None:
+            setattr(layer, name, rows.copy(rows[jnp.array(indices)]))
 
 
 def draw_kernel(rngs: Rngs, like: Array) -> Array:

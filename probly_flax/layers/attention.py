@@ -21,7 +21,7 @@ from probly_flax._checks import (
     seed_is_not_num_members,
 )
 from probly_flax.layers._checks_attention import check_attention_inputs, check_mask_rows
-from probly_flax.layers._common import Rule, TorchNames, axes, draw_fast_weights, draw_kernel, param
+from probly_flax.layers._common import Rule, TorchNames, axes, draw_fast_weights, draw_kernel, keep_rows, param
 from probly_flax.random import Rngs
 
 __all__ = ["BatchEnsembleMultiHeadAttention"]
@@ -288,10 +288,7 @@ class _Projection(nnx.LinearGeneral):
 
     def keep_members(self, indices: Sequence[int]) -> None:
         self.num_members = len(indices)
-        for name in ("r", "s", "bias"):
-            rows = getattr(self, name)
-            if rows is not None:
-                setattr(self, name, rows.copy(rows[jnp.array(indices)]))
+        keep_rows(self, ("r", "s", "bias"), indices)
 
 
 def _copy_norms_and_rngs(layer: nnx.MultiHeadAttention, source: nnx.MultiHeadAttention) -> None:

@@ -19,7 +19,7 @@ from probly_flax._checks import (
 )
 from probly_flax.functional._checks_conv import check_conv_base_layer, check_conv_kernel, check_conv_rows
 from probly_flax.functional.conv import batch_ensemble_conv, batch_ensemble_conv_transpose
-from probly_flax.layers._common import TorchNames, axes, draw_fast_weights, draw_kernel, param
+from probly_flax.layers._common import TorchNames, axes, draw_fast_weights, draw_kernel, keep_rows, param
 from probly_flax.random import Rngs
 
 __all__ = ["BatchEnsembleConv", "BatchEnsembleConvTranspose"]
@@ -159,10 +159,7 @@ class BatchEnsembleConv(nnx.Conv):
         """Drops every other member, in place."""
         indices = member_indices("BatchEnsembleConv", indices, self.num_members)
         self.num_members = len(indices)
-        for name in ("r", "s", "bias"):
-            rows = getattr(self, name)
-            if rows is not None:
-                setattr(self, name, rows.copy(rows[jnp.array(indices)]))
+        keep_rows(self, ("r", "s", "bias"), indices)
 
 
 class BatchEnsembleConvTranspose(nnx.ConvTranspose):
@@ -284,10 +281,7 @@ class BatchEnsembleConvTranspose(nnx.ConvTranspose):
         """Drops every other member, in place."""
         indices = member_indices("BatchEnsembleConvTranspose", indices, self.num_members)
         self.num_members = len(indices)
-        for name in ("r", "s", "bias"):
-            rows = getattr(self, name)
-            if rows is not None:
-                setattr(self, name, rows.copy(rows[jnp.array(indices)]))
+        keep_rows(self, ("r", "s", "bias"), indices)
 
 
 def _copy_options(target: nnx.Module, source: nnx.Module, names: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from probly_flax._checks import (
 from probly_flax.functional import batch_ensemble_linear
 from probly_flax.functional._common import rows
 from probly_flax.layers._checks_norm import check_base_type, check_floating, check_query, check_tokens
-from probly_flax.layers._common import TorchNames, axes, draw_fast_weights, param
+from probly_flax.layers._common import TorchNames, axes, draw_fast_weights, keep_rows, param
 from probly_flax.random import Rngs
 
 __all__ = ["BatchEnsembleEmbed"]
@@ -144,9 +144,7 @@ class BatchEnsembleEmbed(nnx.Embed):
         """Drops every other member, in place."""
         indices = member_indices("BatchEnsembleEmbed", indices, self.num_members)
         self.num_members = len(indices)
-        for name in ("r", "s"):
-            each = getattr(self, name)
-            setattr(self, name, each.copy(each[jnp.array(indices)]))
+        keep_rows(self, ("r", "s"), indices)
 
 
 def _embed(x: Array, embedding: Array, r: Array, s: Array) -> Array:

@@ -21,7 +21,7 @@ from probly_flax._checks import (
     seed_is_not_num_members,
 )
 from probly_flax.functional import batch_ensemble_linear
-from probly_flax.layers._common import TorchNames, axes, draw_fast_weights, draw_kernel, param
+from probly_flax.layers._common import TorchNames, axes, draw_fast_weights, draw_kernel, keep_rows, param
 from probly_flax.random import Rngs
 
 __all__ = ["BatchEnsembleLinear"]
@@ -148,10 +148,7 @@ class BatchEnsembleLinear(nnx.Linear):
         """Drops every other member, in place."""
         indices = member_indices("BatchEnsembleLinear", indices, self.num_members)
         self.num_members = len(indices)
-        for name in ("r", "s", "bias"):
-            rows = getattr(self, name)
-            if rows is not None:
-                setattr(self, name, rows.copy(rows[jnp.array(indices)]))
+        keep_rows(self, ("r", "s", "bias"), indices)
 
 
 # By the names of their twins in torch, and the order of a weight's axes there, counted from the last.

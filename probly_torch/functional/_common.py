@@ -20,3 +20,11 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def check_dtype(what: str, x: Tensor, weight: Tensor) -> None:
+    if x.dtype != weight.dtype:
+        raise TypeError(
+            f"{what} expects inputs of the weight's dtype, {weight.dtype}; got {x.dtype}. "
+            f"Convert them: x.to({weight.dtype})."
+        )

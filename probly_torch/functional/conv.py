@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from probly_torch._checks import check_fast_weights
 from probly_torch.functional._checks_conv import check_conv_kernel, check_conv_rows
-from probly_torch.functional._common import autocast
+from probly_torch.functional._common import autocast, check_dtype
 
 __all__ = ["batch_ensemble_conv", "batch_ensemble_conv_transpose"]
 
@@ -124,11 +124,7 @@ def _batch_ensemble(
     num_members = r.shape[0]
     check_conv_rows(what, x.shape, num_members, channels[0], weight.ndim - 2, channels_first=True)
     x, weight, r, s, bias = autocast(x, weight, r, s, bias)
-    if x.dtype != weight.dtype:
-        raise TypeError(
-            f"{what} expects inputs of the weight's dtype, {weight.dtype}; got {x.dtype}. "
-            f"Convert them: x.to({weight.dtype})."
-        )
+    check_dtype(what, x, weight)
     # Scaling activations, not weights: E weights would need a convolution of E groups, which is slower.
     y = conv((_members(x, num_members) * _rows(r, x)).reshape(x.shape), weight)
     members = _members(y, num_members)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from probly_torch._checks import check_fast_weights, check_member_rows, check_weight
-from probly_torch.functional._common import autocast
+from probly_torch.functional._common import autocast, check_dtype
 
 __all__ = ["batch_ensemble_linear"]
 
@@ -49,11 +49,7 @@ def batch_ensemble_linear(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias:
     num_members = r.shape[0]
     check_member_rows("batch_ensemble_linear", x.shape, num_members, in_features)
     x, weight, r, s, bias = autocast(x, weight, r, s, bias)
-    if x.dtype != weight.dtype:
-        raise TypeError(
-            f"batch_ensemble_linear expects inputs of the weight's dtype, {weight.dtype}; got {x.dtype}. "
-            f"Convert them: x.to({weight.dtype})."
-        )
+    check_dtype("batch_ensemble_linear", x, weight)
     members = x.reshape(num_members, math.prod(x.shape[:-1]) // num_members, in_features)
     arguments = members, weight, r, s, bias
     if members.shape[1] * (in_features + out_features) < 4 * in_features * out_features:

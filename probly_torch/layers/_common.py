@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from probly_torch import random
 from probly_torch.random import Rngs
@@ -11,6 +13,14 @@ from probly_torch.random import Rngs
 
 def copied(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def keep_rows(layer: nn.Module, names: Iterable[str], indices: Sequence[int]) -> None:
+    """Drops the rows of every other member of these parameters, where the layer has them, in place."""
+    for name in names:
+        rows = getattr(layer, name)
+        if rows is not None:
+            setattr(layer, name, nn.Parameter(copied(rows[indices]), requires_grad=rows.requires_grad))
 
 
 def draw_kernel(rngs: Rngs, like: Tensor) -> Tensor:

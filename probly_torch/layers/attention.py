@@ -21,7 +21,7 @@ from probly_torch._checks import (
 )
 from probly_torch.functional import batch_ensemble_linear
 from probly_torch.layers._checks_attention import check_attention_inputs, check_mask_rows
-from probly_torch.layers._common import copied, draw_fast_weights, draw_kernel
+from probly_torch.layers._common import copied, draw_fast_weights, draw_kernel, keep_rows
 from probly_torch.layers.linear import BatchEnsembleLinear
 from probly_torch.random import Rngs
 
@@ -212,10 +212,7 @@ class BatchEnsembleMultiHeadAttention(nn.Module):
         """Drops every other member, in place."""
         indices = member_indices("BatchEnsembleMultiHeadAttention", indices, self.num_members)
         self.num_members = len(indices)
-        for name in _OF_MEMBERS:
-            rows = getattr(self, name)
-            if rows is not None:
-                setattr(self, name, nn.Parameter(copied(rows[indices]), requires_grad=rows.requires_grad))
+        keep_rows(self, _OF_MEMBERS, indices)
         self.out_proj.keep_members(indices)
 
     def extra_repr(self) -> str:

@@ -20,7 +20,7 @@ from probly_torch._checks import (
 )
 from probly_torch.functional._checks_conv import check_conv_base_layer, check_conv_rows, check_output_size
 from probly_torch.functional.conv import batch_ensemble_conv, batch_ensemble_conv_transpose
-from probly_torch.layers._common import copied, draw_fast_weights, draw_kernel
+from probly_torch.layers._common import copied, draw_fast_weights, draw_kernel, keep_rows
 from probly_torch.random import Rngs
 
 __all__ = ["BatchEnsembleConv", "BatchEnsembleConvTranspose"]
@@ -161,10 +161,7 @@ class BatchEnsembleConv(nn.Module):
         """Drops every other member, in place."""
         indices = member_indices("BatchEnsembleConv", indices, self.num_members)
         self.num_members = len(indices)
-        for name in ("r", "s", "bias"):
-            rows = getattr(self, name)
-            if rows is not None:
-                setattr(self, name, nn.Parameter(copied(rows[indices]), requires_grad=rows.requires_grad))
+        keep_rows(self, ("r", "s", "bias"), indices)
 
     def extra_repr(self) -> str:
         return _described(self, "padding_mode")
@@ -298,10 +295,7 @@ class BatchEnsembleConvTranspose(nn.Module):
         """Drops every other member, in place."""
         indices = member_indices("BatchEnsembleConvTranspose", indices, self.num_members)
         self.num_members = len(indices)
-        for name in ("r", "s", "bias"):
-            rows = getattr(self, name)
-            if rows is not None:
-                setattr(self, name, nn.Parameter(copied(rows[indices]), requires_grad=rows.requires_grad))
+        keep_rows(self, ("r", "s", "bias"), indices)
 
     def extra_repr(self) -> str:
         return _described(self, "output_padding")

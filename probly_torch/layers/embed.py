@@ -27,7 +27,7 @@ from probly_torch.layers._checks_norm import (
     check_query,
     check_tokens,
 )
-from probly_torch.layers._common import copied, draw_fast_weights
+from probly_torch.layers._common import copied, draw_fast_weights, keep_rows
 from probly_torch.random import Rngs
 
 __all__ = ["BatchEnsembleEmbed"]
@@ -159,9 +159,7 @@ class BatchEnsembleEmbed(nn.Module):
         """Drops every other member, in place."""
         indices = member_indices("BatchEnsembleEmbed", indices, self.num_members)
         self.num_members = len(indices)
-        for name in ("r", "s"):
-            each = getattr(self, name)
-            setattr(self, name, nn.Parameter(copied(each[indices]), requires_grad=each.requires_grad))
+        keep_rows(self, ("r", "s"), indices)
 
     def extra_repr(self) -> str:
         return (

@@ -18,7 +18,7 @@ from probly_torch._checks import (
     seed_is_not_num_members,
 )
 from probly_torch.functional import batch_ensemble_linear
-from probly_torch.layers._common import copied, draw_fast_weights, draw_kernel
+from probly_torch.layers._common import copied, draw_fast_weights, draw_kernel, keep_rows
 from probly_torch.random import Rngs
 
 __all__ = ["BatchEnsembleLinear"]
@@ -115,10 +115,7 @@ class BatchEnsembleLinear(nn.Module):
         """Drops every other member, in place."""
         indices = member_indices("BatchEnsembleLinear", indices, self.num_members)
         self.num_members = len(indices)
-        for name in ("r", "s", "bias"):
-            rows = getattr(self, name)
-            if rows is not None:
-                setattr(self, name, nn.Parameter(copied(rows[indices]), requires_grad=rows.requires_grad))
+        keep_rows(self, ("r", "s", "bias"), indices)
 
     def extra_repr(self) -> str:
         return (

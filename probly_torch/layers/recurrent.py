@@ -32,7 +32,7 @@ from probly_torch.layers._checks_recurrent import (
     check_state,
     check_states,
 )
-from probly_torch.layers._common import copied, draw_fast_weights, draw_kernel
+from probly_torch.layers._common import copied, draw_fast_weights, draw_kernel, keep_rows
 from probly_torch.random import Rngs
 
 __all__ = ["BatchEnsembleGRU", "BatchEnsembleGRUCell", "BatchEnsembleLSTM", "BatchEnsembleLSTMCell"]
@@ -106,10 +106,7 @@ class _Recurrent(nn.Module):
     def _keep(self, what: str, indices: Sequence[int]) -> None:
         indices = member_indices(what, indices, self.num_members)
         self.num_members = len(indices)
-        for name in (f"{kind}_{name}" for name in self._names() for kind in ("r", "s", "bias")):
-            rows = getattr(self, name)
-            if rows is not None:
-                setattr(self, name, nn.Parameter(copied(rows[indices]), requires_grad=rows.requires_grad))
+        keep_rows(self, (f"{kind}_{name}" for name in self._names() for kind in ("r", "s", "bias")), indices)
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, num_members={self.num_members}, bias={self.bias}"
