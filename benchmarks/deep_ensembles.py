@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from benchmarks._timing import LIMIT, Contenders, main
+from benchmarks._timing import LIMIT, Contenders, Table, main
 
 CASES = ((3, 128, 128), (10, 128, 128), (30, 128, 128), (100, 64, 32), (10, 512, 256))
 QUICK_CASES = ((3, 16, 8), (10, 16, 8))
@@ -131,4 +131,4 @@ def flax_contenders(num_members: int, hidden: int, batch: int) -> Iterator[tuple
 
 if __name__ == "__main__":
     frameworks = {"torch": torch_contenders, "flax": flax_contenders}
-    main("benchmarks.deep_ensembles", __doc__, frameworks, ("members", "H", "B"), CASES, QUICK_CASES)
+    main("benchmarks.deep_ensembles", __doc__, Table(("members", "H", "B"), CASES, QUICK_CASES, frameworks))

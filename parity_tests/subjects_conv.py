@@ -235,10 +235,12 @@ _TRANSPOSED: list[Any] = [
     ("stride", (3, 1, 3, 2), (3,), (3,), (2,), (1,), (1,), (1,)),
     ("dilation", (2, 1, 3, 3), (2, 3), (2, 2), (1, 2), (0, 1), (2, 1), (0, 1)),
     ("plain", (2, 1, 2, 3), (2, 1, 2), (2, 1, 2), (2, 1, 1), (0, 0, 0), (1, 1, 1), (0, 0, 0)),
+    ("member_by_member", (2, 2, 2, 2), (3, 3), (1, 2), (2, 1), (0, 1), (1, 1), (1, 0)),
 ]
 SUBJECTS = [
     _conv("stride", (3, 2, 3, 4), (6,), (3,), stride=(2,), padding=(1,)),
     _conv("groups", (2, 1, 4, 6), (4, 5), (3, 2), stride=(1, 2), padding=(1, 0), dilation=(1, 2), groups=2),
+    _conv("groups-member_by_member", (2, 1, 4, 4), (4, 4), (2, 1), padding=(1, 0), groups=2),
     _conv("square", (2, 2, 3, 3), (3, 3), (2, 2)),
     _conv("depthwise-no_bias", (2, 2, 3, 3), (4, 3), (2, 2), groups=3, bias=False),
     _conv("same-even", (2, 1, 2, 3), (3, 4), (2, 3), padding="same", dilation=(1, 2)),

@@ -1,115 +1,538 @@
-"""Planted faults: each is a plausible slip in one twin, and the suite has to see it.
+"""Planted faults: each is a plausible slip in the code of one twin, and the suite has to see it.
 
-A parity test that these would pass is not a parity test.
+A parity test that these would pass is not a parity test. A fault is an edit of a function's source, which is compiled
+and put in the function's place while the suite's own comparison runs.
 """
 
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
+from types import CodeType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 import probly_flax as pf
+import probly_torch as pt
+from parity_tests import (
+    standard,
+    subjects_conv,
+    subjects_norm,
+    test_layers_attention,
+    test_layers_norm,
+    test_layers_recurrent,
+    test_orders,
+    test_parity,
+)
 from parity_tests.subject import Subject
-from parity_tests.subjects import SUBJECTS, flax_linear
-from parity_tests.test_parity import bounded_verdicts, exact_verdicts
+from parity_tests.subjects import SUBJECTS
+from probly_flax.functional import linear as flax_linear
+from probly_flax.layers import embed as flax_embed
+from probly_flax.layers import norm as flax_norm
+from probly_torch.functional import conv as torch_conv
+from probly_torch.functional import linear as torch_linear
+from probly_torch.layers import attention as torch_attention
+from probly_torch.layers import embed as torch_embed
+from probly_torch.layers import norm as torch_norm
+from probly_torch.layers import recurrent as torch_recurrent
 
-BY_NAME = {subject.name: subject for subject in SUBJECTS}
+DTYPES = ("float32", "float64")
+BY_NAME = {subject.name: subject for subject in (*SUBJECTS, *subjects_conv.SUBJECTS, *subjects_norm.SUBJECTS)}
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A subject of the suite, and a wrong twin for it."""
+    """A wrong line, in the place of the right one; what compares the twins, and the tensor where it has to be seen."""
 
     name: str
-    subject: str
-    flax: Any
+    function: Any
+    right: str
+    wrong: str
+    compared: Any  # the name of a subject, or a case of attention or recurrent layers
+    tensor: str = "output"
 
-    def planted(self) -> Subject:
-        """The subject with the fault in it."""
-        return replace(BY_NAME[self.subject], flax=self.flax)
+    @property
+    def twin(self) -> str:
+        """Which of the two is wrong."""
+        return self.function.__module__.partition(".")[0].removeprefix("probly_")
 
+    @contextmanager
+    def planted(self) -> Iterator[None]:
+        """Runs the wrong line wherever the function is called, then the right one again."""
+        code = self.function.__code__
+        self.function.__code__ = _edited(self.function, self.right, self.wrong)
+        try:
+            yield
+        finally:
+            self.function.__code__ = code
 
-def swapped_r_and_s(x, weight, r, s, bias):
-    return flax_linear(x, weight, r=s, s=r, bias=bias)
+    def verdicts(self) -> list[standard.Verdict]:
+        """Of the suite's bounded tier."""
+        if isinstance(self.compared, str):
+            return test_parity.bounded_verdicts(self.subject, DTYPES, flax_compiled=True, seeds=(0,))
+        if isinstance(self.compared, test_layers_attention.Case):
+            return test_layers_attention.verdicts(self.compared, DTYPES)
+        return recurrent_verdicts(self.compared)
 
-
-def bias_before_s(x, weight, r, s, bias):
-    members = x.reshape(len(r), -1, x.shape[-1])
-    return (((members * r[:, None]) @ weight.T + bias[:, None]) * s[:, None]).reshape(len(x), -1)
-
-
-def batch_major_rows(x, weight, r, s, bias):
-    members = x.reshape(-1, len(r), x.shape[-1])
-    return (((members * r[None]) @ weight.T) * s[None] + bias[None]).reshape(len(x), -1)
-
-
-def weight_not_transposed(x, weight, r, s, bias):
-    return pf.functional.batch_ensemble_linear(x, weight, r, s, bias)
-
-
-def first_member_for_all(x, weight, r, s, bias):
-    return flax_linear(x, weight, r=jnp.tile(r[:1], (len(r), 1)), s=s, bias=bias)
-
-
-def repeated_rows(x, num_members):
-    return jnp.repeat(x, num_members, 0)
-
-
-def batch_major_split(y, num_members):
-    return y.reshape(-1, num_members, y.shape[-1]).swapaxes(0, 1)
+    @cached_property
+    def subject(self) -> Subject:
+        """For a fault in Flax a new one, for which nothing is compiled yet."""
+        subject = BY_NAME[self.compared]
+        return subject if self.twin == "torch" else replace(subject)
 
 
-def sum_of_members(logits):
-    return pf.uncertainty.mean_probs(logits) * len(logits)
+def _edited(function: Any, right: str, wrong: str) -> CodeType:
+    """The function's code with the wrong line in it, compiled within its module."""
+    module, source = sys.modules[function.__module__], inspect.getsource(function)
+    assert source.count(right) == 1, f"{function.__qualname__} has no single {right!r} to replace"
+    text = inspect.getsource(module).replace(source, source.replace(right, wrong))
+    found = _code_of(compile(text, str(module.__file__), "exec", dont_inherit=True), function.__qualname__)
+    assert found is not None
+    return found
 
 
-def member_loss_not_averaged(logits, labels):
-    return pf.losses.member_cross_entropy(logits, labels) * len(logits)
+def _code_of(code: CodeType, qualname: str) -> CodeType | None:
+    nested = (_code_of(each, qualname) for each in code.co_consts if isinstance(each, CodeType))
+    return code if code.co_qualname == qualname else next(filter(None, nested), None)
 
 
-def mean_of_logits(logits):
-    return jax.nn.softmax(logits.mean(0))
+def recurrent_verdicts(case: test_layers_recurrent.Case) -> list[standard.Verdict]:
+    arrays = case.draw(0, "float32")
+    runs = (test_layers_recurrent.run_torch, test_layers_recurrent.run_flax)
+    torch_runs, flax_runs = ({dtype: [run(case, arrays, dtype)] for dtype in DTYPES} for run in runs)
+    return standard.bounded(torch_runs, flax_runs, [test_layers_recurrent.run_oracle(case, arrays)])
 
 
-def guarded_logarithm(logits):
-    mean = jnp.log(pf.uncertainty.mean_probs(logits) + 1e-8)
-    return -(jnp.exp(mean) * mean).sum(-1)
-
-
-SQUARE = "batch_ensemble_linear-E3-B4-6to6"
-FAULTS = [
-    Fault("r and s swapped", SQUARE, swapped_r_and_s),
-    Fault("bias before s", SQUARE, bias_before_s),
-    Fault("[B, E] rows", SQUARE, batch_major_rows),
-    Fault("square weight not transposed", SQUARE, weight_not_transposed),
-    Fault("r of the first member for all", SQUARE, first_member_for_all),
-    Fault("[B, E] tiling", "tile_members", repeated_rows),
-    Fault("[B, E] splitting", "split_members", batch_major_split),
-    Fault("no mean over members", "mean_probs-3x5x4", sum_of_members),
-    Fault("no mean over members in the loss", "member_cross_entropy-3x5x4-labels1d", member_loss_not_averaged),
-    Fault("softmax of the mean logits", "mean_probs-4x3x2", mean_of_logits),
-    Fault("log(p + 1e-8)", "predictive_entropy-3x5x4", guarded_logarithm),
+SQUARE, MANY = "batch_ensemble_linear-E3-B4-6to6", "batch_ensemble_linear-E2-B12-6to6-no_bias"
+MANY_WITH_BIAS = "batch_ensemble_linear-E3-B16-5to7"
+backward = torch_linear._ScaledWeights.backward
+LINEAR = [
+    Fault(
+        "r and s swapped",
+        pf.functional.batch_ensemble_linear,
+        "_scale_activations(x, kernel, r, s, bias",
+        "_scale_activations(x, kernel, s, r, bias",
+        SQUARE,
+    ),
+    Fault(
+        "bias before s",
+        flax_linear._scale_activations,
+        "rows(s, members).astype(y.dtype)",
+        "rows(s, members) + rows(bias, members) * (rows(s, members) - 1)",
+        SQUARE,
+    ),
+    Fault(
+        "[B, E] rows",
+        flax_linear._scale_activations,
+        "x.reshape(r.shape[0], x.shape[0] // r.shape[0], *x.shape[1:])",
+        "x.reshape(-1, r.shape[0], *x.shape[1:]).swapaxes(0, 1)",
+        SQUARE,
+    ),
+    Fault("square weight not transposed", torch_linear._scale_activations, ", weight)", ", weight.T)", SQUARE),
+    Fault(
+        "r of the first member for all",
+        flax_linear._scale_activations,
+        "members * rows(r, members)",
+        "members * rows(r[:1], members)",
+        SQUARE,
+    ),
+    Fault("s of the first member for all", flax_linear._scale_weights, "* s[:, None]", "* s[:1, None]", MANY),
+    Fault("dx with r and s swapped", backward, "weight, r, s))", "weight, s, r))", MANY, "gradient by x"),
+    Fault("dW without s", backward, " * s[:, :, None]", "", MANY, "gradient by weight"),
+    Fault("dW without r", backward, "products * r[:, None]", "products", MANY, "gradient by weight"),
+    Fault(
+        "dr without s",
+        backward,
+        "bmm(s[:, None], by_weight)",
+        "bmm(0 * s[:, None] + 1, by_weight)",
+        MANY,
+        "gradient by r",
+    ),
+    Fault(
+        "ds without r",
+        backward,
+        "bmm(by_weight, r[:, :, None])",
+        "bmm(by_weight, 0 * r[:, :, None] + 1)",
+        MANY,
+        "gradient by s",
+    ),
+    Fault(
+        "dr and ds without the weight",
+        backward,
+        "by_weight = products * weight",
+        "by_weight = products",
+        MANY,
+        "gradient by r",
+    ),
+    Fault("db of the mean", backward, "g.sum(1)", "g.mean(1)", MANY_WITH_BIAS, "gradient by bias"),
 ]
-by_name = {"ids": lambda fault: fault.name}
+OF_MEMBERS = [
+    Fault(
+        "[B, E] tiling",
+        pf.tile_members,
+        "jnp.broadcast_to(x, (num_members, *x.shape))",
+        "jnp.repeat(x, num_members, 0)",
+        "tile_members",
+    ),
+    Fault(
+        "[B, E] splitting",
+        pf.split_members,
+        "y.reshape(num_members, y.shape[0] // num_members, *y.shape[1:])",
+        "y.reshape(-1, num_members, *y.shape[1:]).swapaxes(0, 1)",
+        "split_members",
+    ),
+    Fault(
+        "[B, E] rows of a network",
+        pt.BatchEnsemble.forward,
+        "tile_members(x, self.num_members)",
+        "x.repeat_interleave(self.num_members, 0)",
+        "BatchEnsemble-shared_batch",
+    ),
+    Fault(
+        "the last member in the place of all after the first",
+        pt.BatchEnsemble.forward,
+        "split_members(y, self.num_members)",
+        "split_members(y, self.num_members)[[0, *[self.num_members - 1] * (self.num_members - 1)]]",
+        "BatchEnsemble-shared_batch",
+    ),
+    Fault(
+        "a member dropped from the mean",
+        pt.uncertainty.expected_entropy,
+        ".mean(0)",
+        "[1:].mean(0)",
+        "expected_entropy-3x5x4",
+    ),
+    Fault(
+        "no mean over members",
+        pf.uncertainty._log_mean,
+        " - math.log(len(log_probs))",
+        "",
+        "mean_probs-3x5x4",
+    ),
+    Fault(
+        "no mean over members in the loss",
+        pf.losses.member_cross_entropy,
+        ".mean()",
+        ".mean() * len(logits)",
+        "member_cross_entropy-3x5x4-labels1d",
+    ),
+    Fault(
+        "softmax of the mean logits",
+        pf.uncertainty.mean_probs,
+        '_log_mean(_log_probs("mean_probs", logits))',
+        '_log_probs("mean_probs", logits.mean(0, keepdims=True))[0]',
+        "mean_probs-4x3x2",
+    ),
+    Fault(
+        "log(p + 1e-8)",
+        pf.uncertainty._entropy,
+        "* log_probs)",
+        "* jnp.log(jnp.exp(log_probs) + 1e-8))",
+        "predictive_entropy-3x5x4",
+    ),
+]
+CONV = [
+    Fault(
+        "r and s swapped",
+        torch_conv._batch_ensemble,
+        "x, weight, r, s, bias = autocast",
+        "x, weight, s, r, bias = autocast",
+        "batch_ensemble_conv-2d-square",
+    ),
+    Fault(
+        "bias before s",
+        torch_conv._batch_ensemble,
+        "torch.addcmul(_rows(bias, y), members, _rows(s, y))",
+        "(members + _rows(bias, y)) * _rows(s, y)",
+        "batch_ensemble_conv-2d-square",
+    ),
+    Fault(
+        "padding off by one, the extra one in front",
+        pf.functional.batch_ensemble_conv,
+        "padding=padding",
+        "padding=[(1, 0), (2, 2)]",
+        "batch_ensemble_conv-2d-same-even",
+    ),
+    Fault(
+        "dilation ignored",
+        pf.functional.batch_ensemble_conv,
+        "kernel_dilation=kernel_dilation",
+        "kernel_dilation=1",
+        "batch_ensemble_conv-2d-same-even",
+    ),
+    Fault(
+        "groups ignored, all read the first",
+        torch_conv._batch_ensemble,
+        "_members(x, num_members) * _rows(r, x)",
+        "(_members(x, num_members) * _rows(r, x))[:, :, [0, 0, 0]]",
+        "batch_ensemble_conv-2d-depthwise-no_bias",
+    ),
+    Fault(
+        "kernel not flipped",
+        pf.functional.batch_ensemble_conv_transpose,
+        "features = kernel.shape[in_axis], kernel.shape[out_axis]",
+        "features, kernel = (kernel.shape[in_axis], kernel.shape[out_axis]), kernel[::-1]",
+        "batch_ensemble_conv_transpose-1d-stride",
+    ),
+    Fault(
+        "r of the first member for all",
+        torch_conv._batch_ensemble,
+        "* _rows(r, x)",
+        "* _rows(r[:1], x)",
+        "batch_ensemble_conv_transpose-1d-stride",
+    ),
+]
+EMBED_AND_NORM = [
+    Fault(
+        "r and s swapped",
+        torch_embed.BatchEnsembleEmbed.forward,
+        "self.r.gather(1, index).reshape(*tokens.shape, 1) * rows(self.s, w)",
+        "self.s.gather(1, index).reshape(*tokens.shape, 1) * rows(self.r, w)",
+        "BatchEnsembleEmbed-E2-ids",
+    ),
+    Fault(
+        "r of the first member for all",
+        flax_embed._embed,
+        "jnp.take_along_axis(r, tokens",
+        "jnp.take_along_axis(r[:1] + 0 * r, tokens",
+        "BatchEnsembleEmbed-E3",
+    ),
+    Fault(
+        "tied logits with r and s swapped",
+        torch_embed.BatchEnsembleEmbed.attend,
+        "self.s, self.r",
+        "self.r, self.s",
+        "BatchEnsembleEmbed.attend-E2-ids",
+    ),
+    Fault(
+        "another epsilon",
+        torch_norm.BatchEnsembleLayerNorm.forward,
+        "eps=self.eps",
+        "eps=1e-5",
+        "BatchEnsembleLayerNorm-6x7",
+    ),
+    Fault(
+        "epsilon of the default",
+        flax_norm._ordinary,
+        "for name in _OPTIONS[base_type]",
+        "for name in _OPTIONS[base_type][1:]",
+        "BatchEnsembleGroupNorm-3-4x6x3x5",
+    ),
+    Fault(
+        "one mean and variance for all members",
+        torch_norm.BatchEnsembleBatchNorm.forward,
+        "batch_norm(side_by_side, mean, var, weight, bias, batch_statistics,",
+        "batch_norm(side_by_side, "
+        "*(v.repeat(self.num_members) for v in torch.var_mean(x.detach(), (0, 2), correction=0)[::-1]), "
+        "weight, bias, False,",
+        "BatchEnsembleBatchNorm-8x3x5-train",
+    ),
+    Fault(
+        "running statistics of the first member for all",
+        torch_norm.BatchEnsembleBatchNorm.forward,
+        "(self.running_mean, self.running_var) if tracked",
+        "[v[:1].repeat(self.num_members, 1) for v in (self.running_mean, self.running_var)] if tracked",
+        "BatchEnsembleBatchNorm-8x3x5-eval",
+    ),
+    Fault(
+        "scale of the first member for all",
+        torch_norm._scaled,
+        "members, weight)",
+        "members, weight[:1])",
+        "BatchEnsembleLayerNorm-6x3x4",
+    ),
+    Fault(
+        "channels of one group apart",
+        torch_norm.BatchEnsembleGroupNorm.forward,
+        "group_norm(x, self.num_groups,",
+        "group_norm(x, self.num_channels,",
+        "BatchEnsembleGroupNorm-3-4x6x3x5",
+    ),
+]
+attention, self_attention = torch_attention.BatchEnsembleMultiHeadAttention, test_layers_attention.CASES["self-odd"]
+ATTENTION = [
+    Fault(
+        "query and key swapped in the packed weight",
+        torch_attention._projections,
+        "layer.in_proj_weight.chunk(3)",
+        "[layer.in_proj_weight.chunk(3)[n] for n in (1, 0, 2)]",
+        self_attention,
+    ),
+    Fault(
+        "polarity of the mask",
+        attention._merged,
+        "masked_fill(m, -torch.inf)",
+        "masked_fill(~m, torch.finfo(dtype).min)",
+        self_attention,
+    ),
+    Fault(
+        "features of a head apart",
+        attention.forward,
+        "x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)",
+        "x.unflatten(-1, (self.head_dim, self.num_heads)).movedim(-1, 1)",
+        self_attention,
+    ),
+    Fault(
+        "scores by the features of all heads",
+        attention.forward,
+        "math.sqrt(1 / self.head_dim)",
+        "math.sqrt(1 / self.embed_dim)",
+        self_attention,
+    ),
+    Fault(
+        "r and s of the output swapped",
+        attention.forward,
+        "self.out_proj(y.transpose(1, 2).flatten(2))",
+        "batch_ensemble_linear(y.transpose(1, 2).flatten(2), "
+        "*(getattr(self.out_proj, n) for n in ('weight', 's', 'r', 'bias')))",
+        self_attention,
+    ),
+]
+lstm_cell, gru_cell = (test_layers_recurrent.Case(kind, is_cell=True) for kind in ("LSTM", "GRU"))
+RECURRENT = [
+    Fault(
+        "order of the gates",
+        torch_recurrent.BatchEnsembleLSTMCell.forward,
+        "i, f, g, o = ",
+        "i, f, o, g = ",
+        lstm_cell,
+    ),
+    Fault(
+        "order of the states",
+        torch_recurrent.BatchEnsembleLSTMCell.forward,
+        "h, c = self._states",
+        "c, h = self._states",
+        lstm_cell,
+    ),
+    Fault(
+        "no bias of the state",
+        torch_recurrent._Cell._gates,
+        "self.s_hh, self.bias_hh",
+        "self.s_hh, 0 * self.bias_hh",
+        gru_cell,
+    ),
+    Fault(
+        "reset gate before the product",
+        torch_recurrent.BatchEnsembleGRUCell.forward,
+        "r * h_n",
+        "self._gates(x, r * h)[1].chunk(3, -1)[2]",
+        gru_cell,
+    ),
+    Fault(
+        "update gate the other way round",
+        torch_recurrent.BatchEnsembleGRUCell.forward,
+        "(1 - z) * (x_n + r * h_n).tanh() + z * h",
+        "z * (x_n + r * h_n).tanh() + (1 - z) * h",
+        gru_cell,
+    ),
+]
+KINDS = {
+    "linear": LINEAR,
+    "members": OF_MEMBERS,
+    "convolution": CONV,
+    "embedding and norm": EMBED_AND_NORM,
+    "attention": ATTENTION,
+    "recurrent": RECURRENT,
+}
+FAULTS = {f"{kind}, {fault.name}": fault for kind, faults in KINDS.items() for fault in faults}
+EXACT = [name for name, fault in FAULTS.items() if isinstance(fault.compared, str) and fault.subject.exact]
 
 
 def broken(verdicts, rule):
-    return [verdict for verdict in verdicts if rule in verdict.rule and not verdict.holds]
+    return {verdict.tensor for verdict in verdicts if rule in verdict.rule and not verdict.holds}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("fault", [fault for fault in FAULTS if BY_NAME[fault.subject].exact], **by_name)
-def test_the_exact_tier_sees(fault, dtype):
-    assert broken(exact_verdicts(fault.planted(), dtype, seed=0), "flax and the oracle")
+@pytest.mark.parametrize("name", EXACT)
+def test_the_exact_tier_sees(name):
+    fault = FAULTS[name]
+    for dtype in DTYPES:
+        with fault.planted():
+            verdicts = test_parity.exact_verdicts(fault.subject, dtype, seed=0, flax_compiled=True)
+        assert fault.tensor in broken(verdicts, f"{fault.twin} and the oracle")
 
 
-@pytest.mark.parametrize("fault", FAULTS, **by_name)
-def test_the_bounded_tier_sees(fault):
-    verdicts = bounded_verdicts(fault.planted(), ("float32", "float64"), seeds=(0,))
-    assert broken(verdicts, "float64 distance of torch and flax")
-    assert broken(verdicts, "float64 distance of flax and the oracle")
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_bounded_tier_sees(name):
+    fault = FAULTS[name]
+    with fault.planted():
+        verdicts = fault.verdicts()
+    assert fault.tensor in broken(verdicts, "float64 distance of torch and flax")
+    assert fault.tensor in broken(verdicts, f"float64 distance of {fault.twin} and the oracle")
     if fault.name != "log(p + 1e-8)":  # 1e-8 is below what float32 resolves: this one needs the float64 tier
-        assert broken(verdicts, "float32 error of flax")
-    assert not broken(verdicts, "torch and the oracle"), "the twin without the fault is blamed"
+        assert fault.tensor in broken(verdicts, f"float32 error of {fault.twin}")
+    (other,) = {"torch", "flax"} - {fault.twin}
+    assert not broken(verdicts, f"{other} and the oracle"), "the twin without the fault is blamed"
+
+
+def running_statistics() -> None:
+    test_layers_norm.test_running_statistics_of_both_frameworks_over_several_steps()
+
+
+def torch_norm_in_float32() -> None:
+    test_layers_norm.test_each_torch_member_is_the_ordinary_layer_over_several_steps("BatchNorm1d", {}, last=False)
+
+
+def torch_lstm() -> None:
+    test_layers_recurrent.test_torch_members_are_ordinary_layers_bit_for_bit("LSTM", {}, states=True)
+
+
+MOMENTUM = "0.0 if self.momentum is None else self.momentum"
+# What is not a value or a gradient of one call: a fault in it, and the test of the suite that has to fail of it.
+BY_A_TEST: list[tuple[str, Any, str, str, Callable[[], None]]] = [
+    (
+        "momentum of the old",
+        torch_norm.BatchEnsembleBatchNorm.forward,
+        MOMENTUM,
+        "1 - self.momentum",
+        running_statistics,
+    ),
+    (
+        "momentum of the old, float32",
+        torch_norm.BatchEnsembleBatchNorm.forward,
+        MOMENTUM,
+        "1 - self.momentum",
+        torch_norm_in_float32,
+    ),
+    (
+        "order of the last states",
+        torch_recurrent.BatchEnsembleLSTM.forward,
+        "return output, (h, c)",
+        "return output, (c, h)",
+        torch_lstm,
+    ),
+    (
+        "the bias of the inputs twice",
+        torch_recurrent._Sequence._flat_weights,
+        'for kind in ("ih", "hh")]\n            if self.proj_size',
+        'for kind in ("ih", "ih")]\n            if self.proj_size',
+        torch_lstm,
+    ),
+    (
+        "members in reverse order",
+        torch_recurrent._Sequence._run,
+        "self._flat_weights(i)",
+        "self._flat_weights(self.num_members - 1 - i)",
+        torch_lstm,
+    ),
+    (
+        "the order of many rows for few",
+        pf.functional.batch_ensemble_linear,
+        ">= 4 *",
+        ">= 3 *",
+        test_orders.test_the_rule_is_that_of_the_docstring_in_both,
+    ),
+]
+
+
+@pytest.mark.parametrize("fault", BY_A_TEST, ids=lambda fault: fault[0])
+def test_a_test_of_the_suite_sees(fault):
+    name, function, right, wrong, test = fault
+    jax.clear_caches()  # which know a function by its name, whatever its code
+    with Fault(name, function, right, wrong, None).planted(), pytest.raises(AssertionError):
+        test()
+    jax.clear_caches()
+    test()

@@ -1,10 +1,13 @@
-"""batch_ensemble_linear scales activations or weights, whichever is cheaper: one function, under every transform."""
+"""Layers scale activations or weights, whichever is cheaper: one function, under every transform."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 
@@ -149,8 +152,8 @@ def test_flax_orders_agree_under_transforms():
     def loss(f):
         return lambda *leaves: (f(*leaves) ** 3).sum()
 
-    def reference(*leaves):
-        return activations(*leaves, jax.lax.dot_general)
+    def reference(x, *weights):
+        return activations(x.reshape(3, -1, 5), *weights, jax.lax.dot_general).reshape(-1, 7)
 
     function = pf.functional.batch_ensemble_linear
     for transform in (lambda f: jax.grad(loss(f), numbers), jax.jit, lambda f: jax.jacfwd(f, numbers)):
@@ -164,3 +167,70 @@ def test_flax_orders_agree_under_transforms():
     assert_close(*hessians, "float64")
     batched = jnp.stack([leaves[0], 2 * leaves[0]])
     assert_close(jax.vmap(lambda x: function(x, *leaves[1:]))(batched)[1], function(batched[1], *leaves[1:]), "float64")
+
+
+# The kernel has 12 numbers and a row 24, so 2 rows reach the rule's 4 * 12; the last case has too many members.
+@pytest.mark.parametrize(("num_members", "rows", "one_by_one"), [(2, 1, False), (2, 2, True), (17, 2, False)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_convolutions_of_many_activations_run_member_by_member(num_members, rows, one_by_one, transposed):
+    shapes = {"x": (num_members * rows, 2, 12), "weight": (2, 3, 2) if transposed else (3, 2, 2)}
+    shapes |= {"r": (num_members, 2), "s": (num_members, 3), "bias": (num_members, 3)}
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes.values()]
+    name = "batch_ensemble_conv_transpose" if transposed else "batch_ensemble_conv"
+    with torch.profiler.profile() as profile:
+        y = getattr(pt.functional, name)(*leaves)
+    calls = sum(event.count for event in profile.key_averages() if event.key == "aten::convolution")
+    assert calls == (num_members if one_by_one else 1)
+    x, weight, *rest = (jnp.asarray(leaf.numpy()) for leaf in leaves)
+    options = {"transpose_kernel": True} if transposed else {}
+    function = partial(getattr(pf.functional, name), **options)
+    arguments = x.swapaxes(1, 2), weight.transpose(2, 1, 0), *rest
+    assert str(jax.make_jaxpr(function)(*arguments)).count("conv_general_dilated[") == calls
+    assert_close(y, np.asarray(function(*arguments)).swapaxes(1, 2), "float64")
+    per_row = vmap(lambda x: getattr(pt.functional, name)(x, *leaves[1:]))(leaves[0][None])[0]
+    assert_close(y, per_row, "float64")
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_batch_that_members_share_is_not_tiled(kind, rows):
+    """A Sequential's first layer sees B rows and answers as for E*B of them; both sides of both rules."""
+    if kind == "linear":
+        x = torch.randn(rows, 5)
+        ours = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(5, 7)), torch.nn.ReLU(), torch.nn.Linear(7, 2))
+        rngs = nnx.Rngs(0)
+        first = nnx.Sequential(nnx.Linear(5, 7, rngs=rngs))
+        theirs = nnx.Sequential(first, nnx.relu, nnx.Linear(7, 2, rngs=rngs))
+        arrays = jnp.asarray(x.numpy())
+    else:
+        x = torch.randn(rows, 4, 3)
+        ours = torch.nn.Sequential(torch.nn.Conv1d(4, 6, 2, groups=2, padding=1, padding_mode="circular"))
+        theirs = nnx.Sequential(
+            nnx.Conv(4, 6, (2,), feature_group_count=2, padding=((1, 1),), rngs=nnx.Rngs(0)),
+        )
+        arrays = jnp.asarray(x.swapaxes(1, 2).numpy())
+    for model, batch, package in (
+        (pt.batchensemble(ours, 3), x, pt),
+        (pf.batchensemble(theirs, 3), arrays, pf),
+    ):
+        tiled = package.functional.tile_members(batch, 3)
+        y, by_tiling = model(batch), model.network(tiled)
+        for other in (
+            package.functional.split_members(by_tiling, 3),
+            model(package.functional.split_members(tiled, 3), in_axes=0),
+        ):
+            assert_close(*(a.detach() if package is pt else a for a in (y, other)), "float32")
+        with pytest.raises(ValueError, match="expects inputs of shape"):
+            model(batch.reshape(rows, -1, 1))
+    model = pt.batchensemble(ours, 3)
+    first = model.network[0] if kind == "conv" else model.network[0][0]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        first.shared_batch(x.requires_grad_())
+    if rows == 40:  # for few, the scaled activations of all members are kept
+        assert not any(t.untyped_storage().nbytes() == 3 * x.nbytes for t in saved)
+    seen = []
+    first.register_forward_hook(lambda layer, inputs, y: seen.append(len(inputs[0])))
+    model(x)
+    assert seen == [3 * rows]  # a hook sees what it saw without this

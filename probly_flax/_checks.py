@@ -11,7 +11,6 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -117,6 +116,15 @@ def check_not_converted(what: str, counts: Iterable[int]) -> None:
         )
 
 
+def check_no_ensemble(what: str, counts: Iterable[int]) -> None:
+    found = next(iter(counts), None)
+    if found is not None:
+        raise ValueError(
+            f"{what} expects a network without members of its own; got an Ensemble of {found}. Convert one of its "
+            f"members: {what}(model[0], num_members=4)."
+        )
+
+
 def seed_is_not_num_members(init: F) -> F:
     """Refuses `Layer(base, 4)`, which would make 4 the seed and leave one member."""
     what = init.__qualname__.split(".")[0]
@@ -152,6 +160,11 @@ def check_member_rows(what: str, shape: Sequence[int], num_members: int, in_feat
             f"in_features={in_features}; got {tuple(shape)}, {problem}. "
             + next_step.format(E=num_members, last=shape[-1] if len(shape) else 1)
         )
+
+
+def tiled(shape: Sequence[int], num_members: int) -> tuple[int, ...]:
+    """The shape of tile_members(x, num_members), for a batch that is not tiled."""
+    return tuple(num_members * size if axis == 0 else size for axis, size in enumerate(shape))
 
 
 def check_fast_weights(
@@ -227,22 +240,6 @@ def check_base_options(what: str, kind: str, unused: Mapping[str, bool]) -> None
         raise TypeError(
             f"{what} expects {', '.join(given)} with a network to copy; got {kind}, for which it has no meaning. Leave "
             f"it out: {what}(base, num_members)."
-        )
-
-
-def check_materialized(what: str, names: Sequence[str]) -> None:
-    if names:
-        raise ValueError(
-            f"{what} expects a model with memory to load into; got meta tensors, such as {names[0]}. Call "
-            f"model.to_empty(device='cpu') first."
-        )
-
-
-def check_loaded_dtype(what: str, name: str, dtype: str, loaded: str) -> None:
-    if dtype != loaded:
-        raise ValueError(
-            f"{what} expects to keep the dtype of {name}, {dtype}; got {loaded}, which JAX makes of it unless 64-bit "
-            f"types are on. Call it under jax.enable_x64(True)."
         )
 
 
@@ -338,54 +335,6 @@ def check_member_losses(what: str, shape: Sequence[int], num_members: int) -> No
             f"{what} expects a loss that returns a scalar for one network; got {tuple(shape[1:])}. Take the mean: "
             f"{what}(lambda outputs, targets: loss(outputs, targets).mean(), outputs, targets)."
         )
-
-
-def check_arrays(
-    what: str,
-    expected: Mapping[str, tuple[tuple[int, ...], str]],
-    given: Mapping[str, tuple[tuple[int, ...], str]],
-) -> None:
-    """Compares (shape, dtype) by name and reports every difference at once, before anything is written."""
-    problems = []
-    for name in expected.keys() - given.keys():
-        near = get_close_matches(name, given.keys() - expected.keys(), n=1, cutoff=0.5)
-        problems.append(f"  missing: {name}" + (f" (rename {near[0]}?)" if near else ""))
-    problems += [f"  unexpected: {name}" for name in given.keys() - expected.keys()]
-    for name in expected.keys() & given.keys():
-        (shape, dtype), (given_shape, given_dtype) = expected[name], given[name]
-        if shape != given_shape:
-            problems.append(f"  shape: {name} is {shape} here, {given_shape} there")
-        if dtype != given_dtype:
-            problems.append(f"  dtype: {name} is {dtype} here, {given_dtype} there")
-    if problems:
-        raise ValueError(
-            f"{what} expects the names, shapes and dtypes of the model it loads into; got {len(problems)} differences "
-            f"and loaded nothing:\n" + "\n".join(sorted(problems)) + "\nPass the arrays of to_arrays(model), or build "
-            "the model that these arrays come from."
-        )
-
-
-def check_numpy(what: str, arrays: Any) -> None:
-    if not isinstance(arrays, Mapping):
-        raise TypeError(f"{what} expects arrays by name; got {type_name(arrays)}. Pass to_arrays(model).")
-    for name, array in arrays.items():
-        if not hasattr(getattr(array, "dtype", None), "name"):
-            raise TypeError(
-                f"{what} expects NumPy arrays by name; got {type_name(array)} for {name}. Pass to_arrays(model)."
-            )
-
-
-def check_tied(what: str, identities: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
-    """Names of one tensor carry one value."""
-    first: dict[Any, str] = {}
-    for name, identity in identities.items():
-        other = first.setdefault(identity, name)
-        a, b = arrays[other], arrays[name]
-        if other != name and ((a != b) & ~((a != a) & (b != b))).any():  # NaN equals NaN here
-            raise ValueError(
-                f"{what} expects equal arrays for {other} and {name}, which are tied in this model; got arrays that "
-                f"differ, and loaded nothing. Pass one of them twice: arrays[{name!r}] = arrays[{other!r}]."
-            )
 
 
 def check_list_of_members(what: str, members: Any, is_list: bool) -> None:

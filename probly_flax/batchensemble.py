@@ -19,6 +19,7 @@ from probly_flax._checks import (
     check_init,
     check_member_axis,
     check_module,
+    check_no_ensemble,
     check_not_converted,
     check_num_members,
     check_output_leaf,
@@ -139,6 +140,15 @@ class BatchEnsemble(nnx.Module):
             check_output_rows("BatchEnsemble", y.shape, inputs[0])
             return split_members(y, self.num_members)
 
+        if (
+            in_axes is None
+            and not kwargs
+            and len(args) == 1
+            and isinstance(args[0], (Array, np.ndarray))
+            and args[0].ndim
+        ):
+            inputs.append(self.num_members * args[0].shape[0])
+            return jax.tree.map(members, _of_shared_batch(self.network, jnp.asarray(args[0]), self.num_members))
         args, kwargs = jax.tree.map(rows, (args, kwargs), is_leaf=is_stateful)
         check_rows_of_batch("BatchEnsemble", inputs)
         return jax.tree.map(members, self.network(*args, **kwargs))
@@ -209,7 +219,8 @@ def batchensemble(
     Returns:
         A BatchEnsemble; its `report` says what was done with each layer.
     Raises:
-        ValueError: if nothing can be converted, or the network is converted already.
+        ValueError: if nothing can be converted, an entry of exclude matches nothing, or the network is converted
+            already. Then nothing is changed, nor drawn from rngs.
         TypeError: if base is not a module.
     Example:
         >>> rngs = nnx.Rngs(0)
@@ -225,10 +236,11 @@ def batchensemble(
     check_module(what, "base", base, nnx.Module)
     num_members = check_num_members(what, num_members)
     check_init(what, init, r_mean, r_std, s_mean, s_std)
-    rngs, excluder = random.as_rngs(what, rngs), Excluder(exclude)
+    rngs, excluder = random.as_rngs(what, rngs), Excluder(exclude, nnx.Module)
     check_not_converted(what, (layer.num_members for layer in _layers(base)))
+    check_no_ensemble(what, (m.num_members for _, m in nnx.iter_modules(base) if isinstance(m, Ensemble)))
 
-    network = nnx.clone(base, arrays=True)
+    network, draws = nnx.clone(base, arrays=True), nnx.clone(rngs)
     converters = _CONVERTERS | (_NORMS if per_member_norms else {})
     options = {"init": init, "r_mean": r_mean, "r_std": r_std, "s_mean": s_mean, "s_std": s_std}
     layers = dict(nnx.iter_modules(network))
@@ -251,7 +263,7 @@ def batchensemble(
             converted = (
                 convert(layer, num_members)
                 if type(layer) in _NORMS
-                else convert(layer, rngs, num_members, use_base_weights, **options)
+                else convert(layer, draws, num_members, use_base_weights, **options)
             )
             _keep_ties(layer, converted, per_member)
             _become(layer, converted)
@@ -259,7 +271,9 @@ def batchensemble(
         rows.append(ReportRow(path, kind, action, before, after))
     excluder.check_all_matched(rows)
     report = make_report(what, rows)
-    return BatchEnsemble(network, report)
+    model = BatchEnsemble(network, report)
+    nnx.update(rngs, nnx.state(draws))  # now that nothing can fail
+    return model
 
 
 def register_batchensemble(layer_type: type[nnx.Module]) -> Callable[[Converter], Converter]:
@@ -289,6 +303,16 @@ def register_batchensemble(layer_type: type[nnx.Module]) -> Callable[[Converter]
         return convert
 
     return register
+
+
+def _of_shared_batch(network: Any, x: Array, num_members: int) -> Any:
+    """Tiles the batch for the network, unless the first layer of its Sequentials takes one batch for all members."""
+    if type(network) is nnx.Sequential and len(network.layers):
+        first, *others = network.layers
+        return nnx.Sequential(lambda x: _of_shared_batch(first, x, num_members), *others)(x)
+    if (type(network) is BatchEnsembleLinear or type(network) is BatchEnsembleConv) and x.shape[0]:
+        return network.shared_batch(x)
+    return network(tile_members(x, num_members))
 
 
 def _layers(network: nnx.Module) -> list[Any]:

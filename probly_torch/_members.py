@@ -221,16 +221,19 @@ def _unfused_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    return _has_any_global_hook() or any(vars(module)[hooks] for hooks in _HOOKS)
+
+
 def mlp_layers(network: nn.Module, x: Any, in_axes: int | None) -> list[nn.Module]:
     """The layers of a Sequential of Linear and elementwise layers, which needs no vmap; of another network, none."""
-    if type(x) is not Tensor or x.ndim < (1 if in_axes is None else 2) or not x.numel() or _has_any_global_hook():
+    if type(x) is not Tensor or x.ndim < (1 if in_axes is None else 2) or not x.numel():
         return []
     layers: list[nn.Module] = []
     todo = [network]
     while todo:
         layer = todo.pop()
-        own = vars(layer)
-        if "forward" in own or any(own[hooks] for hooks in _HOOKS):
+        if "forward" in vars(layer) or has_hooks(layer):
             return []
         if type(layer) is nn.Sequential:
             todo += reversed(layer._modules.values())

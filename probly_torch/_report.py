@@ -43,10 +43,16 @@ class Report:
 class Excluder:
     """Decides which layers `exclude` names, by themselves or by a module that holds them."""
 
-    def __init__(self, exclude: Exclude | Iterable[Exclude]) -> None:
+    def __init__(self, exclude: Exclude | Iterable[Exclude], layer_type: type) -> None:
         single = isinstance(exclude, (str, type)) or callable(exclude) or not isinstance(exclude, Iterable)
         self.entries: Sequence[Any] = (exclude,) if single else tuple(exclude)  # type: ignore[arg-type]
         for entry in self.entries:
+            if isinstance(entry, layer_type):  # which can be called, too
+                kind = type(entry).__name__
+                raise TypeError(
+                    f"batchensemble expects exclude to hold name patterns, types or functions of (path, layer); got a "
+                    f"layer, {kind}. Pass its name, exclude='head'; or its type, exclude={kind}."
+                )
             if not isinstance(entry, (str, type)) and not callable(entry):
                 raise TypeError(
                     f"batchensemble expects exclude to hold name patterns, types or functions of (path, layer); got "
@@ -72,8 +78,10 @@ class Excluder:
     def check_all_matched(self, rows: Sequence[ReportRow]) -> None:
         unused = [entry for entry, hit in zip(self.entries, self.matched, strict=True) if not hit]
         if unused:
-            layers = ", ".join(row.path or "(root)" for row in rows) or "(no layer with parameters)"
-            example = f"Pass exclude={rows[0].path!r}, or leave it out." if rows else "Leave it out: exclude=()."
+            layers = ", ".join(row.path or "(root)" for row in rows[:20]) or "(no layer with parameters)"
+            layers += f" and {len(rows) - 20} more" if len(rows) > 20 else ""
+            named = rows and rows[0].path
+            example = f"Pass exclude={named!r}, or leave it out." if named else "Leave it out: exclude=()."
             raise ValueError(
                 f"batchensemble expects every entry of exclude to match a layer; got {unused!r}, which match none of: "
                 f"{layers}. {example}"

@@ -15,8 +15,10 @@ from probly_torch._checks import (
     check_batch_first,
     check_in_axes,
     check_init,
+    check_initialized,
     check_member_axis,
     check_module,
+    check_no_ensemble,
     check_not_converted,
     check_num_members,
     check_output_leaf,
@@ -27,6 +29,7 @@ from probly_torch._checks import (
     member_index,
     member_indices,
 )
+from probly_torch._members import has_hooks, lazy_names
 from probly_torch._report import Exclude, Excluder, Report, ReportRow, make_report, natural_order
 from probly_torch.ensemble import Ensemble
 from probly_torch.functional import split_members, tile_members
@@ -137,6 +140,10 @@ class BatchEnsemble(nn.Module):
             check_output_rows("BatchEnsemble", y.shape, inputs[0])
             return split_members(y, self.num_members)
 
+        alone = args[0] if len(args) == 1 and not kwargs else None
+        if in_axes is None and isinstance(alone, Tensor) and alone.ndim:
+            inputs.append(self.num_members * alone.shape[0])
+            return tree_map(members, _of_shared_batch(self.network, alone, self.num_members))
         args, kwargs = tree_map_only(Tensor, rows, (args, kwargs))
         check_rows_of_batch("BatchEnsemble", inputs)
         return tree_map(members, self.network(*args, **kwargs))
@@ -208,7 +215,8 @@ def batchensemble(
     Returns:
         A BatchEnsemble; its `report` says what was done with each layer.
     Raises:
-        ValueError: if nothing can be converted, or the network is converted already.
+        ValueError: if nothing can be converted, an entry of exclude matches nothing, or the network is converted
+            already. Then nothing is changed, nor drawn from rngs.
         TypeError: if base is not a module.
     Example:
         >>> model = batchensemble(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3)), 4, exclude="2")
@@ -222,10 +230,12 @@ def batchensemble(
     check_module(what, "base", base, nn.Module)
     num_members = check_num_members(what, num_members)
     check_init(what, init, r_mean, r_std, s_mean, s_std)
-    rngs, excluder = random.as_rngs(what, rngs), Excluder(exclude)
+    rngs, excluder = random.as_rngs(what, rngs), Excluder(exclude, nn.Module)
     check_not_converted(what, (layer.num_members for layer in _layers(base)))
+    check_no_ensemble(what, (m.num_members for m in base.modules() if isinstance(m, Ensemble)))
+    check_initialized(what, lazy_names(base))
 
-    network = copy.deepcopy(base)
+    network, draws = copy.deepcopy(base), copy.deepcopy(rngs)
     converters = _CONVERTERS | (_NORMS if per_member_norms else {})
     options = {"init": init, "r_mean": r_mean, "r_std": r_std, "s_mean": s_mean, "s_std": s_std}
     paths: dict[nn.Module, str] = {}
@@ -248,7 +258,7 @@ def batchensemble(
             converted = (
                 convert(layer, num_members)
                 if type(layer) in _NORMS
-                else convert(layer, rngs, num_members, use_base_weights, **options)
+                else convert(layer, draws, num_members, use_base_weights, **options)
             )
             _keep_ties(layer, converted, per_member)
             _become(layer, converted)
@@ -257,7 +267,10 @@ def batchensemble(
     excluder.check_all_matched(rows)
     report = make_report(what, rows)
     _set_fast_paths(network, False)
-    return BatchEnsemble(network, report)
+    model = BatchEnsemble(network, report)
+    for name, stream in draws.items():  # now that nothing can fail
+        rngs[name].count.copy_(stream.count)
+    return model
 
 
 def register_batchensemble(layer_type: type[nn.Module]) -> Callable[[Converter], Converter]:
@@ -295,6 +308,20 @@ def _layers(network: nn.Module) -> list[Any]:
         return [network]
     found = (layer for child in network.children() for layer in _layers(child))
     return list(dict.fromkeys(found))
+
+
+def _of_shared_batch(network: nn.Module, x: Tensor, num_members: int) -> Any:
+    """Tiles the batch for the network, unless the first layer of its Sequentials takes one batch for all members."""
+    if _is_plain(network) and not has_hooks(network):
+        if type(network) is nn.Sequential and len(network):
+            first, *others = network
+            y = _of_shared_batch(first, x, num_members)
+            for layer in others:
+                y = layer(y)
+            return y
+        if (type(network) is BatchEnsembleLinear or type(network) is BatchEnsembleConv) and x.shape[0]:
+            return network.shared_batch(x)
+    return network(tile_members(x, num_members))
 
 
 def _is_plain(layer: nn.Module) -> bool:

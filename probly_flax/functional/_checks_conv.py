@@ -83,6 +83,16 @@ def check_conv_rows(
         )
 
 
+def check_padding(what: str, padding: Any, modes: Sequence[str]) -> None:
+    """Of the modes of padding that torch has, Flax lacks some, and says so in a call only."""
+    if isinstance(padding, str) and padding.upper() not in modes:
+        raise ValueError(
+            f"{what} expects padding of numbers or one of {', '.join(modes)}; got {padding!r}. For another mode, pad "
+            f"the inputs, as with jnp.pad(x, widths, mode='edge') in the place of torch's 'replicate', and pass "
+            f"padding='VALID'."
+        )
+
+
 def check_output_size(what: str, output_size: Sequence[int], smallest: Sequence[int], stride: Sequence[int]) -> None:
     """Sizes that a transposed convolution can have, one for each spatial axis: several inputs share one output size."""
     largest = [size + step - 1 for size, step in zip(smallest, stride, strict=True)]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from probly_flax._checks import check_fast_weights
+from probly_flax._checks import check_fast_weights, tiled
 from probly_flax.functional._checks_conv import check_conv_kernel, check_conv_rows
 from probly_flax.functional._common import rows
 
@@ -23,6 +26,7 @@ def batch_ensemble_conv(
     s: Array,
     bias: Array | None = None,
     *,
+    shared: bool = False,
     strides: int | Sequence[int] | None = 1,
     padding: Any = 0,
     kernel_dilation: int | Sequence[int] | None = 1,
@@ -39,8 +43,9 @@ def batch_ensemble_conv(
 
     Shape:
         x: (E*B, ..., *spatial, in_features) with the spatial axes of the kernel, rows [k*B, (k+1)*B) belong to member
-            k. Returns (E*B, ..., *spatial, out_features), of the sizes that nnx.Conv gives with these options. The
-            default is no padding, as in torch; that of nnx.Conv is 'SAME'.
+            k; if shared, (B, ..., *spatial, in_features), the same for every member. Returns
+            (E*B, ..., *spatial, out_features), of the sizes that nnx.Conv gives with these options. The default is no
+            padding, as in torch; that of nnx.Conv is 'SAME'.
     Weights:
         kernel (*kernel_size, in_features / feature_group_count, out_features), r (E, in_features),
             s (E, out_features), bias (E, out_features) or None.
@@ -58,7 +63,7 @@ def batch_ensemble_conv(
     check_conv_kernel("batch_ensemble_conv", kernel.shape)
     features = kernel.shape[-2] * feature_group_count, kernel.shape[-1]
 
-    def conv(x: Array) -> Array:
+    def conv(x: Array, kernel: Array) -> Array:
         layer = _layer(
             kernel,
             in_features=features[0],
@@ -73,7 +78,8 @@ def batch_ensemble_conv(
         )
         return nnx.Conv.__call__(layer, x, out_sharding)
 
-    return _batch_ensemble("batch_ensemble_conv", conv, features, x, kernel, r, s, bias)
+    kernels = partial(scaled_kernels, groups=feature_group_count)
+    return _batch_ensemble("batch_ensemble_conv", conv, features, x, kernel, r, s, bias, shared, kernels, out_sharding)
 
 
 def batch_ensemble_conv_transpose(
@@ -83,6 +89,7 @@ def batch_ensemble_conv_transpose(
     s: Array,
     bias: Array | None = None,
     *,
+    shared: bool = False,
     strides: int | Sequence[int] | None = 1,
     padding: Any = "VALID",
     kernel_dilation: int | Sequence[int] | None = 1,
@@ -96,8 +103,9 @@ def batch_ensemble_conv_transpose(
 
     Shape:
         x: (E*B, ..., *spatial, in_features) with the spatial axes of the kernel, rows [k*B, (k+1)*B) belong to member
-            k. Returns (E*B, ..., *spatial, out_features), of the sizes that nnx.ConvTranspose gives with these
-            options; its padding is that of the dilated inputs. The default cuts nothing off, as in torch; that of
+            k; if shared, (B, ..., *spatial, in_features), the same for every member. Returns
+            (E*B, ..., *spatial, out_features), of the sizes that nnx.ConvTranspose gives with these options; its
+            padding is that of the dilated inputs. The default cuts nothing off, as in torch; that of
             nnx.ConvTranspose is 'SAME'.
     Weights:
         kernel (*kernel_size, in_features, out_features), or under transpose_kernel its mirror image
@@ -118,7 +126,7 @@ def batch_ensemble_conv_transpose(
     in_axis, out_axis = (-1, -2) if transpose_kernel else (-2, -1)
     features = kernel.shape[in_axis], kernel.shape[out_axis]
 
-    def conv_transpose(x: Array) -> Array:
+    def conv_transpose(x: Array, kernel: Array) -> Array:
         layer = _layer(
             kernel,
             strides=strides,
@@ -130,7 +138,20 @@ def batch_ensemble_conv_transpose(
         )
         return nnx.ConvTranspose.__call__(layer, x)
 
-    return _batch_ensemble("batch_ensemble_conv_transpose", conv_transpose, features, x, kernel, r, s, bias)
+    kernels = partial(scaled_kernels, transpose_kernel=transpose_kernel)
+    return _batch_ensemble(
+        "batch_ensemble_conv_transpose", conv_transpose, features, x, kernel, r, s, bias, shared, kernels
+    )
+
+
+def scaled_kernels(kernel: Array, r: Array, s: Array, groups: int = 1, transpose_kernel: bool = False) -> Array:
+    """The kernel of each member, (E, *kernel.shape), scaled along its channels; inputs are those of one group."""
+    num_members, out_features = s.shape
+    inputs = jnp.repeat(r.reshape(num_members, groups, -1).swapaxes(1, 2), out_features // groups, axis=2)
+    scales = inputs * s[:, None]
+    if transpose_kernel:
+        scales = scales.swapaxes(1, 2)
+    return kernel[None] * scales.reshape(num_members, *(1,) * (kernel.ndim - 2), *scales.shape[1:])
 
 
 def _layer(kernel: Array, **options: Any) -> Any:
@@ -150,20 +171,31 @@ def _layer(kernel: Array, **options: Any) -> Any:
 
 def _batch_ensemble(
     what: str,
-    conv: Callable[[Array], Array],
+    conv: Callable[[Array, Array], Array],
     features: tuple[int, int],
     x: Array,
     kernel: Array,
     r: Array,
     s: Array,
     bias: Array | None,
+    shared: bool,
+    kernels: Callable[[Array, Array, Array], Array],
+    out_sharding: Any = None,
 ) -> Array:
     check_fast_weights(what, *features, r.shape, s.shape, None if bias is None else bias.shape)
-    num_members = r.shape[0]
-    check_conv_rows(what, x.shape, num_members, features[0], kernel.ndim - 2, channels_first=False)
-    # Scaling activations, not kernels: E kernels would need a convolution of E groups, which is slower.
-    members = x.reshape(num_members, x.shape[0] // num_members, *x.shape[1:])
-    y = conv((members * rows(r, members)).reshape(x.shape))
-    members = y.reshape(*members.shape[:2], *y.shape[1:])
-    scaled = members * rows(s, members).astype(y.dtype)
-    return (scaled if bias is None else scaled + rows(bias, members)).reshape(y.shape)
+    num_members, batches = r.shape[0], 1 if shared else r.shape[0]
+    shape = tiled(x.shape, num_members) if shared else x.shape
+    check_conv_rows(what, shape, num_members, features[0], kernel.ndim - 2, channels_first=False)
+    members = x.reshape(batches, x.shape[0] // batches, *x.shape[1:])
+    # On a CPU, members with many activations are faster one by one, each with a kernel of its own: no pass over the
+    # activations but one that joins them. Elsewhere, and for few, E convolutions would cost more than they save.
+    many = num_members <= 16 and jax.default_backend() == "cpu" and x.size >= 4 * batches * kernel.size
+    if many and out_sharding is None:  # which is one of rows, which are one axis
+        inputs = [x] * num_members if shared else members
+        y = jnp.concatenate([conv(*each) for each in zip(inputs, kernels(kernel, r, s), strict=True)])
+        y = y.reshape(num_members, members.shape[1], *y.shape[1:])
+    else:
+        y = conv((members * rows(r, members)).reshape(shape), kernel)
+        y = y.reshape(num_members, members.shape[1], *y.shape[1:])
+        y = y * rows(s, y).astype(y.dtype)
+    return (y if bias is None else y + rows(bias, y)).reshape(shape[0], *y.shape[2:])

@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
-from probly_flax._checks import check_fast_weights, check_member_rows, check_weight
+from probly_flax._checks import check_fast_weights, check_member_rows, check_weight, tiled
 from probly_flax.functional._common import rows
 
 __all__ = ["batch_ensemble_linear"]
@@ -23,6 +24,7 @@ def batch_ensemble_linear(
     s: Array,
     bias: Array | None = None,
     *,
+    shared: bool = False,
     precision: Any = None,
     dot_general: Callable[..., Array] = lax.dot_general,
     **dot_general_kwargs: Any,
@@ -35,7 +37,8 @@ def batch_ensemble_linear(
     kernel, x_i (W * r_i s_i^T) + b_i, which is faster and keeps nothing but x for the backward pass.
 
     Shape:
-        x: (E*B, ..., in_features), rows [k*B, (k+1)*B) belong to member k. Returns (E*B, ..., out_features).
+        x: (E*B, ..., in_features), rows [k*B, (k+1)*B) belong to member k; if shared, (B, ..., in_features), the
+            same for every member. Returns (E*B, ..., out_features).
     Weights:
         kernel (in_features, out_features), r (E, in_features), s (E, out_features), bias (E, out_features) or None.
     Raises:
@@ -56,32 +59,38 @@ def batch_ensemble_linear(
     check_fast_weights(
         "batch_ensemble_linear", in_features, out_features, r.shape, s.shape, None if bias is None else bias.shape
     )
-    num_members = r.shape[0]
-    check_member_rows("batch_ensemble_linear", x.shape, num_members, in_features)
+    num_members, batches = r.shape[0], 1 if shared else r.shape[0]
+    shape = tiled(x.shape, num_members) if shared else x.shape
+    check_member_rows("batch_ensemble_linear", shape, num_members, in_features)
     dot_general = partial(dot_general, precision=precision, **dot_general_kwargs)
-    many = math.prod(x.shape[:-1]) // num_members * (in_features + out_features) >= 4 * in_features * out_features
+    members = x.reshape(batches, x.shape[0] // batches, *x.shape[1:])
+    many = math.prod(members.shape[1:-1]) * (in_features + out_features) >= 4 * in_features * out_features
     if not many or dot_general_kwargs.get("out_sharding") is not None:  # a sharding of rows, which are one axis
-        return _scale_activations(x, kernel, r, s, bias, dot_general)
-    # Keeps nothing but x for the backward pass, and scales the weights once more in it.
-    return jax.checkpoint(partial(_scale_weights, dot_general=dot_general))(x, kernel, r, s, bias)
+        y = _scale_activations(members, kernel, r, s, bias, dot_general)
+    else:  # keeps nothing but x for the backward pass, and scales the weights once more in it
+        y = jax.checkpoint(partial(_scale_weights, dot_general=dot_general))(members, kernel, r, s, bias)
+    return y.reshape(*shape[:-1], out_features)
 
 
 def _scale_activations(
     x: Array, kernel: Array, r: Array, s: Array, bias: Array | None, dot_general: Callable[..., Array]
 ) -> Array:
-    """Costs about E*B*(in + out) more than a linear layer, as the paper has it: for few rows."""
-    members = x.reshape(r.shape[0], x.shape[0] // r.shape[0], *x.shape[1:])
-    scaled = (members * rows(r, members)).reshape(x.shape)
-    y = dot_general(scaled, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-    y = y.reshape(*members.shape[:-1], s.shape[1]) * rows(s, members).astype(y.dtype)
-    return (y if bias is None else y + rows(bias, members)).reshape(*x.shape[:-1], s.shape[1])
+    """Costs about E*B*(in + out) more than a linear layer, as the paper has it: for few rows, x (E or 1, B, ..., in).
+
+    The rows of all members are one axis again in the product, as a sharding of its outputs has them.
+    """
+    scaled = x * rows(r, x)
+    y = dot_general(scaled.reshape(len(r) * x.shape[1], *x.shape[2:]), kernel, (((x.ndim - 2,), (0,)), ((), ())))
+    y = y.reshape(*scaled.shape[:-1], s.shape[1]) * rows(s, x).astype(y.dtype)
+    return y if bias is None else y + rows(bias, x)
 
 
 def _scale_weights(
     x: Array, kernel: Array, r: Array, s: Array, bias: Array | None, dot_general: Callable[..., Array]
 ) -> Array:
-    """Costs about E*in*out more than a linear layer: for many rows."""
-    members = x.reshape(r.shape[0], -1, x.shape[-1])
+    """Costs about E*in*out more than a linear layer: for many rows, x (E or 1, B, ..., in)."""
+    members = lax.collapse(x, 1, x.ndim - 1)
+    members = jnp.broadcast_to(members, (len(r), *members.shape[1:]))
     kernels = kernel[None] * r[:, :, None] * s[:, None]
     y = dot_general(members, kernels, (((2,), (1,)), ((0,), (0,))))
-    return (y if bias is None else y + bias[:, None]).reshape(*x.shape[:-1], s.shape[1])
+    return (y if bias is None else y + bias[:, None]).reshape(len(r), *x.shape[1:-1], s.shape[1])

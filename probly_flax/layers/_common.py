@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,16 +17,11 @@ from probly_flax.random import Rngs
 class Rule(NamedTuple):
     """How the arrays of some variables make one of torch's, and come out of it again."""
 
-    variables: tuple[nnx.Variable, ...]
+    variables: tuple[Any, ...]
     to_torch: Callable[..., np.ndarray]
-    from_torch: Callable[[np.ndarray], Sequence[np.ndarray]]
-
-
-# Of a layer: for each variable, its name in torch and the order of its axes there, counted from the last (by a positive
-# number where torch has the axis the other way round); or a function of the layer that returns rules by torch's names.
-TorchNames = dict[
-    Any, dict[str, tuple[str, Callable[[Any], tuple[int, ...]] | None]] | Callable[[Any], Mapping[str, Rule]]
-]
+    from_torch: Callable[..., Sequence[np.ndarray]]
+    also: tuple[str, ...] = ()  # names of other arrays of torch's that from_torch takes
+    dtypes: tuple[str, ...] = ()  # those that are read, the one that is written first, unless it is the variables'
 
 
 def axes(parameter: nnx.Param) -> tuple[Any, ...]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array, lax
 
@@ -21,7 +20,7 @@ from probly_flax._checks import (
     seed_is_not_num_members,
 )
 from probly_flax.layers._checks_attention import check_attention_inputs, check_mask_rows
-from probly_flax.layers._common import Rule, TorchNames, axes, draw_fast_weights, draw_kernel, keep_rows, param
+from probly_flax.layers._common import axes, draw_fast_weights, draw_kernel, keep_rows, param
 from probly_flax.random import Rngs
 
 __all__ = ["BatchEnsembleMultiHeadAttention"]
@@ -296,54 +295,3 @@ def _copy_norms_and_rngs(layer: nnx.MultiHeadAttention, source: nnx.MultiHeadAtt
         norm = getattr(source, name)
         setattr(layer, name, nnx.data(None) if norm is None else nnx.clone(norm))
     layer.rngs = None if source.rngs is None else nnx.data(nnx.clone(source.rngs))
-
-
-def _torch_names(layer: nnx.MultiHeadAttention) -> dict[str, Rule]:
-    """Heads are flattened, and the three input projections packed into one, as in nn.MultiheadAttention."""
-    projections = layer.query, layer.key, layer.value
-    grouped = layer.key.kernel.shape[-2:] != layer.query.kernel.shape[-2:]
-    if grouped or not layer.qkv_features == layer.out_features == layer.in_features:
-        return {}  # torch has no such layer
-    if layer.in_kv_features == layer.in_features:
-        rules = {"in_proj_weight": _weights(1, *(p.kernel for p in projections))}
-    else:
-        rules = {f"{name}_proj_weight": _weights(1, p.kernel) for name, p in zip("qkv", projections, strict=True)}
-    rules["out_proj.weight"] = _weights(2, layer.out.kernel)
-    if layer.use_bias:
-        rules["in_proj_bias"] = _biases(*(p.bias for p in projections))
-        rules["out_proj.bias"] = _biases(layer.out.bias, heads=0)
-    for name, p in zip(("q_", "k_", "v_", "out_proj."), (*projections, layer.out), strict=True):
-        for scale in ("r", "s") if isinstance(p, _Projection) else ():
-            rules[name + scale] = Rule((getattr(p, scale),), lambda array: array, lambda array: [array])
-    return rules
-
-
-def _weights(in_axes: int, *kernels: nnx.Variable) -> Rule:
-    """(..., *in, *out) each -> (..., n * out, in)."""
-
-    def to_torch(*arrays: np.ndarray) -> np.ndarray:
-        return np.concatenate(
-            [a.reshape(*a.shape[:-3], math.prod(a.shape[-3 : in_axes - 3]), -1).mT for a in arrays], -2
-        )
-
-    def from_torch(array: np.ndarray) -> list[np.ndarray]:
-        parts = np.split(array, len(kernels), axis=-2)
-        return [np.ascontiguousarray(part.mT).reshape(k.shape) for part, k in zip(parts, kernels, strict=True)]
-
-    return Rule(kernels, to_torch, from_torch)
-
-
-def _biases(*biases: Any, heads: int = 1) -> Rule:
-    """(..., *heads, features) each -> (..., n * features)."""
-
-    def to_torch(*arrays: np.ndarray) -> np.ndarray:
-        return np.concatenate([a.reshape(*a.shape[: a.ndim - heads - 1], -1) for a in arrays], -1)
-
-    def from_torch(array: np.ndarray) -> list[np.ndarray]:
-        parts = np.split(array, len(biases), axis=-1)
-        return [part.reshape(bias.shape) for part, bias in zip(parts, biases, strict=True)]
-
-    return Rule(biases, to_torch, from_torch)
-
-
-TORCH_NAMES: TorchNames = {nnx.MultiHeadAttention: _torch_names}  # ours as well, which is one

@@ -16,10 +16,16 @@ from probly_flax._checks import (
     member_index,
     member_indices,
     seed_is_not_num_members,
+    tiled,
 )
-from probly_flax.functional._checks_conv import check_conv_base_layer, check_conv_kernel, check_conv_rows
-from probly_flax.functional.conv import batch_ensemble_conv, batch_ensemble_conv_transpose
-from probly_flax.layers._common import TorchNames, axes, draw_fast_weights, draw_kernel, keep_rows, param
+from probly_flax.functional._checks_conv import (
+    check_conv_base_layer,
+    check_conv_kernel,
+    check_conv_rows,
+    check_padding,
+)
+from probly_flax.functional.conv import batch_ensemble_conv, batch_ensemble_conv_transpose, scaled_kernels
+from probly_flax.layers._common import axes, draw_fast_weights, draw_kernel, keep_rows, param
 from probly_flax.random import Rngs
 
 __all__ = ["BatchEnsembleConv", "BatchEnsembleConvTranspose"]
@@ -94,6 +100,7 @@ class BatchEnsembleConv(nnx.Conv):
     ) -> None:
         what = "BatchEnsembleConv"
         check_conv_base_layer(what, "Conv", base_layer, (nnx.Conv,), "__call__")
+        check_padding(what, base_layer.padding, ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL"))
         check_conv_kernel(what, base_layer.kernel.shape)
         check_init(what, init, r_mean, r_std, s_mean, s_std)
         self.num_members = check_num_members(what, num_members)
@@ -119,6 +126,20 @@ class BatchEnsembleConv(nnx.Conv):
         """
         what, spatial = "BatchEnsembleConv", len(self.kernel_size)
         check_conv_rows(what, inputs.shape, self.num_members, self.in_features, spatial, channels_first=False)
+        return self._applied(inputs, out_sharding, shared=False)
+
+    def shared_batch(self, inputs: Array) -> Array:
+        """Gives every member the same batch: the same as self(tile_members(inputs, num_members)), without the copies.
+
+        Shape:
+            inputs: (B, ..., *spatial, in_features). Returns (E*B, ..., *spatial, out_features).
+        """
+        shape, spatial = tiled(inputs.shape, self.num_members), len(self.kernel_size)
+        what = "BatchEnsembleConv"
+        check_conv_rows(what, shape, self.num_members, self.in_features, spatial, channels_first=False)
+        return self._applied(inputs, None, shared=True)
+
+    def _applied(self, inputs: Array, out_sharding: Any, shared: bool) -> Array:
         x, kernel, r, s, bias = _promoted(self, inputs)
         return batch_ensemble_conv(
             x,
@@ -126,6 +147,7 @@ class BatchEnsembleConv(nnx.Conv):
             r,
             s,
             bias,
+            shared=shared,
             strides=self.strides,
             padding=self.padding,
             kernel_dilation=self.kernel_dilation,
@@ -149,9 +171,8 @@ class BatchEnsembleConv(nnx.Conv):
         i = member_index("BatchEnsembleConv", i, self.num_members)
         conv = nnx.eval_shape(lambda: nnx.Conv(1, 1, 1, rngs=nnx.Rngs(0)))
         _copy_options(conv, self, _CONV_OPTIONS)
-        groups = self.feature_group_count
-        r = jnp.repeat(self.r[i].reshape(groups, -1).T, self.out_features // groups, axis=1)
-        conv.kernel = param(self.kernel[...] * _on_channels(r * self.s[i][None], self), self.kernel, *axes(self.kernel))
+        kernel = scaled_kernels(self.kernel[...], self.r[i : i + 1], self.s[i : i + 1], self.feature_group_count)[0]
+        conv.kernel = param(kernel, self.kernel, *axes(self.kernel))
         conv.bias = nnx.data(None) if self.bias is None else param(self.bias[i], self.bias, axes(self.bias)[1])
         return conv
 
@@ -214,6 +235,7 @@ class BatchEnsembleConvTranspose(nnx.ConvTranspose):
     ) -> None:
         what = "BatchEnsembleConvTranspose"
         check_conv_base_layer(what, "ConvTranspose", base_layer, (nnx.ConvTranspose,), "__call__")
+        check_padding(what, base_layer.padding, ("SAME", "VALID", "CIRCULAR"))
         check_conv_kernel(what, base_layer.kernel.shape)
         check_init(what, init, r_mean, r_std, s_mean, s_std)
         self.num_members = check_num_members(what, num_members)
@@ -271,9 +293,10 @@ class BatchEnsembleConvTranspose(nnx.ConvTranspose):
         i = member_index("BatchEnsembleConvTranspose", i, self.num_members)
         conv = nnx.eval_shape(lambda: nnx.ConvTranspose(1, 1, 1, rngs=nnx.Rngs(0)))
         _copy_options(conv, self, _TRANSPOSE_OPTIONS)
-        scales = self.r[i][:, None] * self.s[i][None]
-        scales = _on_channels(scales.T if self.transpose_kernel else scales, self)
-        conv.kernel = param(self.kernel[...] * scales, self.kernel, *axes(self.kernel))
+        kernel = scaled_kernels(
+            self.kernel[...], self.r[i : i + 1], self.s[i : i + 1], transpose_kernel=self.transpose_kernel
+        )[0]
+        conv.kernel = param(kernel, self.kernel, *axes(self.kernel))
         conv.bias = nnx.data(None) if self.bias is None else param(self.bias[i], self.bias, axes(self.bias)[1])
         return conv
 
@@ -296,40 +319,3 @@ def _promoted(layer: Any, inputs: Array) -> tuple[Array, Array, Array, Array, Ar
     bias = None if layer.bias is None else layer.bias[...]
     x, kernel, bias = layer.promote_dtype((inputs, kernel, bias), dtype=layer.dtype)
     return x, kernel, layer.r[...].astype(x.dtype), layer.s[...].astype(x.dtype), bias
-
-
-def _on_channels(scales: Array, layer: nnx.Conv | nnx.ConvTranspose) -> Array:
-    """Against a kernel (*kernel_size, in, out)."""
-    return scales.reshape(*(1,) * len(layer.kernel_size), *scales.shape)
-
-
-def _torch_axes(layer: nnx.Conv | nnx.ConvTranspose) -> tuple[int, ...]:
-    """(*kernel_size, a, b) -> (b, a, *kernel_size)."""
-    return -1, -2, *range(-len(layer.kernel_size) - 2, -2)
-
-
-def _torch_axes_transposed(layer: nnx.ConvTranspose) -> tuple[int, ...]:
-    """The same, or (*kernel_size, in, out) -> (in, out, *kernel_size) of the mirror image, whose axes are reversed."""
-    if layer.transpose_kernel:
-        return _torch_axes(layer)
-    return -2, -1, *range(len(layer.kernel_size) + 2, 2, -1)
-
-
-# By the names of their twins in torch, and the order of a weight's axes there, counted from the last. An axis counted
-# by a positive number is reversed.
-TORCH_NAMES: TorchNames = {
-    nnx.Conv: {"kernel": ("weight", _torch_axes), "bias": ("bias", None)},
-    BatchEnsembleConv: {
-        "kernel": ("weight", _torch_axes),
-        "r": ("r", None),
-        "s": ("s", None),
-        "bias": ("bias", None),
-    },
-    nnx.ConvTranspose: {"kernel": ("weight", _torch_axes_transposed), "bias": ("bias", None)},
-    BatchEnsembleConvTranspose: {
-        "kernel": ("weight", _torch_axes_transposed),
-        "r": ("r", None),
-        "s": ("s", None),
-        "bias": ("bias", None),
-    },
-}

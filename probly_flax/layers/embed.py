@@ -21,7 +21,7 @@ from probly_flax._checks import (
 from probly_flax.functional import batch_ensemble_linear
 from probly_flax.functional._common import rows
 from probly_flax.layers._checks_norm import check_base_type, check_floating, check_query, check_tokens
-from probly_flax.layers._common import TorchNames, axes, draw_fast_weights, keep_rows, param
+from probly_flax.layers._common import axes, draw_fast_weights, keep_rows, param
 from probly_flax.random import Rngs
 
 __all__ = ["BatchEnsembleEmbed"]
@@ -158,9 +158,3 @@ def _draw_table(rngs: Rngs, like: Array) -> Array:
     """A fresh table as `nnx.Embed` draws it by default."""
     draw = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
     return draw(rngs.params(), like.shape, random.draw_dtype(like.dtype)).astype(like.dtype)
-
-
-TORCH_NAMES: TorchNames = {
-    nnx.Embed: {"embedding": ("weight", None)},
-    BatchEnsembleEmbed: {"embedding": ("weight", None), "r": ("r", None), "s": ("s", None)},
-}

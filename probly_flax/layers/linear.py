@@ -19,9 +19,10 @@ from probly_flax._checks import (
     member_index,
     member_indices,
     seed_is_not_num_members,
+    tiled,
 )
 from probly_flax.functional import batch_ensemble_linear
-from probly_flax.layers._common import TorchNames, axes, draw_fast_weights, draw_kernel, keep_rows, param
+from probly_flax.layers._common import axes, draw_fast_weights, draw_kernel, keep_rows, param
 from probly_flax.random import Rngs
 
 __all__ = ["BatchEnsembleLinear"]
@@ -110,6 +111,19 @@ class BatchEnsembleLinear(nnx.Linear):
             inputs: (E*B, ..., in_features). Returns (E*B, ..., out_features), sharded as asked.
         """
         check_member_rows("BatchEnsembleLinear", inputs.shape, self.num_members, self.in_features)
+        return self._applied(inputs, out_sharding, shared=False)
+
+    def shared_batch(self, inputs: Array) -> Array:
+        """Gives every member the same batch: the same as self(tile_members(inputs, num_members)), without the copies.
+
+        Shape:
+            inputs: (B, ..., in_features). Returns (E*B, ..., out_features).
+        """
+        shape = tiled(inputs.shape, self.num_members)
+        check_member_rows("BatchEnsembleLinear", shape, self.num_members, self.in_features)
+        return self._applied(inputs, None, shared=True)
+
+    def _applied(self, inputs: Array, out_sharding: Any, shared: bool) -> Array:
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
         r, s = self.r[...].astype(x.dtype), self.s[...].astype(x.dtype)
@@ -120,6 +134,7 @@ class BatchEnsembleLinear(nnx.Linear):
             r,
             s,
             bias,
+            shared=shared,
             precision=self.precision,
             dot_general=self.dot_general,
             out_sharding=out_sharding,
@@ -149,15 +164,3 @@ class BatchEnsembleLinear(nnx.Linear):
         indices = member_indices("BatchEnsembleLinear", indices, self.num_members)
         self.num_members = len(indices)
         keep_rows(self, ("r", "s", "bias"), indices)
-
-
-# By the names of their twins in torch, and the order of a weight's axes there, counted from the last.
-TORCH_NAMES: TorchNames = {
-    nnx.Linear: {"kernel": ("weight", lambda layer: (-1, -2)), "bias": ("bias", None)},
-    BatchEnsembleLinear: {
-        "kernel": ("weight", lambda layer: (-1, -2)),
-        "r": ("r", None),
-        "s": ("s", None),
-        "bias": ("bias", None),
-    },
-}

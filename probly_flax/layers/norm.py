@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
 from probly_flax._checks import check_num_members, member_index, member_indices
 from probly_flax.layers._checks_norm import check_base_type, check_mask, check_norm_rows
-from probly_flax.layers._common import Rule, TorchNames, axes, param
+from probly_flax.layers._common import axes, param
 
 __all__ = ["BatchEnsembleBatchNorm", "BatchEnsembleGroupNorm", "BatchEnsembleLayerNorm"]
 
@@ -280,33 +279,3 @@ def _keep(layer: Any, indices: list[int]) -> None:
     layer.num_members = len(indices)
     for name, each in _variables(layer).items():
         setattr(layer, name, each.copy(each[jnp.array(indices)]))
-
-
-_AFFINE: dict[str, tuple[str, Callable[[Any], tuple[int, ...]] | None]] = {
-    "scale": ("weight", None),
-    "bias": ("bias", None),
-}
-
-
-def _batch_norm(layer: nnx.BatchNorm | BatchEnsembleBatchNorm) -> dict[str, Rule]:
-    """nnx does not count batches: the count that torch has is written as 0, and not read."""
-    names = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-    variables = {name: getattr(layer, attribute) for attribute, name in names.items()}
-    rules = {
-        name: Rule((variable,), lambda array: array, lambda array: [array])
-        for name, variable in variables.items()
-        if variable is not None
-    }
-    own_axes = 2 if isinstance(layer, BatchEnsembleBatchNorm) else 1
-    count = np.zeros(layer.mean.shape[:-own_axes], np.int64)
-    return rules | {"num_batches_tracked": Rule((), lambda: count, lambda array: [])}
-
-
-TORCH_NAMES: TorchNames = {
-    nnx.BatchNorm: _batch_norm,
-    nnx.LayerNorm: _AFFINE,
-    nnx.GroupNorm: _AFFINE,
-    BatchEnsembleBatchNorm: _batch_norm,
-    BatchEnsembleLayerNorm: _AFFINE,
-    BatchEnsembleGroupNorm: _AFFINE,
-}

@@ -56,7 +56,7 @@ _LINEAR_OPTIONS = (
     "promote_dtype",
     "preferred_element_type",
 )
-_INPUT_GATES, _STATE_GATES = ("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho")
+INPUT_GATES, STATE_GATES = ("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho")
 
 
 class BatchEnsembleLSTMCell(nnx.OptimizedLSTMCell):
@@ -150,7 +150,7 @@ class BatchEnsembleLSTMCell(nnx.OptimizedLSTMCell):
             return _fill_cell(packed, self, i)  # type: ignore[no-any-return]
         apart = nnx.eval_shape(lambda: nnx.LSTMCell(1, 1, rngs=nnx.Rngs(0)))
         cell = _fill_cell(apart, self, i)
-        for names, dense in ((_INPUT_GATES, cell.dense_i), (_STATE_GATES, cell.dense_h)):
+        for names, dense in ((INPUT_GATES, cell.dense_i), (STATE_GATES, cell.dense_h)):
             for name, gate in zip(names, _unpacked(dense), strict=True):
                 setattr(cell, name, gate)
         del cell.dense_i, cell.dense_h
@@ -511,7 +511,7 @@ def _convert_cell(
         setattr(cell, option, getattr(base_layer, option))
     cell.rngs = _copied(base_layer.rngs)
     if isinstance(base_layer, nnx.LSTMCell):
-        dense_i, dense_h = _packed(what, base_layer, _INPUT_GATES), _packed(what, base_layer, _STATE_GATES)
+        dense_i, dense_h = _packed(what, base_layer, INPUT_GATES), _packed(what, base_layer, STATE_GATES)
     else:
         dense_i, dense_h = base_layer.dense_i, base_layer.dense_h
     fast = (init, r_mean, r_std, s_mean, s_std)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from probly_torch._checks import check_fast_weights
+from probly_torch._checks import check_fast_weights, tiled
 from probly_torch.functional._checks_conv import check_conv_kernel, check_conv_rows
 from probly_torch.functional._common import autocast, check_dtype
 
@@ -34,13 +34,15 @@ def batch_ensemble_conv(
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    shared: bool = False,
 ) -> Tensor:
     r"""Applies to each member's rows the convolution whose weight is W, scaled by s_i and r_i along its channels.
 
     Member i computes  y_i = conv(x_i * r_i, W) * s_i + b_i        (Wen et al. 2020, eq. 5)
 
     Shape:
-        x: (E*B, in_channels, *spatial) of 1 to 3 spatial axes, rows [k*B, (k+1)*B) belong to member k. Returns
+        x: (E*B, in_channels, *spatial) of 1 to 3 spatial axes, rows [k*B, (k+1)*B) belong to member k; if shared,
+            (B, in_channels, *spatial), the same for every member. Returns
             (E*B, out_channels, *spatial), of the sizes that torch.nn.functional.conv1d, conv2d and conv3d give.
     Weights:
         weight (out_channels, in_channels / groups, *kernel_size), r (E, in_channels), s (E, out_channels),
@@ -59,10 +61,8 @@ def batch_ensemble_conv(
                 [[120., 120., 120.]]])
     """
     check_conv_kernel("batch_ensemble_conv", weight.shape, at_most=3)
-    channels = weight.shape[1] * groups, weight.shape[0]
-    conv = _CONV[weight.ndim - 2]
-    conv = partial(conv, stride=stride, padding=padding, dilation=dilation, groups=groups)
-    return _batch_ensemble("batch_ensemble_conv", conv, channels, x, weight, r, s, bias)
+    conv = partial(_CONV[weight.ndim - 2], stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return _batch_ensemble("batch_ensemble_conv", conv, x, weight, r, s, bias, groups, shared)
 
 
 def batch_ensemble_conv_transpose(
@@ -77,13 +77,15 @@ def batch_ensemble_conv_transpose(
     dilation: int | Sequence[int] = 1,
     output_padding: int | Sequence[int] = 0,
     groups: int = 1,
+    shared: bool = False,
 ) -> Tensor:
     r"""Applies to each member's rows the transposed convolution of W, scaled by s_i and r_i along its channels.
 
     Member i computes  y_i = conv_transpose(x_i * r_i, W) * s_i + b_i        (Wen et al. 2020, eq. 5)
 
     Shape:
-        x: (E*B, in_channels, *spatial) of 1 to 3 spatial axes, rows [k*B, (k+1)*B) belong to member k. Returns
+        x: (E*B, in_channels, *spatial) of 1 to 3 spatial axes, rows [k*B, (k+1)*B) belong to member k; if shared,
+            (B, in_channels, *spatial), the same for every member. Returns
             (E*B, out_channels, *spatial), of the sizes that torch.nn.functional.conv_transpose2d and its like give.
     Weights:
         weight (in_channels, out_channels / groups, *kernel_size), r (E, in_channels), s (E, out_channels),
@@ -102,31 +104,58 @@ def batch_ensemble_conv_transpose(
                 [[ 60., 120.,  60.]]])
     """
     check_conv_kernel("batch_ensemble_conv_transpose", weight.shape, at_most=3)
-    channels = weight.shape[0], weight.shape[1] * groups
-    conv = _CONV_TRANSPOSE[weight.ndim - 2]
     conv = partial(
-        conv, stride=stride, padding=padding, dilation=dilation, output_padding=output_padding, groups=groups
+        _CONV_TRANSPOSE[weight.ndim - 2],
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        output_padding=output_padding,
+        groups=groups,
     )
-    return _batch_ensemble("batch_ensemble_conv_transpose", conv, channels, x, weight, r, s, bias)
+    return _batch_ensemble(
+        "batch_ensemble_conv_transpose", conv, x, weight, r, s, bias, groups, shared, transposed=True
+    )
+
+
+def scaled_weights(weight: Tensor, first: Tensor, second: Tensor, groups: int) -> Tensor:
+    """The weight of each member, (E, *weight.shape): scaled by `first` along its axis 0, by `second` along its axis 1.
+
+    Channels of axis 1 are those of one group.
+    """
+    num_members, axes = first.shape[0], (1,) * (weight.ndim - 2)
+    scales = first.reshape(num_members, groups, -1, 1, *axes) * second.reshape(num_members, groups, 1, -1, *axes)
+    return (weight.unflatten(0, (groups, -1)) * scales).flatten(1, 2)
 
 
 def _batch_ensemble(
     what: str,
     conv: Callable[..., Tensor],
-    channels: tuple[int, int],
     x: Tensor,
     weight: Tensor,
     r: Tensor,
     s: Tensor,
     bias: Tensor | None,
+    groups: int,
+    shared: bool,
+    transposed: bool = False,
 ) -> Tensor:
-    check_fast_weights(what, *channels, r.shape, s.shape, None if bias is None else bias.shape)
+    first, second = weight.shape[0], weight.shape[1] * groups
+    in_channels, out_channels = (first, second) if transposed else (second, first)
+    check_fast_weights(what, in_channels, out_channels, r.shape, s.shape, None if bias is None else bias.shape)
     num_members = r.shape[0]
-    check_conv_rows(what, x.shape, num_members, channels[0], weight.ndim - 2, channels_first=True)
+    batches = 1 if shared else num_members
+    shape = tiled(x.shape, num_members) if shared else x.shape
+    check_conv_rows(what, shape, num_members, in_channels, weight.ndim - 2, channels_first=True)
     x, weight, r, s, bias = autocast(x, weight, r, s, bias)
     check_dtype(what, x, weight)
-    # Scaling activations, not weights: E weights would need a convolution of E groups, which is slower.
-    y = conv((_members(x, num_members) * _rows(r, x)).reshape(x.shape), weight)
+    # On a CPU, members with many activations are faster one by one, each with a weight of its own: no pass over the
+    # activations but one that joins them. Elsewhere, and for few, E convolutions would cost more than they save.
+    if num_members <= 16 and x.device.type == "cpu" and x.numel() >= 4 * batches * weight.numel():
+        weights = scaled_weights(weight, r, s, groups) if transposed else scaled_weights(weight, s, r, groups)
+        biases = [None] * num_members if bias is None else bias
+        inputs = [x] * num_members if shared else x.chunk(num_members)
+        return torch.cat([conv(*each) for each in zip(inputs, weights, biases, strict=True)])
+    y = conv((_members(x, batches) * _rows(r, x)).reshape(shape), weight)
     members = _members(y, num_members)
     scaled = members * _rows(s, y) if bias is None else torch.addcmul(_rows(bias, y), members, _rows(s, y))
     return scaled.reshape(y.shape)

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from probly_torch._checks import check_fast_weights, check_member_rows, check_weight
+from probly_torch._checks import check_fast_weights, check_member_rows, check_weight, tiled
 from probly_torch.functional._common import autocast, check_dtype
 
 __all__ = ["batch_ensemble_linear"]
 
 
-def batch_ensemble_linear(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None = None) -> Tensor:
+def batch_ensemble_linear(
+    x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None = None, *, shared: bool = False
+) -> Tensor:
     r"""Applies to each member's rows the linear map whose weight is W * s_i r_i^T.
 
     Member i computes  y_i = ((x_i * r_i) W^T) * s_i + b_i        (Wen et al. 2020, eq. 5)
@@ -24,7 +26,8 @@ def batch_ensemble_linear(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias:
     weight, x_i (W * s_i r_i^T)^T + b_i, which is faster and keeps nothing but x for the backward pass.
 
     Shape:
-        x: (E*B, ..., in_features), rows [k*B, (k+1)*B) belong to member k. Returns (E*B, ..., out_features).
+        x: (E*B, ..., in_features), rows [k*B, (k+1)*B) belong to member k; if shared, (B, ..., in_features), the
+            same for every member. Returns (E*B, ..., out_features).
     Weights:
         weight (out_features, in_features), r (E, in_features), s (E, out_features), bias (E, out_features) or None.
     Raises:
@@ -41,30 +44,41 @@ def batch_ensemble_linear(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias:
                 [ 6., 60.],
                 [ 6., 60.]])
     """
-    check_weight("batch_ensemble_linear", weight.shape)
+    what = "batch_ensemble_linear"
+    check_weight(what, weight.shape)
     out_features, in_features = weight.shape
-    check_fast_weights(
-        "batch_ensemble_linear", in_features, out_features, r.shape, s.shape, None if bias is None else bias.shape
-    )
-    num_members = r.shape[0]
-    check_member_rows("batch_ensemble_linear", x.shape, num_members, in_features)
+    check_fast_weights(what, in_features, out_features, r.shape, s.shape, None if bias is None else bias.shape)
+    check_member_rows(what, tiled(x.shape, r.shape[0]) if shared else x.shape, r.shape[0], in_features)
+    return members_linear(what, x, weight, r, s, bias, shared)
+
+
+def members_linear(
+    what: str, x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None, shared: bool = False
+) -> Tensor:
+    """The same for arguments whose shapes are checked: what a layer calls, for which small products pay dearly.
+
+    If shared, x (B, ..., in_features) is the batch of every member.
+    """
     x, weight, r, s, bias = autocast(x, weight, r, s, bias)
-    check_dtype("batch_ensemble_linear", x, weight)
-    members = x.reshape(num_members, math.prod(x.shape[:-1]) // num_members, in_features)
-    arguments = members, weight, r, s, bias
-    if members.shape[1] * (in_features + out_features) < 4 * in_features * out_features:
-        y = _scale_activations(*arguments)
-    elif torch.compiler.is_compiling():  # the compiler knows no jvp, and decides by itself what to keep
-        y = _ScaledWeights.forward(*arguments)
+    check_dtype(what, x, weight)
+    num_members, in_features = r.shape
+    out_features = weight.shape[0]
+    batches = 1 if shared else num_members
+    rows = math.prod(x.shape[:-1]) // batches
+    members = x.reshape(batches, rows, in_features)
+    if rows * (in_features + out_features) < 4 * in_features * out_features:
+        y = _scale_activations(members, weight, r, s, bias)
     else:
-        y = _ScaledWeights.apply(*arguments)
-    return y.reshape(*x.shape[:-1], out_features)
+        # The compiler knows no jvp, and decides by itself what to keep.
+        scale_weights = _ScaledWeights.forward if torch.compiler.is_compiling() else _ScaledWeights.apply
+        y = scale_weights(members.expand(num_members, -1, -1) if shared else members, weight, r, s, bias)
+    return y.reshape(num_members // batches * x.shape[0], *x.shape[1:-1], out_features)
 
 
 def _scale_activations(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
-    """Costs about E*B*(in + out) more than a linear layer, as the paper has it: for few rows, x (E, B, in)."""
-    y = linear(x * r[:, None], weight)
-    return y * s[:, None] if bias is None else torch.addcmul(bias[:, None], y, s[:, None])
+    """Costs about E*B*(in + out) more than a linear layer, as the paper has it: for few rows, x (E or 1, B, in)."""
+    y = linear(x * r.unsqueeze(1), weight)
+    return y * s.unsqueeze(1) if bias is None else torch.addcmul(bias.unsqueeze(1), y, s.unsqueeze(1))
 
 
 class _ScaledWeights(torch.autograd.Function):

@@ -17,9 +17,10 @@ from probly_torch._checks import (
     member_index,
     member_indices,
     seed_is_not_num_members,
+    tiled,
 )
 from probly_torch.functional._checks_conv import check_conv_base_layer, check_conv_rows, check_output_size
-from probly_torch.functional.conv import batch_ensemble_conv, batch_ensemble_conv_transpose
+from probly_torch.functional.conv import batch_ensemble_conv, batch_ensemble_conv_transpose, scaled_weights
 from probly_torch.layers._common import copied, draw_fast_weights, draw_kernel, keep_rows
 from probly_torch.random import Rngs
 
@@ -111,9 +112,22 @@ class BatchEnsembleConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         axes = len(self.kernel_size)
         check_conv_rows("BatchEnsembleConv", x.shape, self.num_members, self.in_channels, axes, channels_first=True)
+        return self._applied(x, shared=False)
+
+    def shared_batch(self, x: Tensor) -> Tensor:
+        """Gives every member the same batch: the same as self(tile_members(x, num_members)), without the copies.
+
+        Shape:
+            x: (B, in_channels, *spatial). Returns (E*B, out_channels, *spatial).
+        """
+        shape, axes = tiled(x.shape, self.num_members), len(self.kernel_size)
+        check_conv_rows("BatchEnsembleConv", shape, self.num_members, self.in_channels, axes, channels_first=True)
+        return self._applied(x, shared=True)
+
+    def _applied(self, x: Tensor, shared: bool) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":  # it commutes with scaling
-            x, padding = functional.pad(x, self._pads(), mode=self.padding_mode), (0,) * axes
+            x, padding = functional.pad(x, self._pads(), mode=self.padding_mode), (0,) * len(self.kernel_size)
         return batch_ensemble_conv(
             x,
             self.weight,
@@ -124,6 +138,7 @@ class BatchEnsembleConv(nn.Module):
             padding=padding,
             dilation=self.dilation,
             groups=self.groups,
+            shared=shared,
         )
 
     def _pads(self) -> list[int]:
@@ -149,9 +164,7 @@ class BatchEnsembleConv(nn.Module):
         conv = _CONV[len(self.kernel_size)](
             **options, bias=self.bias is not None, device="meta", dtype=self.weight.dtype
         )
-        groups, axes = self.groups, (1,) * len(self.kernel_size)
-        r, s = self.r[i].reshape(groups, 1, -1, *axes), self.s[i].reshape(groups, -1, 1, *axes)
-        weight = (self.weight.unflatten(0, (groups, -1)) * (s * r)).flatten(0, 1)
+        weight = scaled_weights(self.weight, self.s[i : i + 1], self.r[i : i + 1], self.groups)[0]
         conv.weight = nn.Parameter(weight.detach(), requires_grad=self.weight.requires_grad)
         if self.bias is not None:
             conv.bias = nn.Parameter(copied(self.bias[i]), requires_grad=self.bias.requires_grad)
@@ -283,9 +296,7 @@ class BatchEnsembleConvTranspose(nn.Module):
         conv = _CONV_TRANSPOSE[len(self.kernel_size)](
             **options, bias=self.bias is not None, device="meta", dtype=self.weight.dtype
         )
-        groups, axes = self.groups, (1,) * len(self.kernel_size)
-        r, s = self.r[i].reshape(groups, -1, 1, *axes), self.s[i].reshape(groups, 1, -1, *axes)
-        weight = (self.weight.unflatten(0, (groups, -1)) * (s * r)).flatten(0, 1)
+        weight = scaled_weights(self.weight, self.r[i : i + 1], self.s[i : i + 1], self.groups)[0]
         conv.weight = nn.Parameter(weight.detach(), requires_grad=self.weight.requires_grad)
         if self.bias is not None:
             conv.bias = nn.Parameter(copied(self.bias[i]), requires_grad=self.bias.requires_grad)

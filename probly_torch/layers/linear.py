@@ -16,8 +16,9 @@ from probly_torch._checks import (
     member_index,
     member_indices,
     seed_is_not_num_members,
+    tiled,
 )
-from probly_torch.functional import batch_ensemble_linear
+from probly_torch.functional.linear import members_linear
 from probly_torch.layers._common import copied, draw_fast_weights, draw_kernel, keep_rows
 from probly_torch.random import Rngs
 
@@ -90,7 +91,16 @@ class BatchEnsembleLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_member_rows("BatchEnsembleLinear", x.shape, self.num_members, self.in_features)
-        return batch_ensemble_linear(x, self.weight, self.r, self.s, self.bias)
+        return members_linear("BatchEnsembleLinear", x, self.weight, self.r, self.s, self.bias)
+
+    def shared_batch(self, x: Tensor) -> Tensor:
+        """Gives every member the same batch: the same as self(tile_members(x, num_members)), without the copies.
+
+        Shape:
+            x: (B, ..., in_features). Returns (E*B, ..., out_features).
+        """
+        check_member_rows("BatchEnsembleLinear", tiled(x.shape, self.num_members), self.num_members, self.in_features)
+        return members_linear("BatchEnsembleLinear", x, self.weight, self.r, self.s, self.bias, shared=True)
 
     def member(self, i: int) -> nn.Linear:
         """Member i as an ordinary Linear layer, with the weight W * s_i r_i^T and the bias b_i.
