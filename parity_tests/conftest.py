@@ -13,6 +13,7 @@ CACHE = "PARITY_TESTS_CACHE"
 
 def pytest_configure(config):
     """Tests compile many equal programs: JAX keeps them in a folder that the workers of a run share."""
+    jax.config.update("jax_num_cpu_devices", 8)  # for sharding
     if CACHE not in os.environ:
         os.environ[CACHE] = tempfile.mkdtemp()
     jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
@@ -34,3 +35,12 @@ def _comparable():
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def four_devices():
+    """A mesh of data and model, two devices each, for sharding."""
+    cpus, axis_types = jax.devices("cpu"), (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=axis_types, devices=cpus[:4])
+    with jax.default_device(cpus[0]), jax.set_mesh(mesh):
+        yield

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from parity_tests import standard
-from parity_tests.subject import run_flax, run_oracle, run_torch, with_cotangent
+from parity_tests.subject import each_run, run_flax, run_oracle, run_torch, with_cotangent
 from parity_tests.subjects import EXACT_SUBJECTS, SUBJECTS
 
 SEEDS = range(5)
@@ -21,7 +21,10 @@ COMPILED = (
     "mutual_information-3x5x4",
     "mixture_cross_entropy-3x5x4-labels1d",
 )
-by_name = {"ids": lambda subject: subject.name}
+EAGER = (*COMPILED, "Ensemble-batch_each-chunks", "split_members")
+EXACT = each_run(EXACT_SUBJECTS, [(dtype,) for dtype in DTYPES], EAGER, [("float32",)])
+BOUNDED_DTYPES = [("float32", "float64"), ("bfloat16",)]
+BOUNDED = each_run(SUBJECTS, BOUNDED_DTYPES, EAGER, BOUNDED_DTYPES)
 
 
 def exact_verdicts(subject, dtype, seed, torch_compiled=False, flax_compiled=False):
@@ -45,23 +48,19 @@ def bounded_verdicts(subject, dtypes, torch_compiled=False, flax_compiled=False,
     )
 
 
-@pytest.mark.parametrize("flax_compiled", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("subject", EXACT_SUBJECTS, **by_name)
-def test_exact(subject, dtype, flax_compiled):
+@pytest.mark.parametrize(("subject", "dtypes", "flax_compiled"), EXACT.values(), ids=EXACT)
+def test_exact(subject, dtypes, flax_compiled):
     for seed in SEEDS:
-        standard.assert_holds(exact_verdicts(subject, dtype, seed, flax_compiled=flax_compiled))
+        standard.assert_holds(exact_verdicts(subject, *dtypes, seed, flax_compiled=flax_compiled))
 
 
-@pytest.mark.parametrize("flax_compiled", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("dtypes", [("float32", "float64"), ("bfloat16",)], ids=["float32+float64", "bfloat16"])
-@pytest.mark.parametrize("subject", SUBJECTS, **by_name)
+@pytest.mark.parametrize(("subject", "dtypes", "flax_compiled"), BOUNDED.values(), ids=BOUNDED)
 def test_bounded(subject, dtypes, flax_compiled):
     standard.assert_holds(bounded_verdicts(subject, dtypes, flax_compiled=flax_compiled))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is none")
-@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.name in COMPILED], **by_name)
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.name in COMPILED], ids=lambda subject: subject.name)
 def test_compiled(subject):
     if subject.exact:
         for dtype in DTYPES:
