@@ -239,6 +239,40 @@ CASES = {
         ValueError,
         "build the model that these arrays come from.",
     ),
+    "a checkpoint": (
+        lambda f: f.package.load_arrays(network(f), {"epoch": 1, "state_dict": {}}),
+        TypeError,
+        r'load_arrays(model, checkpoint["state_dict"], rename={r"^model\.": ""}).',
+    ),
+    "arrays with a prefix": (
+        lambda f: f.package.load_arrays(
+            network(f), {f"module.{name}": array for name, array in f.package.to_arrays(network(f)).items()}
+        ),
+        ValueError,
+        r"Pass rename={'^module\\.': ''}.",
+    ),
+    "names that become one": (
+        lambda f: f.package.load_arrays(network(f), f.package.to_arrays(network(f)), rename={r"^\d": "0"}),
+        ValueError,
+        "'other'}.",
+    ),
+    "ignore that matches nothing": (
+        lambda f: f.package.load_arrays(network(f), f.package.to_arrays(network(f)), ignore="head.*"),
+        ValueError,
+        "Leave them out: ignore=[].",
+    ),
+    "flatten of no Linear layer": (
+        lambda f: f.package.to_arrays(network(f), flatten={"fc1": (64, 7, 7)}),
+        ValueError,
+        'Pass flatten={"0": (channels, height, width)}.',
+    ),
+    "float64 into float32": (
+        lambda f: f.package.load_arrays(
+            network(f), {n: a.astype("float64") for n, a in f.package.to_arrays(network(f)).items()}
+        ),
+        ValueError,
+        "pass cast=True.",
+    ),
 }
 
 

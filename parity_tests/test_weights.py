@@ -10,8 +10,6 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from flax import nnx
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import probly_flax as pf
@@ -132,9 +130,8 @@ def test_tied_weights_have_both_names_and_must_agree(tmp_path):
         net[1].weight = net[0].weight
         return net
 
-    pt.save_weights(tied(), tmp_path / "w.safetensors")
     net = tied()
-    net.load_state_dict(safetensors.torch.load_file(tmp_path / "w.safetensors"))
+    pt.save_weights(net, tmp_path / "w.safetensors")
     pt.load_weights(net, tmp_path / "w.safetensors")
     assert net[1].weight is net[0].weight
     arrays = pt.to_arrays(net)
@@ -158,8 +155,9 @@ def test_an_abstract_flax_model_is_loaded(tmp_path):
 
 
 def test_flax_names_the_parameters_it_has_no_rule_for():
-    model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.RMSNorm(4, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match=r"parameters of others: layers.1.scale"):
+    norm = nnx.LayerNorm(6, reduction_axes=(-2, -1), feature_axes=(-2, -1), rngs=nnx.Rngs(0))
+    model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), norm)
+    with pytest.raises(ValueError, match=r"parameters of others:\n  layers.1.bias of LayerNorm, over axes"):
         pf.to_arrays(model)
     dropout = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
     assert sorted(pf.to_arrays(dropout)) == ["0.bias", "0.weight"]
@@ -230,42 +228,3 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path, monk
         pt.save_weights(pair()[0], path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
-
-
-@pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"not safetensors at all", (2**40).to_bytes(8, "little")])
-def test_a_damaged_file_is_named(content, tmp_path):
-    path = tmp_path / "w.safetensors"
-    path.write_bytes(content)
-    sentences = []
-    for package, model in zip((pt, pf), pair(), strict=True):
-        with pytest.raises(ValueError, match="Write it with save_weights") as raised:
-            package.load_weights(model, path)
-        sentences.append(str(raised.value))
-    assert sentences[0] == sentences[1]
-    assert str(path) in sentences[0]
-
-
-def test_a_missing_file_is_named(tmp_path):
-    for package, model in zip((pt, pf), pair(), strict=True):
-        with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors"):
-            package.load_weights(model, tmp_path / "nowhere.safetensors")
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_a_damaged_header_loads_nothing_or_everything(data, tmp_path):
-    model = nn.Linear(3, 2)
-    path = tmp_path / "w.safetensors"
-    pt.save_weights(model, path)
-    content = bytearray(path.read_bytes())
-    header = 8 + int.from_bytes(content[:8], "little")
-    content[data.draw(st.integers(0, header - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(content[: data.draw(st.sampled_from([len(content), len(content) - 1]))])
-    target = nn.Linear(3, 2)
-    before = pt.to_arrays(target)
-    try:
-        pt.load_weights(target, path)
-    except ValueError:
-        assert all((array == before[name]).all() for name, array in pt.to_arrays(target).items())
-    else:
-        assert all((array == pt.to_arrays(model)[name]).all() for name, array in pt.to_arrays(target).items())

@@ -2,53 +2,90 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
 
-from probly_flax._checks import check_arrays, check_loaded_dtype, check_numpy, check_tied
-from probly_flax._files import read_arrays, write_arrays
-from probly_flax.ensemble import Ensemble
-from probly_flax.layers import attention, conv, embed, linear, norm
-from probly_flax.layers._common import Rule, TorchNames
+from probly_flax import _options
+from probly_flax._checks_weights import (
+    check_flatten,
+    check_flattened,
+    check_has_values,
+    check_loaded_dtype,
+    check_numpy,
+    check_tied_names,
+    check_together,
+    linear_sizes,
+    match_names,
+    read_json,
+    renamed_paths,
+    warn_not_finite,
+    weight_name,
+)
+from probly_flax._files import Arrays, Spec, cast_array, keep_once, open_arrays, specs_of, write_arrays
+from probly_flax._torch_names import torch_rules
+from probly_flax.layers._common import Rule
 
 __all__ = ["load_arrays", "load_weights", "save_weights", "to_arrays"]
 
-_NAMES: TorchNames = {
-    **attention.TORCH_NAMES,
-    **conv.TORCH_NAMES,
-    **embed.TORCH_NAMES,
-    **linear.TORCH_NAMES,
-    **norm.TORCH_NAMES,
-}
-# Attributes of a container that its twin in torch has no name for.
-_UNNAMED = {nnx.Sequential: "layers", Ensemble: "stacked"}
+Flatten = Mapping[str, Sequence[int]] | None
 
 
-def to_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
+def to_arrays(model: nnx.Module, *, flatten: Flatten = None) -> dict[str, np.ndarray]:
     """The weights of a model by the names of its twin's `state_dict`, copied.
 
+    Args:
+        model: any module with layers that torch has too, and parameters of its own.
+        flatten: `{"fc1": (64, 7, 7)}`, (channels, *spatial) of the output of a convolution that the Linear layer `fc1`
+            reads flattened. torch flattens channels first, which is the common form, and Flax channels last: the rows
+            of the kernel are put into torch's order. Leave out a layer whose inputs the network transposes itself.
+
+    Returns:
+        A new array for every name, tied parameters under each of theirs.
+
     Raises:
-        ValueError: naming every parameter that no rule covers yet. Linear and BatchEnsembleLinear have rules.
+        ValueError: if the model has no values, or flatten does not fit it; or naming every parameter that torch's layer
+            has no name for.
 
     Example:
         >>> {name: array.shape for name, array in to_arrays(nnx.Linear(3, 2, rngs=nnx.Rngs(0))).items()}
         {'weight': (2, 3), 'bias': (2,)}
     """
-    rules = _rules("to_arrays", model)
-    return {name: np.array(rule.to_torch(*(np.asarray(v[...]) for v in rule.variables))) for name, rule in rules}
+    return {name: np.array(array) for name, array in _arrays("to_arrays", model, flatten).items()}
 
 
-def load_arrays(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> None:
+def load_arrays(
+    model: nnx.Module,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    strict: bool = True,
+    rename: Mapping[str, str] | None = None,
+    ignore: str | Iterable[str] = (),
+    cast: bool = False,
+    flatten: Flatten = None,
+) -> None:
     """Copies arrays into a model, all of them or none.
 
+    Args:
+        model: whose variables are given new values; they stay the same objects. It may be abstract.
+        arrays: by torch's names, in torch's layouts. Of a tied parameter one name is enough, and `num_batches_tracked`
+            may be missing.
+        strict: whether names that only one side has are an error, which lists them. With False they stay as they were,
+            and a warning lists them. Another shape is an error in any case.
+        rename: regular expressions, and what replaces them in the names of the arrays, `{r"^module\\.": ""}`.
+        ignore: name patterns, `"head.*"`, of weights to leave as they were; of the model, or of the arrays.
+        cast: whether floating-point numbers may be converted to the model's dtype.
+        flatten: as in `to_arrays`.
+
     Raises:
+        TypeError: if these are no arrays by name.
         ValueError: listing every name that is missing or unexpected, and every other shape or dtype.
 
     Example:
@@ -57,94 +94,178 @@ def load_arrays(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> None:
         >>> bool((source.kernel[...] == target.kernel[...]).all())
         True
     """
-    _load("load_arrays", model, arrays)
+    check_numpy("load_arrays", arrays)
+    given = Arrays(specs_of(arrays), lambda name: np.asarray(arrays[name]))
+    rules = dict(_rules("load_arrays", model, flatten))
+    _load("load_arrays", rules, given, strict=strict, rename=rename, ignore=ignore, cast=cast)
 
 
-def save_weights(model: nnx.Module, path: str | os.PathLike[str]) -> None:
+def save_weights(model: nnx.Module, path: str | os.PathLike[str], *, flatten: Flatten = None) -> None:
     """Writes one safetensors file that plain torch loads, and probly_torch.load_weights.
 
-    `model.load_state_dict(safetensors.torch.load_file(path))` reads it into the twin without this library.
-    """
-    write_arrays(path, to_arrays(model))
+    Without this library, `model.load_state_dict(safetensors.torch.load_file(path))` reads it into the twin; or, if that
+    has tied weights, which are kept once, `safetensors.torch.load_model(model, path)`. Its metadata has a sha256 of the
+    bytes of all arrays, the options of the layers, such as epsilon, and `flatten`.
 
-
-def load_weights(model: nnx.Module, path: str | os.PathLike[str]) -> None:
-    """Loads a safetensors file into a model, all of it or nothing.
+    Args:
+        model: as in `to_arrays`.
+        path: of the file, which is replaced once the new one is complete.
+        flatten: as in `to_arrays`. The file records it for load_weights.
 
     Raises:
-        ValueError: if the file is damaged, or does not fit the model; it says how.
+        ValueError: if the model has no values or a dtype that safetensors has not, or flatten does not fit it; or
+            naming every parameter that torch's layer has no name for.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_weights(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), f"{folder}/linear.safetensors")
     """
-    _load(f"load_weights({os.fspath(path)!r})", model, read_arrays("load_weights", path))
+    rules = dict(_rules("save_weights", model, flatten))
+    sizes = {path: [int(size) for size in shape] for path, shape in (flatten or {}).items()}
+    recorded = {"flatten": sizes, "options": _options.layer_options(model)}
+    kept, tied = keep_once(_arrays("save_weights", model, flatten), _identities(rules))
+    write_arrays(path, kept, {key: json.dumps(value) for key, value in recorded.items() if value} | tied)
 
 
-def _load(what: str, model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> None:
-    rules = dict(_rules(what, model))
-    check_numpy(what, arrays)
-    expected = {name: _in_torch(rule) for name, rule in rules.items()}
-    check_arrays(what, expected, {name: (a.shape, a.dtype.name) for name, a in arrays.items()})
-    check_tied(what, {name: tuple(map(id, rule.variables)) or name for name, rule in rules.items()}, arrays)
-    values: list[tuple[nnx.Variable, Array]] = []
-    for name, rule in rules.items():
-        for variable, array in zip(rule.variables, rule.from_torch(np.asarray(arrays[name])), strict=True):
-            values.append((variable, jnp.array(array)))
-            check_loaded_dtype(what, name, variable.dtype.name, values[-1][1].dtype.name)
-    for variable, value in values:
-        old = variable.get_value()
-        # Only then: a jitted step would compile again for arrays that are tied to a device.
-        placed = isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer) and old.committed
-        variable.set_value(jax.device_put(value, old.sharding) if placed else value)
+def load_weights(
+    model: nnx.Module,
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    rename: Mapping[str, str] | None = None,
+    ignore: str | Iterable[str] = (),
+    cast: bool = False,
+    flatten: Flatten = None,
+    check_options: bool = True,
+) -> None:
+    """Loads a safetensors file into a model, all of it or nothing. Nothing is unpickled.
+
+    The file is read twice, first to check all of it, and array by array: beside the model, memory is needed for a few
+    copies of one of its arrays; unless the allocator keeps what the old arrays give back, which an abstract model,
+    `nnx.eval_shape(lambda: Network(rngs=nnx.Rngs(0)))`, has not. Values that are NaN or infinite are loaded with a
+    warning.
+
+    Args:
+        model: whose variables are given new values; they stay the same objects. It may be abstract.
+        path: of a file by `save_weights` of either package, or of any other safetensors file with torch's names.
+        strict: as in `load_arrays`.
+        rename: as in `load_arrays`.
+        ignore: as in `load_arrays`.
+        cast: as in `load_arrays`.
+        flatten: as in `to_arrays`; None stands for what the file records, and {} for no layer.
+        check_options: whether options that the file records, such as epsilon, are compared with the model's.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, or does not fit the model; it says how. Or if it comes from a network that
+            flattens a convolution, and flatten does not say its shape.
+
+    Example:
+        >>> import tempfile
+        >>> source, target = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.Linear(3, 2, rngs=nnx.Rngs(1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_weights(source, f"{folder}/linear.safetensors")
+        ...     load_weights(target, f"{folder}/linear.safetensors")
+        >>> bool((source.kernel[...] == target.kernel[...]).all())
+        True
+    """
+    what = f"load_weights({os.fspath(path)!r})"
+    with open_arrays("load_weights", path) as arrays:
+        options = renamed_paths(what, read_json(what, arrays.metadata, "options"), rename, ignore)
+        if check_options:
+            _options.check_options(what, model, options)
+        rules = dict(_rules(what, model))
+        if flatten is None:
+            recorded = renamed_paths(what, read_json(what, arrays.metadata, "flatten"), rename, ignore)
+            flatten = {path: shape for path, shape in recorded.items() if weight_name(path) in rules} or None
+        rules = dict(_rules(what, model, flatten))
+        if flatten != {}:
+            check_flattened(what, options, flatten or {}, _linear_sizes(model, rules))
+        _load(what, rules, arrays, strict=strict, rename=rename, ignore=ignore, cast=cast)
 
 
-def _rules(what: str, model: nnx.Module) -> Iterator[tuple[str, Rule]]:
-    """Every weight under every name it has in torch; a layer used twice has two."""
-    named = list(_walk(model, ""))
-    covered = {id(variable) for _, rule in named for variable in rule.variables}
-    missed = [
-        ".".join(map(str, path))
-        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState)))
-        if id(variable) not in covered
-    ]
-    if missed:
-        raise ValueError(
-            f"{what} expects layers whose names and layouts in torch it knows ({', '.join(t.__name__ for t in _NAMES)})"
-            f"; got parameters of others: {', '.join(missed)}. Convert the layers it knows: {what}(model.linear)."
-        )
-    yield from named
+def _load(what: str, rules: Mapping[str, Rule], arrays: Arrays, **options: Any) -> None:
+    expected = {name: _spec(rule) for name, rule in rules.items()}
+    identities = _identities(rules)
+    dtypes = {name: rule.dtypes for name, rule in rules.items()}
+    names = match_names(what, expected, arrays.specs, identities, dtypes, **options)
+    names = {here: arrays.tied.get(there, there) for here, there in names.items()}
+    check_tied_names(what, names, identities, arrays)
+    given = {here: arrays.specs[there].dtype for here, there in names.items()}
+    final = {here: dtype if dtype in dtypes[here] else expected[here].dtype for here, dtype in given.items()}
+    for here, dtype in final.items():
+        if rules[here].variables:
+            check_loaded_dtype(what, here, dtype, jnp.array(np.zeros((), dtype)).dtype.name)
+        check_together(what, here, [name for name in rules[here].also if name not in names])
+
+    def parts(here: str) -> Sequence[np.ndarray]:
+        of_torch = [cast_array(arrays[names[name]], final[name]) for name in (here, *rules[here].also)]
+        return rules[here].from_torch(*of_torch)
+
+    for here in names:
+        if rules[here].also:  # such a rule may refuse what it reads
+            parts(here)
+    warn_not_finite(what, arrays.not_finite({there: final[here] for here, there in names.items()}))
+    for here in names:
+        for variable, array in zip(rules[here].variables, parts(here), strict=True):
+            kept = None if rules[here].dtypes else variable.dtype
+            value = jnp.asarray(array, kept) if arrays.fresh else jnp.array(array, kept)
+            old = variable.get_value()
+            # Only then: a jitted step would compile again for arrays that are tied to a device.
+            placed = isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer) and old.committed
+            variable.set_value(jax.device_put(value, old.sharding) if placed else value)
 
 
-def _walk(module: nnx.Module, prefix: str) -> Iterator[tuple[str, Rule]]:
-    names = _of_type(_NAMES, module) or {}
-    if callable(names):
-        yield from ((prefix + name, rule) for name, rule in names(module).items())
-        names = {}
-    for attribute, value in vars(module).items():
-        if isinstance(value, nnx.Variable) and attribute in names:
-            name, axes = names[attribute]
-            yield prefix + name, _permuted(value, None if axes is None else axes(module))
-        elif isinstance(value, nnx.Module):
-            unnamed = _of_type(_UNNAMED, module) == attribute
-            yield from _walk(value, prefix if unnamed else f"{prefix}{attribute}.")
-
-
-def _in_torch(rule: Rule) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype, without the values."""
-    array = rule.to_torch(*(np.broadcast_to(np.int8(0), variable.shape) for variable in rule.variables))
-    return array.shape, rule.variables[0].dtype.name if rule.variables else array.dtype.name
-
-
-def _permuted(variable: nnx.Variable, axes: tuple[int, ...] | None) -> Rule:
-    """Axes in front of those that are named, such as that of the members, stay first."""
-    if axes is None:
-        return Rule((variable,), lambda array: array, lambda array: [array])
-    rank = len(variable.shape)
-    order = (*range(rank - len(axes)), *(rank - abs(axis) for axis in axes))
-    flipped = tuple(rank - axis for axis in axes if axis > 0)
-    return Rule(
-        (variable,),
-        lambda array: np.ascontiguousarray(np.flip(array, flipped).transpose(order)),
-        lambda array: [np.ascontiguousarray(np.flip(array.transpose(np.argsort(order)), flipped))],
+def _arrays(what: str, model: nnx.Module, flatten: Flatten) -> Arrays:
+    rules = dict(_rules(what, model, flatten))
+    values = {name: [variable.get_value() for variable in rule.variables] for name, rule in rules.items()}
+    abstract = [name for name, own in values.items() if any(isinstance(v, jax.ShapeDtypeStruct) for v in own)]
+    check_has_values(what, abstract)
+    return Arrays(
+        {name: _spec(rule) for name, rule in rules.items()},
+        lambda name: np.asarray(rules[name].to_torch(*map(np.asarray, values[name]))),
     )
 
 
-def _of_type(table: Mapping[Any, Any], module: nnx.Module) -> Any:
-    return next((table[layer_type] for layer_type in type(module).__mro__ if layer_type in table), None)
+def _rules(what: str, model: nnx.Module, flatten: Flatten = None) -> Iterator[tuple[str, Rule]]:
+    """Every weight under every name it has in torch; a layer used twice has two."""
+    rules = dict(torch_rules(what, model))
+    for path, shape in check_flatten(what, flatten or {}, _linear_sizes(model, rules)).items():
+        prefix = f"{path}." if path else ""
+        for name in (f"{prefix}weight", f"{prefix}r", f"{prefix.removesuffix('base_layer.')}lora_A.default.weight"):
+            if name in rules:
+                rules[name] = _flattened(rules[name], shape)
+    yield from rules.items()
+
+
+def _linear_sizes(model: nnx.Module, rules: Mapping[str, Rule]) -> dict[str, int]:
+    return linear_sizes(_options.layer_options(model), {name: _spec(rule).shape for name, rule in rules.items()})
+
+
+def _flattened(rule: Rule, shape: Sequence[int]) -> Rule:
+    """The last axis in torch runs over (channels, *spatial), in Flax over (*spatial, channels)."""
+    channels, *spatial = shape
+    first = -1 - len(spatial)
+
+    def to_torch(*arrays: np.ndarray) -> np.ndarray:
+        array = rule.to_torch(*arrays)
+        return np.moveaxis(array.reshape(*array.shape[:-1], *spatial, channels), -1, first).reshape(array.shape)
+
+    def from_torch(array: np.ndarray, *also: np.ndarray) -> Sequence[np.ndarray]:
+        shaped = array.reshape(*array.shape[:-1], channels, *spatial)
+        return rule.from_torch(np.moveaxis(shaped, first, -1).reshape(array.shape), *also)
+
+    return rule._replace(to_torch=to_torch, from_torch=from_torch)
+
+
+def _identities(rules: Mapping[str, Rule]) -> dict[str, Any]:
+    """Equal for the names of one parameter, and for them only."""
+    return {name: tuple(map(id, rule.variables)) or name for name, rule in rules.items()}
+
+
+def _spec(rule: Rule) -> Spec:
+    """Shape and dtype, without the values."""
+    array = rule.to_torch(*(np.broadcast_to(np.int8(0), variable.shape) for variable in rule.variables))
+    dtypes = rule.dtypes[:1] or [variable.dtype.name for variable in rule.variables] or [array.dtype.name]
+    return Spec(array.shape, np.dtype(reduce(np.promote_types, dtypes)).name)

@@ -2,34 +2,87 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from probly_torch._checks import check_arrays, check_materialized, check_numpy, check_tied
-from probly_torch._files import read_arrays, write_arrays
+from probly_torch import _options
+from probly_torch._checks import check_initialized
+from probly_torch._checks_weights import (
+    check_flatten,
+    check_materialized,
+    check_numpy,
+    check_tied_names,
+    linear_sizes,
+    match_names,
+    read_json,
+    renamed_paths,
+    warn_not_finite,
+)
+from probly_torch._files import Arrays, Spec, cast_array, keep_once, open_arrays, specs_of, write_arrays
 
 __all__ = ["load_arrays", "load_weights", "save_weights", "to_arrays"]
 
+Flatten = Mapping[str, Sequence[int]] | None
 
-def to_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+
+def to_arrays(model: nn.Module, *, flatten: Flatten = None) -> dict[str, np.ndarray]:
     """The weights of a model by their `state_dict` names, copied.
+
+    Entries of the state_dict that are no tensors, such as extra states, are not weights.
+
+    Args:
+        model: any module that has memory, on any device.
+        flatten: `{"fc1": (64, 7, 7)}`, (channels, *spatial) of the output of a convolution that the Linear layer `fc1`
+            reads flattened. Here it is only checked: what torch flattens, channels first, is the common form.
+
+    Returns:
+        A new array for every name, tied tensors under each of theirs.
+
+    Raises:
+        ValueError: if the model has no memory, or flatten does not fit it.
 
     Example:
         >>> {name: array.shape for name, array in to_arrays(nn.Linear(3, 2)).items()}
         {'weight': (2, 3), 'bias': (2,)}
     """
-    return {name: _to_numpy(tensor) for name, tensor in _tensors(model).items()}
+    tensors = _tensors("to_arrays", model)
+    _flatten("to_arrays", model, tensors, flatten)
+    return {name: _view(tensor).copy() for name, tensor in tensors.items()}
 
 
-def load_arrays(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+def load_arrays(
+    model: nn.Module,
+    arrays: Mapping[str, np.ndarray | Tensor],
+    *,
+    strict: bool = True,
+    rename: Mapping[str, str] | None = None,
+    ignore: str | Iterable[str] = (),
+    cast: bool = False,
+    flatten: Flatten = None,
+) -> None:
     """Copies arrays into a model, all of them or none.
 
+    Args:
+        model: whose parameters and buffers are overwritten; they stay the same objects.
+        arrays: by torch's names, in torch's layouts, as NumPy arrays or tensors. Of a tied tensor one name is enough,
+            and `num_batches_tracked` may be missing.
+        strict: whether names that only one side has are an error, which lists them. With False they stay as they were,
+            and a warning lists them. Another shape is an error in any case.
+        rename: regular expressions, and what replaces them in the names of the arrays, `{r"^module\\.": ""}`.
+        ignore: name patterns, `"head.*"`, of weights to leave as they were; of the model, or of the arrays.
+        cast: whether floating-point numbers may be converted to the model's dtype.
+        flatten: as in `to_arrays`.
+
     Raises:
+        TypeError: if these are no arrays by name.
         ValueError: listing every name that is missing or unexpected, and every other shape or dtype.
 
     Example:
@@ -38,51 +91,146 @@ def load_arrays(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
         >>> torch.equal(source.weight, target.weight)
         True
     """
-    _load("load_arrays", model, arrays)
+    found: Any = arrays
+    if isinstance(arrays, Mapping):
+        found = {name: _view(array) if isinstance(array, Tensor) else array for name, array in arrays.items()}
+    check_numpy("load_arrays", found)
+    given = Arrays(specs_of(found), lambda name: np.asarray(found[name]))
+    _load("load_arrays", model, given, flatten, strict=strict, rename=rename, ignore=ignore, cast=cast)
 
 
-def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_weights(model: nn.Module, path: str | os.PathLike[str], *, flatten: Flatten = None) -> None:
     """Writes one safetensors file that plain torch loads too, and probly_flax.load_weights.
 
-    `model.load_state_dict(safetensors.torch.load_file(path))` reads it without this library.
-    """
-    write_arrays(path, to_arrays(model))
+    Without this library, `model.load_state_dict(safetensors.torch.load_file(path))` reads it; or, if the model has tied
+    weights, which are kept once, `safetensors.torch.load_model(model, path)`. Its metadata has a sha256 of the bytes of
+    all tensors, the options of the layers, such as epsilon, and `flatten`.
 
-
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Loads a safetensors file into a model, all of it or nothing.
+    Args:
+        model: any module that has memory, on any device.
+        path: of the file, which is replaced once the new one is complete.
+        flatten: as in `to_arrays`. The file records it for probly_flax.load_weights, which needs it.
 
     Raises:
-        ValueError: if the file is damaged, or does not fit the model; it says how.
+        ValueError: if the model has no memory or a dtype that safetensors has not, or flatten does not fit it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_weights(nn.Linear(3, 2), f"{folder}/linear.safetensors")
     """
-    _load(f"load_weights({os.fspath(path)!r})", model, read_arrays("load_weights", path))
+    tensors = _tensors("save_weights", model)
+    recorded = {
+        "flatten": _flatten("save_weights", model, tensors, flatten),
+        "options": _options.layer_options(model),
+    }
+    arrays = Arrays({name: _spec(tensor) for name, tensor in tensors.items()}, lambda name: _view(tensors[name]))
+    kept, tied = keep_once(arrays, _identities(tensors))
+    write_arrays(path, kept, {key: json.dumps(value) for key, value in recorded.items() if value} | tied)
 
 
-def _load(what: str, model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
-    tensors = _tensors(model)
-    expected = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
-    check_materialized(what, [name for name, t in tensors.items() if t.is_meta])
-    check_numpy(what, arrays)
-    check_arrays(what, expected, {name: (a.shape, a.dtype.name) for name, a in arrays.items()})
-    check_tied(what, {name: (t.data_ptr(), t.shape) for name, t in tensors.items()}, arrays)
+def load_weights(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    rename: Mapping[str, str] | None = None,
+    ignore: str | Iterable[str] = (),
+    cast: bool = False,
+    flatten: Flatten = None,
+    check_options: bool = True,
+) -> None:
+    """Loads a safetensors file into a model, all of it or nothing. Nothing is unpickled.
+
+    The file is read twice, first to check all of it, and array by array: beside the model, memory is needed for one of
+    its tensors. Values that are NaN or infinite are loaded with a warning.
+
+    Args:
+        model: whose parameters and buffers are overwritten; they stay the same objects.
+        path: of a file by `save_weights` of either package, or of any other safetensors file with torch's names.
+        strict: as in `load_arrays`.
+        rename: as in `load_arrays`.
+        ignore: as in `load_arrays`.
+        cast: as in `load_arrays`.
+        flatten: as in `to_arrays`.
+        check_options: whether options that the file records, such as epsilon, are compared with the model's.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, or does not fit the model; it says how.
+
+    Example:
+        >>> import tempfile
+        >>> source, target = nn.Linear(3, 2), nn.Linear(3, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_weights(source, f"{folder}/linear.safetensors")
+        ...     load_weights(target, f"{folder}/linear.safetensors")
+        >>> torch.equal(source.weight, target.weight)
+        True
+    """
+    what = f"load_weights({os.fspath(path)!r})"
+    with open_arrays("load_weights", path) as arrays:
+        if check_options:
+            recorded = renamed_paths(what, read_json(what, arrays.metadata, "options"), rename, ignore)
+            _options.check_options(what, model, recorded)
+        _load(what, model, arrays, flatten, strict=strict, rename=rename, ignore=ignore, cast=cast)
+
+
+def _load(what: str, model: nn.Module, arrays: Arrays, flatten: Flatten, **options: Any) -> None:
+    tensors = _tensors(what, model)
+    _flatten(what, model, tensors, flatten)
+    expected = {name: _spec(tensor) for name, tensor in tensors.items()}
+    identities = _identities(tensors)
+    names = match_names(what, expected, arrays.specs, identities, {}, **options)
+    names = {here: arrays.tied.get(there, there) for here, there in names.items()}
+    check_tied_names(what, names, identities, arrays)
+    warn_not_finite(what, arrays.not_finite({there: expected[here].dtype for here, there in names.items()}))
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(_to_tensor(arrays[name]))
+        for here, there in names.items():
+            tensors[here].copy_(_as_tensor(cast_array(arrays[there], expected[here].dtype)))
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+def _tensors(what: str, model: nn.Module) -> dict[str, Tensor]:
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    check_initialized(what, [name for name, tensor in tensors.items() if is_lazy(tensor)])
+    check_materialized(what, [name for name, tensor in tensors.items() if tensor.is_meta])
+    return tensors
 
 
-def _to_numpy(tensor: Tensor) -> np.ndarray:
+def _identities(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Equal for the names of one tensor, and for them only."""
+    return {
+        name: (t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) if t.numel() else name
+        for name, t in tensors.items()
+    }
+
+
+def _flatten(what: str, model: nn.Module, tensors: Mapping[str, Tensor], flatten: Flatten) -> dict[str, Any]:
+    """Of each Linear layer, which are known by the options that are recorded for them."""
+    if flatten is None:
+        return {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return check_flatten(what, flatten, linear_sizes(_options.layer_options(model), shapes))
+
+
+def _spec(tensor: Tensor) -> Spec:
+    return Spec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+
+def _view(tensor: Tensor) -> np.ndarray:
+    """The tensor's own memory where NumPy can have it."""
     tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:  # which torch does not hand to NumPy
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
-    return tensor.numpy().copy()
+    name = str(tensor.dtype).removeprefix("torch.")
+    if hasattr(ml_dtypes, name):  # which torch does not hand to NumPy
+        integers = {1: torch.uint8, 2: torch.int16}[tensor.element_size()]
+        return tensor.view(integers).numpy().view(name)
+    return tensor.numpy()
 
 
-def _to_tensor(array: np.ndarray) -> Tensor:
-    array = np.asarray(array, order="C")
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
+def _as_tensor(array: np.ndarray) -> Tensor:
+    """The array's own memory, if torch can have it."""
+    array = np.require(array, requirements=["C", "W"])
+    if hasattr(ml_dtypes, array.dtype.name):
+        integers = {1: np.uint8, 2: np.int16}[array.itemsize]
+        return torch.from_numpy(array.view(integers)).view(getattr(torch, array.dtype.name))
+    return torch.from_numpy(array)

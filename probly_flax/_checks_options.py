@@ -1,0 +1,236 @@
+"""What a layer computes beside its weights: the options that travel with them, and how they are compared.
+
+The same file, byte for byte, in probly_torch and probly_flax, as _checks.py is.
+
+The options of a model are `{path: {"kind": ..., option: value, ...}}`, by the layer's path in torch. Kinds, options and
+values are torch's, so that both packages mean the same by them, and those of the table KINDS below; values are numbers,
+strings, booleans, None and lists. Where torch has no word, or two for one thing:
+
+- `padding` is a [low, high] pair for each axis, of the input for a convolution (what output_padding adds is taken from
+  the high side of a transposed one), or "same" where the stride makes it depend on the size of the input;
+- `momentum` is the weight of the new statistics;
+- `weight` and `bias` of a normalisation say which of them it has; `axes` are those that it normalises, from the last;
+- `gate` and `nonlinearity` of a recurrent layer are the functions of its gates and of its state;
+- `flatten_channels` of a Linear is the number of channels of the convolution whose flattened output it reads;
+- `num_members` is in the options of a BatchEnsemble layer, which has the kind of the layer that it was made of.
+
+Rates of dropout, dtypes, initialisation and all else that leaves the function in eval mode as it is are no options.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Options = Mapping[str, Any]
+Check = Callable[[Any], bool]
+
+
+class Text(str):
+    """A value that is shown as code, without quotes."""
+
+    __repr__ = str.__str__
+
+
+class Missing(Text):
+    """A value that the package has no argument for."""
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:  # finite, and small enough to be shown
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
+
+
+def _integer(value: Any) -> bool:
+    return isinstance(value, int) and _number(value)
+
+
+def _list_of(check: Check, length: int | None = None) -> Check:
+    lengths = range(1, 9) if length is None else (length,)
+    return lambda value: isinstance(value, list) and len(value) in lengths and all(map(check, value))
+
+
+def _one_of(*words: str | None) -> Check:
+    return lambda value: (value is None or isinstance(value, str)) and value in words
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _conv(rank: int) -> dict[str, Check]:
+    pairs, same = _list_of(_list_of(_integer, 2), rank), _one_of("same")
+    return {
+        **dict.fromkeys(("kernel_size", "stride", "dilation"), _list_of(_integer, rank)),
+        "padding": lambda value: same(value) or pairs(value),
+        "padding_mode": _one_of("zeros", "circular", "reflect", "replicate"),
+        "groups": _integer,
+        "bias": _flag,
+    }
+
+
+_NORM: dict[str, Check] = {"eps": _number, "weight": _flag, "bias": _flag}
+_STATISTICS: dict[str, Check] = {**_NORM, "momentum": _or_none(_number), "track_running_stats": _flag}
+_CELL: dict[str, Check] = {
+    "bias": _flag,
+    "nonlinearity": _one_of("tanh", "relu", "sigmoid"),
+    "residual": _flag,
+}
+_GATED = {**_CELL, "gate": _one_of("tanh", "relu", "sigmoid")}
+_SEQUENCE: dict[str, Check] = {
+    **dict.fromkeys(("num_layers", "proj_size"), _integer),
+    **dict.fromkeys(("bidirectional", "batch_first", "reverse"), _flag),
+}
+KINDS: dict[str, dict[str, Check]] = {
+    "Linear": {"bias": _flag, "flatten_channels": _integer},
+    **{f"Conv{n}d": _conv(n) | {"input_dilation": _list_of(_integer, n)} for n in (1, 2, 3)},
+    **{f"ConvTranspose{n}d": _conv(n) for n in (1, 2, 3)},
+    "Embedding": {
+        "padding_idx": _or_none(_integer),
+        "max_norm": _or_none(_number),
+        "norm_type": _number,
+    },
+    "BatchNorm": _STATISTICS,
+    "InstanceNorm": _STATISTICS,
+    "LayerNorm": _NORM | {"axes": _list_of(_integer)},
+    "RMSNorm": {"eps": _number, "weight": _flag, "axes": _list_of(_integer)},
+    "GroupNorm": _NORM | {"num_groups": _integer},
+    "MultiheadAttention": {
+        "num_heads": _integer,
+        **dict.fromkeys(("batch_first", "bias", "add_bias_kv", "add_zero_attn"), _flag),
+    },
+    **dict.fromkeys(("LSTMCell", "GRUCell"), _GATED),
+    **dict.fromkeys(("LSTM", "GRU"), _GATED | _SEQUENCE),
+    "RNNCell": _CELL,
+    "RNN": _CELL | _SEQUENCE,
+    "PReLU": {},
+    "GELU": {"approximate": _one_of("none", "tanh")},
+    "LeakyReLU": {"negative_slope": _number},
+    "ELU": {"alpha": _number},
+    "CELU": {"alpha": _number},
+    "Softplus": {"beta": _number},
+    "Hardtanh": {"min_val": _number, "max_val": _number},
+    **{
+        kind: {}
+        for kind in (
+            *("ReLU", "ReLU6", "SiLU", "Mish", "SELU", "Sigmoid", "LogSigmoid", "Tanh", "Softsign", "Hardswish"),
+            *("Hardsigmoid", "Softmax", "LogSoftmax", "GLU"),
+        )
+    },
+}
+
+
+def same_padding(kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[list[int]] | str:
+    """The pairs that keep the size, which strides make depend on it."""
+    extents = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+    if any(extent and s > 1 for extent, s in zip(extents, stride, strict=True)):
+        return "same"
+    return [[extent // 2, extent - extent // 2] for extent in extents]
+
+
+def known_options(kind: str, options: Options) -> dict[str, Any]:
+    """The options of one layer of this package, as a file can hold them, without those that it cannot."""
+    plain = {name: _plain(value) for name, value in options.items() if name in _checks(kind)}
+    return {"kind": kind, **{name: value for name, value in plain.items() if _checks(kind)[name](value)}}
+
+
+def check_same_options(
+    what: str,
+    own: Mapping[str, Options],
+    recorded: Any,
+    arguments: Callable[[str, Options], Mapping[str, Any]],
+    advice: Callable[[str, Mapping[str, Any]], str],
+) -> None:
+    """Compares the options of the layers that a model and a file both have, in the words of the package.
+
+    `arguments(kind, options)` are those that make such a layer, and `advice(kind, arguments)` is the code that passes
+    them. What the file says is untrusted: it is shown, cut short, and compared, and nothing else.
+    """
+    lines = []
+    if not isinstance(recorded, Mapping):
+        raise ValueError(
+            f"{what} expects recorded options to be {{path: {{option: value}}}}; got {_cut(recorded)}. "
+            f"To load the weights without them, pass check_options=False."
+        )
+    for path, here in own.items():
+        there = recorded.get(path)
+        if isinstance(there, Mapping):
+            lines += [f"{path or '(root)'}: {line}" for line in _differences(here, there, arguments, advice)]
+        elif there is not None:
+            lines.append(f"{path or '(root)'}: {_cut(there)} in the file, which is no table of options")
+    if lines:
+        listed = "\n  ".join(lines)
+        raise ValueError(
+            f"{what} expects layers with the options that the file's had; got {len(lines)} that differ:\n  {listed}\n"
+            f"Pass these arguments, or load the weights all the same: check_options=False."
+        )
+
+
+def _differences(
+    here: Options,
+    there: Options,
+    arguments: Callable[[str, Options], Mapping[str, Any]],
+    advice: Callable[[str, Mapping[str, Any]], str],
+) -> list[str]:
+    kind = there.get("kind", here["kind"])
+    if not isinstance(kind, str) or kind not in KINDS:
+        return []
+    checks = _checks(kind)
+    named = {name: value for name, value in there.items() if isinstance(name, str) and name in checks}
+    given = {name: value for name, value in named.items() if checks[name](value)}
+    lines = [
+        f"{name} {_cut(value)} in the file, which no {kind} can have"
+        for name, value in named.items()
+        if name not in given
+    ]
+    if kind != here["kind"]:
+        rank = {name: tuple(given[name]) for name in ("kernel_size",) if name in given}
+        return [*lines, f"{here['kind']} here, {kind} in the file; {advice(kind, rank)}"]
+    both = {name: value for name, value in given.items() if name in here}
+    ours, theirs = arguments(kind, here), arguments(kind, {**here, **both})
+    if "num_members" in both and both["num_members"] != here["num_members"]:
+        members = both["num_members"]
+        lines.append(
+            f"num_members {here['num_members']} here, {members} in the file; batchensemble(..., num_members={members})"
+        )
+    return lines + [
+        f"{name} {ours[name]!r} here, {theirs[name]!r} in the file; {advice(kind, {name: theirs[name]})}"
+        for name in ours
+        if name in theirs and not _equal(ours[name], theirs[name])
+    ]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    numbers = _number(a) and _number(b)
+    return math.isclose(a, b, rel_tol=1e-9) if numbers else bool(a == b)  # decimals that went through a subtraction
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and sequences of any framework as Python's own."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    for number in (operator.index, float):
+        try:
+            return number(value)
+        except (TypeError, ValueError):
+            continue
+    return value
+
+
+def _cut(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return type(value).__name__
+
+
+def _checks(kind: str) -> dict[str, Check]:
+    return KINDS[kind] | {"num_members": _integer}
