@@ -190,6 +190,13 @@ def test_convolutions_of_many_activations_run_member_by_member(num_members, rows
     assert_close(y, np.asarray(function(*arguments)).swapaxes(1, 2), "float64")
     per_row = vmap(lambda x: getattr(pt.functional, name)(x, *leaves[1:]))(leaves[0][None])[0]
     assert_close(y, per_row, "float64")
+    batch, tiled = x[:rows], pf.functional.tile_members(x[:rows], num_members)
+    shared = getattr(pt.functional, name)(leaves[0][:rows], *leaves[1:], shared=True)
+    assert_close(shared, getattr(pt.functional, name)(torch.from_numpy(np.array(tiled)), *leaves[1:]), "float64")
+    arguments = arguments[1:]
+    assert_close(
+        function(batch.swapaxes(1, 2), *arguments, shared=True), function(tiled.swapaxes(1, 2), *arguments), "float64"
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 40])

@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_blocks_run_in_order(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for i, block in enumerate(blocks):
         (tmp_path / f"block_{i}.py").write_text(block)
         run = subprocess.run(

@@ -207,7 +207,7 @@ def _load(what: str, rules: Mapping[str, Rule], arrays: Arrays, **options: Any) 
         if rules[here].also:  # such a rule may refuse what it reads
             parts(here)
     warn_not_finite(what, arrays.not_finite({there: final[here] for here, there in names.items()}))
-    for here in names:
+    for here in reversed(list(names)):  # where the C library gives freed memory back: at the end of its heap
         for variable, array in zip(rules[here].variables, parts(here), strict=True):
             kept = None if rules[here].dtypes else variable.dtype
             value = jnp.asarray(array, kept) if arrays.fresh else jnp.array(array, kept)

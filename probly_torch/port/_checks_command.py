@@ -1,0 +1,128 @@
+"""What the command lines of porting share: models by name, the folder that is written, and what is said when it fails.
+
+The same file, byte for byte, in probly_torch and probly_flax; it imports no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import shutil
+import sys
+from argparse import ArgumentTypeError
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import reduce
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from .._checks import type_name
+
+
+def name_of_model(text: str) -> tuple[str, str]:
+    """An argument MODULE:NAME, in its two parts."""
+    module, _, name = text.partition(":")
+    if not all(part.isidentifier() for path in (module, name) for part in path.split(".")):
+        raise ArgumentTypeError(f"expects MODULE:NAME; got {text!r}. Pass mypkg.model:build.")
+    return module, name
+
+
+def build(what: str, module: str, name: str, kind: type, **options: tuple[Any, str]) -> tuple[Any, str]:
+    """The model that a function or class makes, or that has this name, and the expression for it.
+
+    A function is given those of the options, values and their source, that it has arguments for. Errors of the module
+    and of the function are left as they are: their traceback names the line.
+    """
+    found = _find(what, module, name)
+    if isinstance(found, kind):
+        return found, name
+    if not callable(found):
+        raise ArgumentTypeError(
+            f"{what} expects a function or class that makes a {kind.__module__.partition('.')[0]} module; got "
+            f"{module}:{name}, which is {type_name(found)}. Write one: def build(): return Network(...)."
+        )
+    parameters = _parameters(found)
+    asked = [p.name for p in parameters if p.name in options]
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    other = [argument for argument in needed if argument not in options]
+    if other:
+        call = f"{name}({', '.join(f'{argument}=...' for argument in needed)})"
+        takes = f"no arguments but {', '.join(options)}" if options else "no arguments"
+        raise ArgumentTypeError(
+            f"{what} expects a function or class that takes {takes}; got {module}:{name}, which needs "
+            f"{', '.join(other)}. Write one: def build(): return {call}."
+        )
+    model = found(**{argument: options[argument][0] for argument in asked})
+    if not isinstance(model, kind):
+        raise ArgumentTypeError(
+            f"{what} expects a function that returns a {kind.__module__.partition('.')[0]} module; got "
+            f"{module}:{name}, which returns {type_name(model)}. Let it return the model."
+        )
+    return model, f"{name}({', '.join(f'{argument}={options[argument][1]}' for argument in asked)})"
+
+
+def check_new(path: Path) -> None:
+    """A folder that has something in it is not written to."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ArgumentTypeError(
+            f"--out expects a folder that is not there yet, since nothing is overwritten; got {path}. Remove it, or "
+            f"pass another: --out {path}_2."
+        )
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A path to make a folder at, which is moved into place once all of it is there; or nothing is left."""
+    path = path.absolute()
+    parent = next(folder for folder in path.parents if folder.is_dir())
+    temporary = parent / f".{uuid4().hex}"
+    temporary.mkdir()
+    try:
+        yield temporary / path.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary / path.name, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def fail(error: Exception, spellings: Mapping[str, str]) -> int:
+    """Says on stderr what went wrong, and how the options that this names are spelled here; returns the exit status."""
+    spelled = [f"{option} is {here}" for option, here in spellings.items() if option.split("=")[0] in str(error)]
+    note = f"As options of this command: {'; '.join(spelled)}."
+    print("\n".join([f"error: {error}", *([note] if spelled else [])]), file=sys.stderr)
+    return 1
+
+
+def _find(what: str, module: str, name: str) -> Any:
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):  # one that the module itself imports
+            raise
+        raise ArgumentTypeError(
+            f"{what} expects a module that can be imported; got {module}: {error}. Run the command in the folder that "
+            f"holds {module.partition('.')[0]}, or install it."
+        ) from None
+    try:
+        return reduce(getattr, name.split("."), found)
+    except AttributeError as error:
+        raise ArgumentTypeError(
+            f"{what} expects the name of a function, class or model in {module}; got {name!r}: {error}. It has: "
+            f"{', '.join(_functions(found)) or 'none'}."
+        ) from None
+
+
+def _parameters(function: Any) -> list[inspect.Parameter]:
+    is_class = inspect.isclass(function)  # whose own signature may be that of its metaclass
+    try:
+        return list(inspect.signature(function.__init__ if is_class else function).parameters.values())[is_class:]
+    except ValueError:  # of some that are not written in Python
+        return []
+
+
+def _functions(module: Any) -> list[str]:
+    """What a module defines itself, at most 20."""
+    own = (n for n, item in vars(module).items() if getattr(item, "__module__", None) == module.__name__)
+    return [name for name in own if not name.startswith("_")][:20]
