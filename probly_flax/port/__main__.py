@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import warnings
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +17,11 @@ from flax import nnx
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from probly_flax._checks_weights import check_has_values
 from probly_flax._torch_names import torch_rules
-from probly_flax.port._checks_command import build, check_new, fail, name_of_model, new_folder
+from probly_flax.port._checks_command import build, check_new, fail, name_of_model, new_folder, plain_warnings, steps
 from probly_flax.weights import load_weights
 
 MAX_ROWS = 40
@@ -72,19 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax describes how it works
     try:
-        with new_folder(args.out) as folder, _progress() as progress:
-            task = progress.add_task("Reading the weights", total=4)
+        with new_folder(args.out) as folder, steps("Reading the weights", "Writing", "Restoring") as go_on:
             rows = _load(model, args)
             state = nnx.state(model, nnx.Not(nnx.RngState))
             values = {".".join(map(str, path)): value.get_value() for path, value in nnx.to_flat_state(state)}
             check_has_values("port", [path for path, v in values.items() if isinstance(v, jax.ShapeDtypeStruct)])
-            progress.update(task, advance=2, description="Writing the checkpoint")  # the file was read twice
+            go_on()
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(folder, state)
                 checkpointer.wait_until_finished()
-                progress.update(task, advance=1, description="Restoring it")
+                go_on()
                 _check_equal(state, checkpointer.restore(folder, state))
-            progress.update(task, advance=1)
     except (OSError, TypeError, ValueError) as error:
         return fail(error, SPELLINGS)
     _print_table(rows)
@@ -145,17 +141,10 @@ def _flattened(text: str) -> tuple[str, tuple[int, ...]]:
     return layer, tuple(map(int, sizes.split(",")))
 
 
-def _progress() -> Progress:
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
 def _load(model: nnx.Module, args: argparse.Namespace) -> list[Row]:
     partial = bool(args.ignore or args.not_strict)
     before = [variable.get_value() for _, variable in _variables(model)] if partial else []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with plain_warnings():
         load_weights(
             model,
             args.weights,
@@ -166,8 +155,6 @@ def _load(model: nnx.Module, args: argparse.Namespace) -> list[Row]:
             flatten=None if args.flatten is None else dict(args.flatten),
             check_options=not args.no_check_options,
         )
-    for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
     kept = set(map(id, before))
     paths = {id(variable): ".".join(map(str, path)) for path, variable in _variables(model)}
     return [

@@ -10,10 +10,12 @@ import inspect
 import os
 import shutil
 import sys
+import warnings
 from argparse import ArgumentTypeError
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -85,6 +87,34 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary / path.name, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_installed(package: str) -> None:
+    if find_spec(package) is None:
+        raise ArgumentTypeError(f"port expects {package}, to run what it writes; got none. pip install {package}.")
+
+
+@contextmanager
+def steps(*names: str) -> Iterator[Callable[[], None]]:
+    """A bar on stderr, where that is a terminal. It is at the first step; each call goes on to the next."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console, rest = Console(stderr=True), iter(names)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(next(rest), total=len(names))
+        yield lambda: progress.update(task, advance=1, description=next(rest))
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings of the library as lines on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
 
 
 def fail(error: Exception, spellings: Mapping[str, str]) -> int:

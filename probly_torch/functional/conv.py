@@ -149,8 +149,10 @@ def _batch_ensemble(
     x, weight, r, s, bias = autocast(x, weight, r, s, bias)
     check_dtype(what, x, weight)
     # On a CPU, members with many activations are faster one by one, each with a weight of its own: no pass over the
-    # activations but one that joins them. Elsewhere, and for few, E convolutions would cost more than they save.
-    if num_members <= 16 and x.device.type == "cpu" and x.numel() >= 4 * batches * weight.numel():
+    # activations but one that joins them. Elsewhere, and for few, E convolutions would cost more than they save. What
+    # is exported may serve any number of rows.
+    one_by_one = num_members <= 16 and x.device.type == "cpu" and not torch.compiler.is_exporting()
+    if one_by_one and x.numel() >= 4 * batches * weight.numel():
         weights = scaled_weights(weight, r, s, groups) if transposed else scaled_weights(weight, s, r, groups)
         biases = [None] * num_members if bias is None else bias
         inputs = [x] * num_members if shared else x.chunk(num_members)

@@ -66,7 +66,7 @@ def members_linear(
     batches = 1 if shared else num_members
     rows = math.prod(x.shape[:-1]) // batches
     members = x.reshape(batches, rows, in_features)
-    if rows * (in_features + out_features) < 4 * in_features * out_features:
+    if torch.compiler.is_exporting() or rows * (in_features + out_features) < 4 * in_features * out_features:
         y = _scale_activations(members, weight, r, s, bias)
     else:
         # The compiler knows no jvp, and decides by itself what to keep.

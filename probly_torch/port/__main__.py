@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from probly_torch.port import _twin
-from probly_torch.port._checks_command import build, check_new, fail, name_of_model, new_folder
+from probly_torch.port._checks_command import (
+    build,
+    check_installed,
+    check_new,
+    fail,
+    name_of_model,
+    new_folder,
+    plain_warnings,
+    steps,
+)
 from probly_torch.port._proof import LIMIT, Twin, _leaves, _tensors, _values, prove
 from probly_torch.weights import _view, load_weights, save_weights
 
@@ -29,7 +38,7 @@ from flax import nnx
 from model import {name}  # {source}
 from probly_flax import load_weights
 
-model = {name}(rngs=nnx.Rngs(0))
+model = {make}
 # Where the twin flattens an image, it does so in torch's order.
 load_weights(model, {weights!r}, flatten={{}}{rename})
 model.eval()
@@ -58,31 +67,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     module, name = args.network
     try:
+        check_installed("flax")
         check_new(args.out)
         if args.weights is not None and not args.weights.is_file():
             raise ArgumentTypeError(
                 f"--weights expects a safetensors file; got {args.weights}, which is none. save_weights(model, path) "
                 f"writes it."
             )
-        network: nn.Module = build("network", module, name, nn.Module)[0].eval()
+        network: nn.Module = build("network", module, name, nn.Module)[0].cpu().eval()
         draws = [_draw(network, args.input, seed) for seed in range(SEEDS)]
         _try(network, draws[0], args.input)
     except ArgumentTypeError as error:
         parser.error(str(error))
     try:
         with new_folder(args.out) as folder:
-            twin, rows = _write(network, args.weights, draws, folder)
-            exceeded = [f"output {i} is {row.twin:.3g} off" for i, row in enumerate(rows) if not row.twin <= row.limit]
+            twin, rows, is_random = _write(network, args.weights, draws, folder)
+            exceeded = [
+                f"output {i}, {row.twin:.3g} roundings off, where {row.limit:.3g} are rounding"
+                for i, row in enumerate(rows)
+                if not row.twin <= row.limit
+            ]
             if exceeded:
                 raise ValueError(
-                    f"port expects what it wrote to compute what the network does, to {rows[0].limit:.3g} roundings; "
-                    f"got: {', '.join(exceeded)}. Compare it yourself: port(network, x)."
+                    f"port expects the files to compute what the network does; got {'; '.join(exceeded)}. Look at the "
+                    f"twin before it is written: port(network, x)."
                 )
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         return fail(error, {})
     _print_table(rows)
     print(f"Wrote {args.out / SOURCE} and {args.out / WEIGHTS}. To use them:\n")
-    print(_use(network, twin, args.out))
+    print(_use(network, twin, is_random, args.out))
     return 0
 
 
@@ -148,32 +162,27 @@ def _run(network: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 def _write(
     network: nn.Module, weights: Path | None, draws: Sequence[tuple[Tensor, ...]], folder: Path
-) -> tuple[Twin, list[Row]]:
-    """Writes source and weights, and compares what was written."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("Loading the weights", total=5)
+) -> tuple[Twin, list[Row], bool]:
+    """Writes source and weights, and compares what was written; and whether the twin draws random numbers."""
+    with steps("Loading", "Writing the source", "Comparing in float64", "Writing", "Comparing the files") as go_on:
         if weights is not None:
-            load_weights(network, weights)
-        progress.update(task, advance=1, description="Writing the source")
+            with plain_warnings():
+                load_weights(network, weights)
+        go_on()
         twin = _twin("port", network, draws[0])
-        progress.update(task, advance=1, description="Comparing both in float64")
+        go_on()
         prove(network, twin)
-        progress.update(task, advance=1, description="Writing the weights")
+        go_on()
         folder.mkdir()
         (folder / SOURCE).write_text(twin.source, encoding="utf-8")
         save_weights(network, folder / WEIGHTS)
-        progress.update(task, advance=1, description="Comparing what was written")
-        rows = _compare(network, twin, draws, folder)
-        progress.update(task, advance=1)
-    return twin, rows
+        go_on()
+        return twin, *_compare(network, twin, draws, folder)
 
 
-def _compare(network: nn.Module, twin: Twin, draws: Sequence[tuple[Tensor, ...]], folder: Path) -> list[Row]:
+def _compare(
+    network: nn.Module, twin: Twin, draws: Sequence[tuple[Tensor, ...]], folder: Path
+) -> tuple[list[Row], bool]:
     """Builds the model anew from the files, and runs it on every draw of inputs."""
     import jax
     from flax import nnx
@@ -183,7 +192,8 @@ def _compare(network: nn.Module, twin: Twin, draws: Sequence[tuple[Tensor, ...]]
     with jax.enable_x64(jax.config.read("jax_enable_x64") or _is_wide(network)):
         twin_class = runpy.run_path(str(folder / SOURCE))[twin.name]
         model = nnx.eval_shape(lambda: twin_class(rngs=nnx.Rngs(0)))  # every value has to come from the file
-        nnx.update(model, nnx.jit(lambda: nnx.state(twin_class(rngs=nnx.Rngs(0)), nnx.RngState))())  # but for these
+        streams = nnx.jit(lambda: nnx.state(twin_class(rngs=nnx.Rngs(0)), nnx.RngState))()
+        nnx.update(model, streams)  # but for these
         load_weights(model, folder / WEIGHTS, flatten={}, rename=twin.rename)
         model.eval()
         forward = nnx.jit(lambda model, *inputs: model(*inputs))
@@ -202,9 +212,9 @@ def _compare(network: nn.Module, twin: Twin, draws: Sequence[tuple[Tensor, ...]]
         dtype = ours[0][i].dtype
         unit = torch.finfo(dtype).eps / 2 if dtype.is_floating_point else 0.0
         noise, off = (max(map(_distance, runs, reference)) / (unit or 1) for runs in (torchs, flaxs))
-        limit = LIMIT / unit if dtype == torch.float64 else TIMES * max(NOISE_FLOOR, noise) if unit else 0.0
+        limit = LIMIT / unit if dtype == torch.float64 else TIMES * max(NOISE_FLOOR if unit else 0, noise)
         rows.append(Row(flaxs[0].shape, str(dtype).removeprefix("torch."), noise, off, limit))
-    return rows
+    return rows, bool(streams)
 
 
 def _is_wide(network: nn.Module) -> bool:
@@ -249,13 +259,17 @@ def _print_table(rows: Sequence[Row]) -> None:
     print("Before, both agreed in float64 on the first input, as port(network, x) demands.\n")
 
 
-def _use(network: nn.Module, twin: Twin, out: Path) -> str:
+def _use(network: nn.Module, twin: Twin, is_random: bool, out: Path) -> str:
+    make = f"{twin.name}(rngs=nnx.Rngs(0))"
+    if not is_random:
+        make = f"nnx.eval_shape(lambda: {make})  # saves the time to draw weights"
     inputs = (value.example.permute(value.order) for value in twin.args)
     return USE.format(
         name=twin.name,
         source=out / SOURCE,
         weights=str(out / WEIGHTS),
         rename=f", rename={twin.rename}" if twin.rename else "",
+        make=make,
         wide=WIDE if _is_wide(network) else "",
         inputs=", ".join(f'jnp.ones({tuple(x.shape)}, "{_view(x).dtype}")' for x in inputs),
     )
