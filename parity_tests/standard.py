@@ -39,8 +39,8 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether the rule holds; NaN never does."""
-        return self.measured <= self.limit
+        """Whether the rule holds; what is infinite or NaN never does, whatever the noise that the limit allows."""
+        return bool(np.isfinite(self.measured)) and self.measured <= self.limit
 
     def __str__(self) -> str:
         """One line of a report."""
