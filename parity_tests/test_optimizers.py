@@ -408,6 +408,7 @@ def test_tied_parameters_have_one_state():
 
 REFUSED_BY_TORCH = {
     "amsgrad": (partial(torch.optim.AdamW, amsgrad=True), ValueError, "got amsgrad=True"),
+    "maximize": (partial(SGD, maximize=True), ValueError, "got maximize=True"),
     "dampening": (partial(SGD, momentum=0.9, dampening=0.1), ValueError, r"got dampening=0\.1"),
     "RMSprop": (torch.optim.RMSprop, TypeError, "got RMSprop"),
     "NAdam": (torch.optim.NAdam, TypeError, "got NAdam"),
@@ -493,6 +494,49 @@ def test_a_flattened_convolution_of_unknown_shape_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r'Pass flatten=\{"2": \(2, height, width\)\}'):
         flax_optimizers.load_optimizer(theirs, optimizer, path)
     flax_optimizers.load_optimizer(theirs, optimizer, path, flatten={"2": (2, 3, 5)})
+
+
+def test_a_state_from_flax_says_whether_its_rows_are_in_torchs_order(tmp_path):
+    ours = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(30, 3))
+    layers = nnx.Conv(1, 2, (3, 3), rngs=nnx.Rngs(0)), lambda x: x, nnx.Linear(30, 3, rngs=nnx.Rngs(0))
+    theirs = nnx.Sequential(*layers)
+    pair = theirs, nnx.Optimizer(theirs, optax.adam(1e-3), wrt=nnx.Param)
+    path, optimizer = tmp_path / "state.safetensors", ADAM(ours.parameters())
+    flax_optimizers.save_optimizer(*pair, path)
+    with pytest.raises(ValueError, match=r'"2": \(2, height, width\)\} to save_optimizer in Flax'):
+        torch_optimizers.load_optimizer(ours, optimizer, path)
+    assert not optimizer.state
+    torch_optimizers.load_optimizer(ours, optimizer, path, flatten={})
+    for flatten in ({"2": (np.int64(2), 3, 5)}, {}):
+        flax_optimizers.save_optimizer(*pair, path, flatten=flatten)
+        torch_optimizers.load_optimizer(ours, optimizer, path)
+        flax_optimizers.load_optimizer(*pair, path)
+
+
+def test_groups_of_parameters_are_told_by_their_paths():
+    """Labels by path mask what is in a Variable, where labels by Variable mask it itself."""
+    model = nnx.Dict({"a": nnx.Linear(3, 2, rngs=nnx.Rngs(0)), "b": nnx.Linear(2, 5, rngs=nnx.Rngs(0))})
+    label = partial(jax.tree.map_with_path, lambda path, _: path[0].key)
+    tx = optax.multi_transform({"a": optax.adam(1e-2), "b": optax.adam(1e-3)}, label)
+    source, target = (nnx.Optimizer(model, tx, wrt=nnx.Param) for _ in range(2))
+    source.update(model, nnx.grad(lambda model: model["b"](model["a"](jnp.ones((1, 3), "float32"))).sum())(model))
+    arrays = flax_optimizers.optimizer_to_arrays(model, source)
+    assert sum(name.endswith(".exp_avg") for name in arrays) == 4
+    flax_optimizers.load_optimizer_arrays(model, target, arrays)
+    assert_equal(flax_optimizers.optimizer_to_arrays(model, target), arrays)
+    assert all(array.any() for array in arrays.values())
+
+
+def test_moments_of_a_masked_kernel(tmp_path):
+    mask = jnp.asarray([[[1.0, 0.0]], [[0.0, 1.0]]], "float32")
+    model = nnx.Conv(1, 2, (2,), mask=mask, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    arrays = flax_optimizers.optimizer_to_arrays(model, optimizer)
+    ones = {name: np.ones_like(array) for name, array in arrays.items()}
+    with pytest.raises(ValueError, match="got 2 others"):
+        flax_optimizers.load_optimizer_arrays(model, optimizer, ones)
+    assert_equal(flax_optimizers.optimizer_to_arrays(model, optimizer), arrays)
+    flax_optimizers.load_optimizer_arrays(model, optimizer, arrays)
 
 
 def test_two_biases_that_are_one_in_flax_start_anew():

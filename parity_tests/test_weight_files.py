@@ -94,7 +94,8 @@ def test_metadata_and_bytes(tmp_path):
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
         assert file.keys() == sorted(model.state_dict())
-    assert metadata.keys() == {"format", "sha256", "options"}
+    assert metadata.keys() == {"format", "framework", "sha256", "options"}
+    assert metadata["framework"] == "torch"  # whose rows a flattened convolution has
     assert metadata["format"] == "pt"  # without which transformers refuses a file
     assert metadata["sha256"] == hashlib.sha256(content[start:]).hexdigest()
     assert json.loads(metadata["options"])["1"]["eps"] == 1e-3
@@ -112,7 +113,14 @@ def test_one_model_is_one_file(f, tmp_path):
     other = net(TORCH)
     pt.load_arrays(other, weights())
     pt.save_weights(other, tmp_path / "torch.safetensors")
-    assert (tmp_path / "w.safetensors").read_bytes() == (tmp_path / "torch.safetensors").read_bytes()
+    contents = []
+    for name in ("w", "torch"):
+        content = (tmp_path / f"{name}.safetensors").read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        assert header["__metadata__"].pop("framework") == ("torch" if f is TORCH or name == "torch" else "flax")
+        contents.append((header, content[start:]))
+    assert contents[0] == contents[1]
 
 
 def test_every_dtype_that_torch_and_safetensors_have(tmp_path):
@@ -448,6 +456,91 @@ def test_a_flattened_convolution_without_a_shape_is_refused_when_it_is_known(tmp
     assert_same(pf.to_arrays(theirs), pf.to_arrays(expected))
 
 
+def test_a_file_from_flax_says_whether_its_rows_are_in_torchs_order(tmp_path):
+    theirs, ours, path = conv_net(FLAX, 4, 7), conv_net(TORCH, 4, 7), tmp_path / "w.safetensors"
+    pf.save_weights(theirs, path)
+    pf.load_weights(conv_net(FLAX, 4, 7), path)
+    for flatten in (None, {"3": (6, 4, 7)}):
+        sentence = refused(TORCH, ours, lambda flatten=flatten: pt.load_weights(ours, path, flatten=flatten))
+        assert "3 reads 168 = 6 x 28" in sentence
+        assert 'Pass flatten={"3": (6, height, width)} to save_weights in Flax, which wrote this file' in sentence
+    before = pt.to_arrays(ours)["3.weight"]
+    pt.load_weights(ours, path, ignore="3.*")
+    np.testing.assert_array_equal(pt.to_arrays(ours)["3.weight"], before)
+    pt.load_weights(ours, path, flatten={})
+    assert_same(pt.to_arrays(ours), pf.to_arrays(theirs))
+    pf.save_weights(theirs, path, flatten={})  # it transposes by itself
+    pt.load_weights(ours, path)
+    assert_same(pt.to_arrays(ours), pf.to_arrays(theirs))
+    pt.save_weights(ours, path, flatten={})
+    pf.load_weights(fresh := conv_net(FLAX, 4, 7), path)
+    assert_same(pf.to_arrays(fresh), pt.to_arrays(ours))
+    one = conv_net(FLAX, 1, 1)
+    pf.save_weights(one, path)
+    pt.load_weights(conv_net(TORCH, 1, 1), path)
+
+
+class Vgg(nn.Module):
+    """Whose call, where it flattens, cannot be seen."""
+
+    def __init__(self, size, channels=5, norm=None, **_):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, channels, 3), nn.BatchNorm2d(norm or channels))
+        self.classifier = nn.Sequential(nn.Linear(size, 2), nn.Linear(2, 8), nn.Linear(8, 2))
+
+
+class FlaxVgg(nnx.Module):
+    def __init__(self, size, channels=5, norm=None):
+        conv = nnx.Conv(3, channels, (3, 3), padding="VALID", rngs=RNGS)
+        self.features = nnx.Sequential(conv, nnx.BatchNorm(norm or channels, momentum=0.9, rngs=RNGS))
+        self.classifier = nnx.Sequential(*[nnx.Linear(i, o, rngs=RNGS) for i, o in ((size, 2), (2, 8), (8, 2))])
+
+
+@pytest.mark.parametrize(("write_it", "read_it", "own", "other"), [(pt, pf, Vgg, FlaxVgg), (pf, pt, FlaxVgg, Vgg)])
+def test_a_flatten_that_cannot_be_seen_is_asked_for(write_it, read_it, own, other, tmp_path):
+    path = tmp_path / "w.safetensors"
+    write_it.save_weights(own(45), path)
+    with pytest.warns(UserWarning, match=r"classifier\.0 after a convolution of 5 channels.*\(5, 3, 3\)"):
+        read_it.load_weights(other(45), path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_it.load_weights(own(45), path)
+        read_it.load_weights(other(45), path, flatten={})
+        read_it.load_weights(other(45), path, ignore="classifier.0.*")
+        for options in ({"size": 5}, {"size": 10}, {"size": 9, "channels": 1}, {"size": 20, "norm": 20}):
+            write_it.save_weights(own(**options), path)
+            read_it.load_weights(other(**options), path)
+        told = {"classifier.0": (5, 3, 3)}
+        write_it.save_weights(own(45), path, flatten=told)
+        read_it.load_weights(other(45), path)
+
+
+def test_normalisations_of_a_flattened_convolution_are_put_in_order_too(tmp_path):
+    def twin():
+        flat = lambda x: x.reshape(x.shape[0], -1)  # noqa: E731
+        norms = (
+            nnx.BatchNorm(60, use_running_average=True, momentum=0.9, epsilon=1e-5, rngs=RNGS),
+            nnx.LayerNorm(60, epsilon=1e-5, rngs=RNGS),
+        )
+        conv = nnx.Conv(3, 5, (2, 2), padding="VALID", rngs=RNGS)
+        return nnx.Sequential(conv, flat, *norms, nnx.Linear(60, 2, rngs=RNGS))
+
+    layers = nn.Conv2d(3, 5, 2), nn.Flatten(), nn.BatchNorm1d(60), nn.LayerNorm(60), nn.Linear(60, 2)
+    ours, path = nn.Sequential(*layers).eval(), tmp_path / "w.safetensors"
+    for value in (*ours.parameters(), *ours.buffers()):
+        if value.is_floating_point():
+            value.data.uniform_(0.5, 2)
+    flatten, x = dict.fromkeys("234", (5, 3, 4)), torch.randn(2, 3, 4, 5)
+    pt.save_weights(ours, path)
+    sentence = refused(FLAX, theirs := twin(), lambda: pf.load_weights(theirs, path, flatten={"4": (5, 3, 4)}))
+    assert 'Pass flatten={..., "2": (5, height, width), "3": (5, height, width)}' in sentence
+    pt.save_weights(ours, path, flatten=flatten)
+    pf.load_weights(theirs, path)
+    y = theirs(jnp.asarray(x.permute(0, 2, 3, 1).numpy()))
+    assert_close(np.asarray(y), ours(x).detach().numpy(), "float32")
+    assert_same(pf.to_arrays(theirs, flatten=flatten), pt.to_arrays(ours))
+
+
 def test_rows_of_members_are_put_in_order_too():
     ours, theirs = nn.Linear(12, 5), nnx.Linear(12, 5, rngs=RNGS)
     flatten, order = {"": (2, 2, 3)}, np.arange(12).reshape(2, 2, 3).transpose(1, 2, 0).reshape(-1)
@@ -696,10 +789,11 @@ def test_a_tie_to_nothing_is_no_tie(tmp_path):
     metadata = {"1.bias": "nothing", "x": "1.weight", "0.bias": "1.bias", "format": "0.bias"}
     path = write(tmp_path / "w.safetensors", weights(), metadata)
     for f in (TORCH, FLAX):
-        sentence = refused(f, model := net(f), lambda f=f, m=model: f.package.load_weights(m, path))
-        assert re.findall(r"unexpected: (.*)", sentence) == ["x"]
-        f.package.load_weights(model, path, ignore="x")
+        f.package.load_weights(model := net(f), path)  # x is in the file as 1.weight
         assert_same(f.package.to_arrays(model), weights())
+        refused(
+            f, model, lambda f=f, m=model: f.package.load_weights(m, path, ignore="1.weight"), match="unexpected: x"
+        )
 
 
 def test_a_pickle_in_numpys_clothes():
@@ -715,3 +809,208 @@ def test_eight_bits_go_through_numpy():
     (array,) = pt.to_arrays(nn.ParameterList([nn.Parameter(tensor, requires_grad=False)])).values()
     assert array.dtype == ml_dtypes.float8_e4m3fn
     assert array.astype("float32").tolist() == [1.5, -2.0]
+
+
+# Models that cannot be written to, or read
+
+
+class Pair(nn.Module):
+    def __init__(self, buffer):
+        super().__init__()
+        self.first = nn.Linear(3, 2)
+        self.last = nn.Module()
+        self.last.register_buffer("scale", buffer)
+
+
+def in_inference_mode():
+    with torch.inference_mode():
+        return torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("buffer", "reason"),
+    [(lambda: torch.zeros(1).expand(3), "expanded"), (in_inference_mode, r"made under torch\.inference_mode\(\)")],
+)
+def test_a_tensor_that_cannot_be_written_to_is_found_before_anything_is_loaded(buffer, reason):
+    model, arrays = Pair(buffer()), pt.to_arrays(Pair(torch.ones(3)))
+    refused(TORCH, model, lambda: pt.load_arrays(model, arrays), match=rf"got last\.scale, which is {reason}")
+    pt.load_arrays(model, arrays, ignore="last.*")
+    np.testing.assert_array_equal(pt.to_arrays(model)["first.weight"], arrays["first.weight"])
+
+
+class Copies(nn.Linear):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "weight"] = self.weight.detach().clone()
+
+
+class Packed(nn.Linear):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "packed"] = (self.weight, torch.float32)
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self):
+        return torch.ones(3)
+
+
+def test_a_state_dict_of_other_things_than_tensors_of_the_model_is_refused():
+    model = nn.Sequential(Copies(3, 2))
+    weight = model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"got copies, such as 0\.weight, and loaded nothing"):
+        pt.load_arrays(model, {"0.weight": np.ones((2, 3), "float32")})
+    assert torch.equal(model[0].weight, weight)
+    with pytest.raises(ValueError, match=r"expects a state_dict of dense tensors; got others, such as 0\.packed"):
+        pt.to_arrays(nn.Sequential(Packed(3, 2)))
+    with pytest.raises(ValueError, match=r"such as last\.scale\..*to_dense"):
+        pt.to_arrays(Pair(torch.eye(3).to_sparse()))
+    state = Extra(3, 2)
+    pt.load_arrays(state, arrays := pt.to_arrays(state))
+    assert arrays.keys() == {"weight", "bias"}
+    conjugate = pt.to_arrays(Pair(torch.tensor([1 + 2j]).conj()))["last.scale"]
+    assert conjugate.tolist() == [1 - 2j]
+
+
+def test_a_variable_that_raises_leaves_a_flax_model_as_it_was():
+    class Small(nnx.Param):
+        def set_value(self, value, **options):
+            if (value > 1).any():
+                raise OverflowError("large")
+            super().set_value(value, **options)
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(3, 2, rngs=RNGS)
+            self.a = Small(jnp.zeros(2, jnp.float32))
+            self.b = Small(jnp.zeros(2, jnp.float32))
+
+    model = Net()
+    arrays = {name: np.full_like(array, 0.5) for name, array in pf.to_arrays(model).items()}
+    for name in "ab":
+        refused(
+            FLAX, model, lambda name=name: pf.load_arrays(model, arrays | {name: np.full(2, 3, "f")}), OverflowError
+        )
+    pf.load_arrays(model, arrays)
+    assert_same(pf.to_arrays(model), arrays)
+
+
+def test_what_is_no_model_and_what_is_no_name():
+    for f, others in ((TORCH, (net(FLAX), None)), (FLAX, (net(TORCH), None, nnx.state(net(FLAX))))):
+        for other in others:
+            with pytest.raises(
+                TypeError, match=r"to_arrays expects a Module of (torch|flax); got \w+\. Pass nnx?\.Lin"
+            ):
+                f.package.to_arrays(other)
+        for name in (0, ("kernel",)):
+            model = net(f)
+            refused(f, model, lambda f=f, m=model, n=name: f.package.load_arrays(m, {n: np.ones(3)}), TypeError, "name")
+
+
+def test_modules_that_hold_themselves_and_numbers_that_are_no_arrays():
+    class Loop(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(3, 2, rngs=RNGS)
+            self.me = nnx.data(self)
+
+    class Number(nnx.Module):
+        def __init__(self):
+            self.scale = nnx.Param(1.0)
+
+    with pytest.raises(ValueError, match="Loop with one that holds itself"):
+        pf.to_arrays(Loop())
+    with pytest.raises(ValueError, match=r"scale of Number, which is no array; nnx\.Param\(jnp\.asarray\(value\)\)"):
+        pf.to_arrays(Number())
+
+
+# Ties, integers, names
+
+
+@BOTH
+def test_of_a_tie_one_name_is_left_out(f, tmp_path):
+    """A tied file loads into a model that has one of the names only; a tensor that is ignored under one is named."""
+    path, tied = tmp_path / "w.safetensors", weights()
+    write(path, {name: tied[name] for name in ("0.weight", "0.bias")}, {"2.weight": "0.weight"})
+    model = f.sequential(f.linear(3, 5))
+    f.package.load_weights(model, path)
+    assert_same(f.package.to_arrays(model), {name: tied[name] for name in ("0.weight", "0.bias")})
+    both = f.sequential(first := f.linear(3, 5), first)
+    arrays = {f"{i}.{name}": tied[f"0.{name}"] for i in (0, 1) for name in ("weight", "bias")}
+    shared = {name: array for name, array in arrays.items() if name[0] == "0"}
+    with pytest.warns(UserWarning, match=r"changes 1\.\w+, which ignore leaves out, with 0\.\w+, to which it is tied"):
+        f.package.load_arrays(both, shared, ignore="1.*")
+    other = arrays | {"1.bias": np.ones(5, "float32")}
+    sentence = refused(f, both, lambda: f.package.load_arrays(both, other), match="which are tied in this model")
+    choice = ast.literal_eval(re.search(r"Take one of them: ignore=(\[.*\])", sentence)[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        f.package.load_arrays(both, other, ignore=choice)
+
+
+def test_one_square_parameter_in_two_layouts(tmp_path):
+    class Net(nnx.Module):
+        def __init__(self, size=4):
+            self.token = nnx.Embed(size, 4, rngs=RNGS)
+            self.head = nnx.Linear(size, 4, use_bias=False, rngs=RNGS)
+            self.head.kernel = self.token.embedding
+
+    for size in (4, 5):
+        model = Net(size)
+        pf.save_weights(model, tmp_path / "w.safetensors")
+        arrays = pf.to_arrays(model)
+        pf.load_weights(fresh := Net(size), tmp_path / "w.safetensors")
+        assert_same(pf.to_arrays(fresh), arrays)
+        np.testing.assert_array_equal(arrays["head.weight"], arrays["token.weight"].T)
+        clash = arrays | {"head.weight": arrays["head.weight"] + 1}
+        refused(FLAX, fresh, lambda m=fresh, clash=clash: pf.load_arrays(m, clash), match="tied in this model")
+
+
+def test_integers_are_converted_when_asked_and_where_they_fit():
+    class Positions(nnx.Variable):
+        pass
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.ids = Positions(jnp.arange(3, dtype=jnp.int32))
+
+    ours, theirs = nn.Module(), Net()
+    ours.register_buffer("ids", torch.arange(3, 6))
+    refused(FLAX, theirs, lambda: pf.load_arrays(theirs, pt.to_arrays(ours)), match="pass cast=True")
+    pf.load_arrays(theirs, pt.to_arrays(ours), cast=True)
+    assert theirs.ids[...].tolist() == [3, 4, 5]
+    assert theirs.ids.dtype == jnp.int32
+    large = {"ids": np.array([1, 2, 2**40])}
+    refused(FLAX, theirs, lambda: pf.load_arrays(theirs, large, cast=True), match=f"ids that int32 has; .*{2**40}")
+    ours.ids.zero_()
+    pt.load_arrays(ours, pf.to_arrays(theirs), cast=True)
+    assert ours.ids.tolist() == [3, 4, 5]
+    refused(
+        TORCH, ours, lambda: pt.load_arrays(ours, {"ids": np.ones(3)}, cast=True), match="ids is int64 here, float64"
+    )
+
+
+@BOTH
+def test_patterns_of_rename_match(f):
+    model = net(f)
+    sentence = refused(
+        f, model, lambda: f.package.load_arrays(model, weights(), rename={"^foo": "", r"^(\d)": r"\1"}), match="none"
+    )
+    kept = ast.literal_eval(re.search(r"Leave them out: rename=(\{.*\})", sentence)[1])
+    f.package.load_arrays(model, weights(), rename=kept)
+    assert_same(f.package.to_arrays(model), weights())
+
+
+def test_names_of_the_older_weight_norm_are_known():
+    new = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    arrays = {"bias": "bias", "weight_g": "parametrizations.weight.original0"}
+    arrays = {old: pt.to_arrays(new)[name] + 1 for old, name in arrays.items()} | {"weight_v": np.ones((2, 3), "f")}
+    sentence = refused(TORCH, new, lambda: pt.load_arrays(new, arrays))
+    rename = ast.literal_eval(re.search(r"rename=(\{.*\})", sentence)[1])
+    pt.load_arrays(new, arrays, rename=rename)
+    np.testing.assert_array_equal(pt.to_arrays(new)["parametrizations.weight.original1"], arrays["weight_v"])
+
+
+def test_a_count_alone_is_nothing_that_fits():
+    model = nn.BatchNorm1d(3)
+    with pytest.raises(ValueError, match="missing: running_mean"):
+        pt.load_arrays(model, {"num_batches_tracked": np.array(3)}, strict=False)
+    assert model.num_batches_tracked == 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -291,7 +292,13 @@ def channels_last(layer, x):
 TWO_AXES = {
     "reduction_axes": (-2, -1),
     "feature_axes": (-2, -1),
-    "scale_metadata": {"torch_shape": (3, 5)},
+    "scale_metadata": {"torch_shape": (3, 5), "torch_axes": (-2, -1)},
+}
+IMAGE = {
+    "reduction_axes": (-3, -2, -1),
+    "feature_axes": (-3, -2, -1),
+    "scale_metadata": {"torch_shape": (2, 3, 5), "torch_axes": (-1, -3, -2)},
+    "bias_metadata": {"torch_shape": (2, 3, 5), "torch_axes": (-1, -3, -2)},
 }
 CASES = [
     Case("Linear", lambda o: nn.Linear(5, 3, **o), lambda o: nnx.Linear(5, 3, **o), (2, 5)),
@@ -429,8 +436,15 @@ CASES = [
     Case(
         "LayerNorm-axes",
         lambda o: nn.LayerNorm((3, 5), **o),
-        norm(nnx.LayerNorm, 15, **TWO_AXES, bias_metadata={"torch_shape": (3, 5)}),
+        norm(nnx.LayerNorm, 15, **TWO_AXES, bias_metadata=TWO_AXES["scale_metadata"]),
         (2, 3, 5),
+    ),
+    Case(
+        "LayerNorm-image",
+        lambda o: nn.LayerNorm((2, 3, 5), **o),
+        norm(nnx.LayerNorm, 30, **IMAGE),
+        (7, 2, 3, 5),
+        run_flax=channels_last,
     ),
     Case(
         "GroupNorm",
@@ -784,7 +798,12 @@ REFUSED = {
     ),
     "axes of unknown sizes": (
         lambda o: nnx.LayerNorm(15, reduction_axes=(-2, -1), feature_axes=(-2, -1), **o),
-        r"layer\.scale of LayerNorm, over axes of unknown sizes; pass scale_metadata=\{'torch_shape': \(a, b\)\}",
+        r"layer\.scale of LayerNorm, over axes of unknown sizes or order; pass "
+        r"scale_metadata=\{'torch_shape': \(a, b\), 'torch_axes': \(-1, -2\)\}, bias_metadata=",
+    ),
+    "axes of unknown order": (
+        lambda o: nnx.LayerNorm(15, **TWO_AXES | {"scale_metadata": {"torch_shape": (3, 5)}}, **o),
+        r"layer\.scale of LayerNorm, over axes of unknown sizes or order",
     ),
     "grouped heads": (
         lambda o: nnx.MultiHeadAttention(2, 6, num_kv_heads=1, decode=False, **o),
@@ -853,6 +872,39 @@ def test_random_state_caches_intermediates_and_masks_are_no_weights():
         "conv.bias",
         "conv.weight",
     ]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_mask_is_in_the_kernel_that_torch_has(transposed):
+    mask = np.random.default_rng(0).integers(0, 2, (3, 2, 5)).astype("float32")
+    kind = partial(nnx.ConvTranspose, transpose_kernel=False) if transposed else nnx.Conv
+    make = partial(kind, 2, 5, (3,), padding="VALID", rngs=nnx.Rngs(0))
+    theirs, ours = make(mask=jnp.asarray(mask)), (nn.ConvTranspose1d if transposed else nn.Conv1d)(2, 5, 3)
+    pt.load_arrays(ours, arrays := pf.to_arrays(theirs))
+    x = np.random.default_rng(1).standard_normal((2, 2, 7)).astype("float32")
+    assert_close(np.asarray(first(theirs(last(jnp.asarray(x))))), ours(torch.tensor(x)).detach().numpy(), "float32")
+    fresh = make(mask=jnp.asarray(mask))
+    pf.load_arrays(fresh, arrays)
+    np.testing.assert_array_equal(fresh.kernel[...], theirs.kernel[...] * mask)
+    before = np.asarray(fresh.kernel[...])
+    with pytest.raises(ValueError, match=r"cannot load weight: .* zeros where the mask has them; got \d+ others"):
+        pf.load_arrays(fresh, pf.to_arrays(make()))
+    np.testing.assert_array_equal(fresh.kernel[...], before)
+
+
+def test_a_gru_that_cannot_have_torchs_bias_is_named_and_the_advice_is_followed(tmp_path):
+    ours = nn.ModuleDict({"rnn": randomize(nn.GRU(3, 4, dtype=torch.float64, batch_first=True))})
+    nn.init.normal_(ours["rnn"].bias_hh_l0)
+    rnn = nnx.RNN(nnx.GRUCell(3, 4, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
+    theirs, path = nnx.Dict({"rnn": rnn}), tmp_path / "gru.safetensors"
+    pt.save_weights(ours, path)
+    with pytest.raises(ValueError, match=r"gru\.safetensors'\) cannot load rnn\.bias_ih_l0: nnx\.GRUCell") as raised:
+        pf.load_weights(theirs, path)
+    advice = str(raised.value).partition("cell.dense_h = ")[2].removesuffix(".")
+    assert advice == "nnx.Linear(4, 12, param_dtype='float64', rngs=nnx.Rngs(0))"
+    rnn.cell.dense_h = nnx.Linear(4, 12, param_dtype="float64", rngs=nnx.Rngs(0))
+    pf.load_weights(theirs, path)
+    np.testing.assert_array_equal(pf.to_arrays(theirs)["rnn.bias_hh_l0"], pt.to_arrays(ours)["rnn.bias_hh_l0"])
 
 
 def test_a_subclass_keeps_its_own_parameters_and_layers():

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -31,8 +31,9 @@ def shown(text: str, width: int = 100) -> str:
     return text if re.fullmatch(r"[\w.-]+", text, re.ASCII) else ascii(text)
 
 
-def is_floating(dtype: str) -> bool:
-    return "float" in dtype
+def castable(dtype: str, to: str) -> bool:
+    """Between floating-point numbers, and between integers."""
+    return any(kind in dtype and kind in to for kind in ("float", "int"))
 
 
 def weight_name(path: str) -> str:
@@ -48,11 +49,45 @@ def check_numpy(what: str, arrays: Any) -> None:
             f'load_arrays(model, checkpoint["state_dict"], rename={{r"^model\\.": ""}}).'
         )
     for name, array in arrays.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{what} expects arrays by name, a string; got {shown(repr(name))}. Pass to_arrays(model).")
         if not hasattr(getattr(array, "dtype", None), "name"):
             raise TypeError(
                 f"{what} expects NumPy arrays by name; got {type_name(array)} for {shown(str(name))}. Pass "
                 f"to_arrays(model)."
             )
+
+
+def check_model(what: str, model: Any, kind: type, example: str) -> None:
+    if not isinstance(model, kind):
+        raise TypeError(
+            f"{what} expects a Module of {kind.__module__.partition('.')[0]}; got {type_name(model)}. Pass {example}."
+        )
+
+
+def check_tensors(what: str, others: Sequence[str], sparse: Sequence[str]) -> None:
+    """Weights that are packed, or sparse, have no form that another framework reads."""
+    if others or sparse:
+        raise ValueError(
+            f"{what} expects a state_dict of dense tensors; got others, such as {shown((*others, *sparse)[0])}. "
+            f"Take the model before it is quantised; make a sparse tensor dense: tensor.to_dense()."
+        )
+
+
+def check_writable(what: str, copies: Sequence[str], inference: Sequence[str], expanded: Sequence[str]) -> None:
+    """What a state_dict gives is the memory of the model itself, and may be written to."""
+    if copies:
+        raise ValueError(
+            f"{what} expects a state_dict of the parameters and buffers themselves; got copies, such as "
+            f"{shown(copies[0])}, and loaded nothing. Let the module load itself: model.load_state_dict(tensors)."
+        )
+    if inference or expanded:
+        reason = "made under torch.inference_mode()" if inference else "expanded, whose elements share memory"
+        name = (*inference, *expanded)[0]
+        raise ValueError(
+            f"{what} expects tensors that can be written to; got {shown(name)}, which is {reason}, and loaded nothing. "
+            f"Give the model a tensor of its own: tensor.clone()."
+        )
 
 
 def check_materialized(what: str, names: Sequence[str]) -> None:
@@ -87,7 +122,23 @@ def check_loaded_dtype(what: str, name: str, dtype: str, loaded: str) -> None:
         )
 
 
-def check_tied(what: str, identities: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
+def check_integers(
+    what: str, names: Mapping[str, str], specs: Specs, dtypes: Mapping[str, str], arrays: Mapping[str, Any]
+) -> None:
+    """Integers that are converted fit."""
+    for here, there in names.items():
+        if dtypes[here] != specs[there][1] and "int" in dtypes[here]:
+            array = arrays[there]
+            if (array.astype(dtypes[here]) != array).any():
+                raise ValueError(
+                    f"{what} expects integers of {shown(here)} that {dtypes[here]} has; got others, such as "
+                    f"{array.max()}, and loaded nothing. Leave them out: ignore=[{here[:100]!r}]."
+                )
+
+
+def check_tied(
+    what: str, identities: Mapping[str, Any], arrays: Mapping[str, Any], next_step: str = "arrays[{b}] = arrays[{a}]"
+) -> None:
     """Names of one tensor carry one value."""
     first: dict[Any, str] = {}
     for name, identity in identities.items():
@@ -98,22 +149,21 @@ def check_tied(what: str, identities: Mapping[str, Any], arrays: Mapping[str, An
         if ((a != b) & ~((a != a) & (b != b))).any():  # NaN equals NaN here
             raise ValueError(
                 f"{what} expects equal arrays for {other} and {name}, which are tied in this model; got arrays that "
-                f"differ, and loaded nothing. Pass one of them twice: arrays[{name!r}] = arrays[{other!r}]."
+                f"differ, and loaded nothing. Take one of them: {next_step.format(a=repr(other), b=repr(name))}."
             )
 
 
 def check_tied_names(
-    what: str, names: Mapping[str, str], identities: Mapping[str, Hashable], arrays: Mapping[str, Any]
+    what: str, names: Mapping[str, str], identities: Mapping[str, Hashable], read: Callable[[str], Any]
 ) -> None:
-    """Names here of one tensor are loaded from arrays of one value, if they are from two."""
+    """Names here of one tensor are loaded from arrays of one value, if they are from two; `read` is by names here."""
     sources: dict[Hashable, dict[str, str]] = {}
     for here, there in names.items():
         sources.setdefault(identities[here], {}).setdefault(there, here)
     for identity, found in sources.items():
         if len(found) > 1:
-            check_tied(
-                what, dict.fromkeys(found.values(), identity), {here: arrays[there] for there, here in found.items()}
-            )
+            arrays = {here: read(here) for here in found.values()}
+            check_tied(what, dict.fromkeys(found.values(), identity), arrays, "ignore=[{b}]")
 
 
 def match_names(
@@ -122,6 +172,7 @@ def match_names(
     given: Specs,
     identities: Mapping[str, Hashable],
     dtypes: Mapping[str, Collection[str]],
+    tied: Mapping[str, str],
     *,
     strict: bool,
     rename: Mapping[str, str] | None,
@@ -130,31 +181,43 @@ def match_names(
 ) -> dict[str, str]:
     """The name there for each name here that is to be loaded.
 
-    Names of one identity are of one tensor; `dtypes` are those that a tensor takes beside its own. Everything that does
-    not fit is reported at once.
+    Names of one identity are of one tensor; `dtypes` are those that a tensor takes beside its own; `tied` has other
+    names of arrays there. Everything that does not fit is reported at once.
     """
     there = {new: old for old, new in rename_all(what, given, rename).items()}
     ignored = ignored_names(what, ignore, expected, there)
     wanted = [name for name in expected if name not in ignored]
+    left_out = {identities[name]: name for name in expected if name in ignored}
+    left_there = {name: tied.get(there[name], there[name]) for name in left_out.values() if name in there}
     there = {new: old for new, old in there.items() if new not in ignored}
     unexpected = [name for name in there if name not in expected]
     stands_for = {identities[name]: old for name, old in there.items() if name in identities}
     for name in wanted:
         if name not in there and identities[name] in stands_for:  # a tied tensor that is kept once
             there[name] = stands_for[identities[name]]
+    loaded = {tied.get(there[name], there[name]) for name in wanted if name in there}
+    unexpected = [name for name in unexpected if tied.get(there[name], there[name]) not in loaded]
+    shared = {
+        name: left_out[identities[name]]
+        for name in wanted
+        if name in there
+        and identities[name] in left_out
+        # an array of its own is the one of two that the caller chose to leave out
+        and left_there.get(left_out[identities[name]], there[name]) in (there[name], tied.get(there[name]))
+    }
     missing = [name for name in wanted if name not in there and name.rpartition(".")[2] != "num_batches_tracked"]
 
-    misfits, castable = [], True
+    misfits, all_castable = [], True
     for name in wanted:
         if name in there:
             (shape, dtype), (given_shape, given_dtype) = expected[name], given[there[name]]
             if shape != given_shape:
                 misfits.append(f"  shape: {shown(name)} is {shape} here, {str(given_shape)[:100]} there")
-            floating = is_floating(dtype) and is_floating(given_dtype)
             same = given_dtype in (dtype, *dtypes.get(name, ()))
-            if not (same or (cast and floating)):
+            possible = same or castable(given_dtype, dtype)
+            if not (same or (cast and possible)):
                 misfits.append(f"  dtype: {shown(name)} is {dtype} here, {given_dtype} there")
-            castable = castable and shape == given_shape and (same or floating)
+            all_castable = all_castable and shape == given_shape and possible
     names = {name: there[name] for name in wanted if name in there}
 
     suggestion = _suggested_rename(missing, unexpected)
@@ -162,16 +225,23 @@ def match_names(
     unmatched = [
         f"  missing: {shown(name)}" + (f" (rename {shown(near[name])}?)" if name in near else "") for name in missing
     ] + [f"  unexpected: {shown(name)}" for name in unexpected]
-    problems = misfits + unmatched if strict or not names else misfits
+    counts_only = all(name.rpartition(".")[2] == "num_batches_tracked" for name in names)
+    problems = misfits + unmatched if strict or counts_only else misfits
     if problems:
         next_step = "Pass the arrays of to_arrays(model), or build the model that these arrays come from."
         if suggestion:
             next_step = f"Pass rename={suggestion!r}."
-        elif castable and not unmatched:
-            next_step = "To convert floating-point numbers, pass cast=True."
+        elif all_castable and not unmatched:
+            next_step = "To convert floating-point numbers, or integers, pass cast=True."
         raise ValueError(
             f"{what} expects the names, shapes and dtypes of the model it loads into; got {len(problems)} differences "
             f"and loaded nothing:\n{_lines(problems)}\n{next_step}"
+        )
+    for name, other in shared.items():
+        warnings.warn(
+            f"{what} changes {shown(other)}, which ignore leaves out, with {shown(name)}, to which it is tied here. To "
+            f"keep it as it is, ignore both: ignore=[{other[:100]!r}, {name[:100]!r}].",
+            stacklevel=4,
         )
     if unmatched:
         warnings.warn(
@@ -183,7 +253,7 @@ def match_names(
     return names
 
 
-def rename_all(what: str, names: Iterable[str], rename: Mapping[str, str] | None) -> dict[str, str]:
+def rename_all(what: str, names: Collection[str], rename: Mapping[str, str] | None) -> dict[str, str]:
     """Each name's new name, by the regular expressions of the caller."""
     if rename is not None and not (
         isinstance(rename, Mapping) and all(isinstance(text, str) for pair in rename.items() for text in pair)
@@ -192,10 +262,22 @@ def rename_all(what: str, names: Iterable[str], rename: Mapping[str, str] | None
             f"{what} expects rename to map regular expressions to what replaces them; got {type_name(rename)}. Pass "
             f'rename={{r"^module\\.": ""}}.'
         )
+    texts, unused = list(names), []
+    for pattern, replacement in (rename or {}).items():
+        after = [_renamed(what, text, {pattern: replacement}) for text in texts]
+        if not any(re.search(pattern, text) for text in texts):
+            unused.append(pattern)
+        texts = after
+    if unused:
+        used = {pattern: replacement for pattern, replacement in (rename or {}).items() if pattern not in unused}
+        raise ValueError(
+            f"{what} expects every pattern of rename to match a name there; got {unused!r}, which match none. Leave "
+            f"them out: rename={used!r}."
+        )
     renamed: dict[str, str] = {}
     first: dict[str, str] = {}
-    for name in names:
-        renamed[name] = new = _renamed(what, name, rename)
+    for name, new in zip(names, texts, strict=True):
+        renamed[name] = new
         if first.setdefault(new, name) != name:
             raise ValueError(
                 f"{what} expects rename to keep names apart; got {shown(first[new])} and {shown(name)}, which both "
@@ -223,21 +305,54 @@ def ignored_names(
 
 
 def renamed_paths(
-    what: str, recorded: Mapping[str, Any], rename: Mapping[str, str] | None, ignore: str | Iterable[str]
+    what: str,
+    recorded: Mapping[str, Any],
+    rename: Mapping[str, str] | None,
+    ignore: str | Iterable[str],
+    names: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """What a file records of layers, by the paths that they have here, but for those whose weights are ignored."""
+    """What a file records of layers, by the paths that they have here, but for those whose weights are ignored.
 
-    def is_ignored(path: str) -> bool:
-        return any(fnmatchcase(text, p) for p in _patterns(what, ignore) for text in (path, weight_name(path)))
-
-    here = {path: _renamed(what, weight_name(path), rename).removesuffix("weight").rstrip(".") for path in recorded}
-    return {here[path]: value for path, value in recorded.items() if not (is_ignored(path) or is_ignored(here[path]))}
+    Of the names of its weights there, a layer goes where its weight goes; one of several layers in a row that become
+    several here, such as an LSTM of num_layers=2, is that many.
+    """
+    patterns = _patterns(what, ignore)
+    weights: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.rsplit(".", 3)  # the longest are parametrizations.weight.original0
+        for path in {".".join(parts[:-count]) for count in (1, 2, 3)} & recorded.keys():
+            weights.setdefault(path, []).append(name)
+    kept: dict[str, Any] = {}
+    for path in sorted(recorded, key=lambda path: path in weights):  # those that have weights last, which count
+        value = recorded[path]
+        paths: dict[str, bool] = {}
+        for name in sorted(weights.get(path, [weight_name(path)]), key=lambda name: "weight" not in name[len(path) :]):
+            inner = name[len(path) :].removeprefix(".").count(".") + 1
+            new = _renamed(what, name, rename)
+            here = ".".join(new.split(".")[:-inner])
+            spellings = (name, new) if path in weights else (name, new, path, here)
+            is_ignored = any(fnmatchcase(text, pattern) for pattern in patterns for text in spellings)
+            paths[here] = paths.get(here, False) or not is_ignored
+        loaded = [here for here, is_loaded in paths.items() if is_loaded]
+        layers = value.get("num_layers") if isinstance(value, Mapping) else None
+        if isinstance(layers, int) and len(paths) > 1:
+            kept |= {here: {**value, "num_layers": layers // len(paths)} for here in loaded}
+        else:
+            kept |= dict.fromkeys(loaded[:1], value)
+    return kept
 
 
 def linear_sizes(options: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """in_features of each Linear layer, by path."""
-    paths = [path for path, option in options.items() if option.get("kind") == "Linear" and weight_name(path) in shapes]
-    return {path: shapes[weight_name(path)][-1] for path in paths}
+    """in_features of each Linear layer, and of each normalisation that may stand before one, by path."""
+    sizes: dict[str, int] = {}
+    for path, option in options.items():
+        names = {"Linear": ("weight",), "BatchNorm": ("weight", "running_mean")}.get(option["kind"], ())
+        if option["kind"] in ("LayerNorm", "RMSNorm") and option.get("axes") == [-1]:
+            names = ("weight", "bias")
+        found = [shapes[name] for own in names if (name := f"{path}.{own}" if path else own) in shapes]
+        if found:
+            sizes[path] = found[0][-1]
+    return sizes
 
 
 def check_flatten(what: str, flatten: Any, linear: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
@@ -251,7 +366,7 @@ def check_flatten(what: str, flatten: Any, linear: Mapping[str, int]) -> dict[st
     for path, given in flatten.items():
         shape = tuple(index(size) for size in given) if isinstance(given, Sequence) else ()
         if not isinstance(path, str) or path not in linear:
-            problems.append(f"  {shown(str(path))}: no Linear layer of this model")
+            problems.append(f"  {shown(str(path))}: no Linear layer of this model, nor a normalisation")
         elif not 1 <= len(shape) <= MAX_AXES or any(size is None or not 1 <= size <= linear[path] for size in shape):
             problems.append(f"  {shown(path)}: {shown(repr(given))} is not (channels, *spatial) of {linear[path]}")
         elif math.prod(size or 0 for size in shape) != linear[path]:
@@ -270,24 +385,70 @@ def check_flatten(what: str, flatten: Any, linear: Mapping[str, int]) -> dict[st
 
 
 def check_flattened(
-    what: str, options: Mapping[str, Any], flatten: Mapping[str, Any], linear: Mapping[str, int]
+    what: str, options: Mapping[str, Any], flatten: Mapping[str, Any], linear: Mapping[str, int], save: str = ""
 ) -> None:
-    """Layers that are known to read a flattened convolution, with more than one position, have a flatten."""
+    """Layers that are known to read a flattened convolution, with more than one position, have a flatten.
+
+    Of 0 channels, it is not known how many they are. `save` is the function in Flax that should have been told.
+    """
     channels = {
-        path: index(options[path].get("flatten_channels")) or linear[path]
+        path: index(options[path].get("flatten_channels"))
         for path in linear
         if path not in flatten and isinstance(options.get(path), Mapping)
     }
-    needed = {path: c for path, c in channels.items() if 1 <= c < linear[path] and linear[path] % c == 0}
+    needed = {
+        path: c
+        for path, c in channels.items()
+        if c is not None and (c == 0 < linear[path] - 1 or (1 < c < linear[path] and linear[path] % c == 0))
+    }
     if needed:
-        example = ", ".join(f'"{path}": ({c}, height, width)' for path, c in needed.items())
+        example = ", ".join(f'"{path}": ({c or "channels"}, height, width)' for path, c in needed.items())
         counts = ", ".join(
-            f"{shown(path)} reads {linear[path]} = {c} x {linear[path] // c}" for path, c in needed.items()
+            f"{shown(path)} reads {linear[path]}" + (f" = {c} x {linear[path] // c}" if c else "")
+            for path, c in needed.items()
         )
+        there = f"to {save} in Flax, which wrote this file" if save else ""
+        place = "the network in Flax" if save else "this network"
         raise ValueError(
             f"{what} expects the shape of a convolution's output where a Linear layer reads it flattened, since torch "
-            f"has channels first there, and Flax last; got none: {counts}. Pass flatten={{{example}}}; or flatten={{}} "
-            f"if this network transposes to channels first before it flattens."
+            f"has channels first there, and Flax last; got none: {counts}. Pass "
+            f"flatten={{{'..., ' if flatten else ''}{example}}}"
+            f"{f' {there}' if there else ''}; or flatten={{}}{', there or here,' if save else ''} if {place} "
+            f"transposes to channels first before it flattens, or flattens nothing."
+        )
+
+
+def warn_flattened(
+    what: str, options: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, Sequence[int]], where: str
+) -> None:
+    """A Linear layer that follows a convolution, of so many inputs as if it read a square image of its channels."""
+    last, found = (0, 0), {}
+    for name, shape in shapes.items():
+        path, _, own = name.rpartition(".")
+        kind = options.get(path, {}).get("kind", "")
+        if own == "weight" and kind.startswith("Conv"):
+            rank = int(kind[-2])
+            of_group = shape[-rank - 1] * options[path].get("groups", 1)
+            last = of_group if kind.startswith("ConvTranspose") else shape[-rank - 2], rank
+        elif own == "weight" and kind.endswith("Norm"):
+            last = shape[-1], last[1]
+        elif own == "weight" and kind == "Linear":
+            channels, rank = last
+            count = shape[-1] // channels if channels > 1 and shape[-1] % channels == 0 else 1
+            if count > 1 and rank > 1 and round(count ** (1 / rank)) ** rank == count:
+                found[path] = (channels, *[round(count ** (1 / rank))] * rank)
+            last = 0, 0
+        elif kind != "PReLU" and (
+            own == "weight" or not (kind.startswith(("Conv", "Linear")) or kind.endswith("Norm"))
+        ):
+            last = 0, 0
+    if found:
+        warnings.warn(
+            f"{what} expects to be told where a Linear layer reads the output of a convolution flattened, since torch "
+            f"has channels first there, and Flax last; got no flatten, and "
+            f"{', '.join(f'{shown(path)} after a convolution of {shape[0]} channels' for path, shape in found.items())}"
+            f". If it reads that, pass flatten={found!r}{where}; if not, flatten={{}}.",
+            stacklevel=3,
         )
 
 
@@ -349,6 +510,9 @@ def _near(missing: Sequence[str], unexpected: Sequence[str]) -> dict[str, str]:
 
 def _suggested_rename(missing: Sequence[str], unexpected: Sequence[str]) -> dict[str, str] | None:
     """The prefix, such as `module.`, or the part, such as `_orig_mod.`, that tells most names there from those here."""
+    parametrized = "parametrizations.weight.original"
+    if any(m.endswith(f"{parametrized}0") for m in missing) and any(u.endswith("weight_g") for u in unexpected):
+        return {r"weight_g$": f"{parametrized}0", r"weight_v$": f"{parametrized}1"}  # by torch's older weight_norm
     candidates = []
     for name in missing[:1]:
         candidates += [(f"^{re.escape(u.removesuffix(name))}", "") for u in unexpected if u.endswith(f".{name}")][:4]

@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from probly_flax._checks_options import KINDS, Missing, Options, Text, check_same_options, known_options, same_padding
+from probly_flax._torch_names import torch_rules
 from probly_flax.ensemble import Ensemble
 
 
@@ -37,7 +38,13 @@ def check_options(what: str, model: nnx.Module, recorded: Any) -> None:
         ...     print(str(error).splitlines()[1].strip())
         (root): epsilon 1e-06 here, 1e-05 in the file; nnx.LayerNorm(..., epsilon=1e-05)
     """
-    check_same_options(what, layer_options(model), recorded, _arguments, _advice)
+    defaults = {
+        kind: options for function in _FUNCTIONS if (options := _function(function)) for kind in [options["kind"]]
+    }
+    parts = dict(_parts(model, ""))
+    sequentials = {path: len(part.layers) for path, part in parts.items() if isinstance(part, nnx.Sequential)}
+    own, names = layer_options(model), lambda: (name for name, _ in torch_rules(what, model))
+    check_same_options(what, own, recorded, _arguments, _advice, sequentials, defaults, names, parts)
 
 
 def _walk(value: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -45,13 +52,27 @@ def _walk(value: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     options = _options(value) if isinstance(value, nnx.Module) else _function(value)
     if options is not None:
         yield _joined(path, "base_layer" if isinstance(value, nnx.LoRALinear) else ""), options
-    elif isinstance(value, (nnx.Module, dict)):
+    else:
+        for inner, child in _children(value, path):
+            yield from _walk(child, inner)
+
+
+def _children(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (nnx.Module, dict)):
         renamed: dict[str, str] = next((_RENAMED[each] for each in type(value).__mro__ if each in _RENAMED), {})
         for name, child in (value if isinstance(value, dict) else vars(value)).items():
-            yield from _walk(child, _joined(path, renamed.get(name, name)))
+            yield _joined(path, renamed.get(name, name)), child
     elif isinstance(value, (list, tuple)):
         for i, child in enumerate(value):
-            yield from _walk(child, _joined(path, i))
+            yield _joined(path, i), child
+
+
+def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """What is at each path; the innermost, of several."""
+    if not isinstance(value, nnx.List) and (isinstance(value, nnx.Module) or callable(value)):
+        yield path, value
+    for inner, child in _children(value, path):
+        yield from _parts(child, inner)
 
 
 def _joined(path: str, name: Any) -> str:
@@ -95,7 +116,7 @@ def _function(function: Any) -> dict[str, Any] | None:
             if kind == "GELU":
                 options["approximate"] = "tanh" if options["approximate"] else "none"
             return known_options(kind, options)
-    return None
+    return _function(function.__wrapped__) if hasattr(function, "__wrapped__") else None  # of jit
 
 
 def _attributes(*names: str) -> Callable[[Any], dict[str, Any]]:
@@ -129,8 +150,12 @@ def _conv(layer: Any) -> dict[str, Any]:
         padding: Any = same_padding(sizes["kernel_size"], ones, sizes["dilation"])
     elif word == "CAUSAL":
         padding = [[d * (k - 1), 0] for k, d in zip(sizes["kernel_size"], sizes["dilation"], strict=True)]
-    elif word == "SAME":
+    elif word in ("SAME", "SAME_LOWER"):
         padding = same_padding(*sizes.values())
+        if word == "SAME_LOWER":  # of strides, it may be torch's, which depends on the size of the input
+            padding = None if padding == "same" else [[high, low] for low, high in padding]
+    elif word not in (None, "VALID"):
+        padding = None  # which is not recorded
     else:
         padding = _pairs(0 if word == "VALID" else layer.padding, rank)
     return {
@@ -172,8 +197,17 @@ def _affine(layer: Any) -> dict[str, Any]:
 
 
 def _axes(layer: Any) -> dict[str, Any]:
-    axes = (layer.reduction_axes,) if isinstance(layer.reduction_axes, int) else layer.reduction_axes
-    return {"axes": sorted(axes)} if all(axis < 0 for axis in axes) else {}  # the others depend on the input's rank
+    """As they are: which those that count from the first are in torch depends on the input's rank."""
+    given = {"axes": layer.reduction_axes}
+    if layer.scale is not None:
+        given["feature_axes"] = layer.feature_axes
+    return {name: sorted([axes] if isinstance(axes, int) else axes) for name, axes in given.items()}
+
+
+def _group_norm(layer: Any) -> dict[str, Any]:
+    axes = layer.reduction_axes
+    own = axes if axes is None else sorted([axes] if isinstance(axes, int) else axes)
+    return {**_affine(layer), "num_groups": layer.num_groups, "axes": own}
 
 
 def _batch_norm(layer: Any) -> dict[str, Any]:
@@ -200,16 +234,19 @@ def _cell(layer: Any) -> dict[str, Any]:
 
 def _sequence(layer: Any) -> dict[str, Any] | None:
     both = isinstance(layer, nnx.Bidirectional)
-    rnn = layer.forward_rnn if both else layer
-    cell = _options(rnn.cell) if isinstance(rnn, nnx.RNN) else None
-    if cell is None:
+    rnns = (layer.forward_rnn, layer.backward_rnn) if both else (layer,)
+    cells = [_options(rnn.cell) if isinstance(rnn, nnx.RNN) else None for rnn in rnns]
+    cell, other = cells[0], cells[-1]
+    if cell is None or other is None or cell["kind"] != other["kind"]:
         return None
+    mixed = {name for name in cell.keys() | other.keys() if cell.get(name) != other.get(name)}
+    cell |= {name: "mixed" if name in ("nonlinearity", "gate") else True for name in mixed}
     return {
         **cell,
         "kind": cell["kind"].removesuffix("Cell"),
         "batch_first": not layer.time_major,
         "bidirectional": both,
-        "reverse": rnn.reverse,
+        "reverse": rnns[0].reverse,
         "num_layers": 1,
         "proj_size": 0,
     }
@@ -229,7 +266,7 @@ _LAYERS: dict[type, tuple[str, Callable[[Any], dict[str, Any] | None]]] = {
     nnx.InstanceNorm: ("InstanceNorm", lambda layer: {**_affine(layer), "track_running_stats": False}),
     nnx.LayerNorm: ("LayerNorm", lambda layer: {**_affine(layer), **_axes(layer)}),
     nnx.RMSNorm: ("RMSNorm", _rms_norm),
-    nnx.GroupNorm: ("GroupNorm", lambda layer: {**_affine(layer), "num_groups": layer.num_groups}),
+    nnx.GroupNorm: ("GroupNorm", _group_norm),
     nnx.MultiHeadAttention: ("MultiheadAttention", _attention),
     **dict.fromkeys((nnx.LSTMCell, nnx.OptimizedLSTMCell), ("LSTMCell", _cell)),
     nnx.GRUCell: ("GRUCell", _cell),
@@ -243,7 +280,10 @@ _FUNCTIONS: dict[Any, tuple[str, dict[str, Any]]] = {
     nnx.leaky_relu: ("LeakyReLU", {"negative_slope": 0.01}),
     nnx.elu: ("ELU", {"alpha": 1.0}),
     nnx.celu: ("CELU", {"alpha": 1.0}),
-    nnx.softplus: ("Softplus", {"beta": 1.0}),
+    nnx.softplus: (
+        "Softplus",
+        {"beta": 1.0, "threshold": 20.0},
+    ),  # beyond which torch leaves out what float32 cannot hold
     nnx.hard_tanh: ("Hardtanh", {"min_val": -1.0, "max_val": 1.0}),
     nnx.relu: ("ReLU", {}),
     nnx.relu6: ("ReLU6", {}),
@@ -271,13 +311,15 @@ _ARGUMENTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "groups": ("feature_group_count", lambda value: value),
     "stride": ("strides", tuple),
     "dilation": ("kernel_dilation", tuple),
-    "axes": ("reduction_axes", tuple),
+    "axes": ("reduction_axes", lambda value: value if value is None else tuple(value)),
+    "feature_axes": ("feature_axes", tuple),
     "momentum": ("momentum", lambda value: Missing("None") if value is None else _other_weight(value)),
     "approximate": ("approximate", lambda value: value == "tanh"),
     "batch_first": ("time_major", lambda value: not value),
-    "nonlinearity": ("activation_fn", lambda value: Text(f"nnx.{value}")),
-    "gate": ("gate_fn", lambda value: Text(f"nnx.{value}")),
+    "nonlinearity": ("activation_fn", lambda value: Text(value if value == "mixed" else f"nnx.{value}")),
+    "gate": ("gate_fn", lambda value: Text(value if value == "mixed" else f"nnx.{value}")),
 }
+_LACKING = ("EmbeddingBag", "Threshold", "Softshrink", "Hardshrink", "Tanhshrink")
 _CELLS = {"LSTM": "OptimizedLSTMCell", "GRU": "GRUCell", "RNN": "SimpleCell"}
 _CALLS = {
     **{f"Conv{n}d": "nnx.Conv" for n in (1, 2, 3)},
@@ -286,6 +328,7 @@ _CALLS = {
     **dict.fromkeys(_CELLS, "nnx.RNN"),
     **{kind: f"nnx.{function.__name__}" for function, (kind, _) in _FUNCTIONS.items()},
     "Mish": "jax.nn.mish",
+    "Identity": "nnx.identity",
     "Embedding": "nnx.Embed",
     "MultiheadAttention": "nnx.MultiHeadAttention",
 }
@@ -331,14 +374,18 @@ def _padding(kind: str, options: Options) -> Any:
 
 
 def _advice(kind: str, arguments: Mapping[str, Any]) -> str:
+    if kind in _LACKING:
+        return f"nnx has no {kind}"
     layer = _CALLS.get(kind, f"nnx.{kind}")
     if arguments.keys() & {"activation_fn", "gate_fn", "residual"}:
         layer = _CALLS.get(f"{kind}Cell", layer)
     if arguments.get("bidirectional") == "True":
         return "nnx.Bidirectional(nnx.RNN(...), nnx.RNN(...))"
+    if arguments.get("bidirectional") == "False":
+        return "nnx.RNN(...)"
     passed = "".join(f", {name}={value!r}" for name, value in arguments.items() if not isinstance(value, Missing))
     if arguments and not passed:
         return f"{layer} has no {', '.join(f'{name} {value}' for name, value in arguments.items())}"
-    if kind in (activation for activation, _ in _FUNCTIONS.values()):
+    if kind in ("Identity", *(activation for activation, _ in _FUNCTIONS.values())):
         return f"partial({layer}{passed})" if passed else layer
     return f"{layer}(...{passed})"

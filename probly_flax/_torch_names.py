@@ -3,8 +3,10 @@ r"""Names and layouts that the weights of every layer have in torch: one table, 
 torch needs no such file: its tensors have their names. Weights travel; options that torch's twin lacks stay behind.
 Where the arrays of a layer do not say it all:
 
-- Norms over several axes know the product of their sizes only. Name the sizes where the layer is made:
-  `nnx.LayerNorm(6, ..., scale_metadata={"torch_shape": (2, 3)}, bias_metadata={"torch_shape": (2, 3)})`.
+- Norms over several axes know the product of their sizes only, and no order. Name torch's sizes where the layer is
+  made, and the axis here of each; over an image, which torch has as (C, H, W) and Flax as (H, W, C), in scale and bias:
+  `nnx.LayerNorm(C * H * W, ..., scale_metadata={"torch_shape": (C, H, W), "torch_axes": (-1, -3, -2)}, ...)`.
+- nnx.Conv with a mask is torch's with zeros in the kernel: they are written, and read where they are zeros there.
 - nnx cells have one bias where torch's have two. It is written as bias_ih, beside a bias_hh of zeros, and read as their
   sum. The part of a GRU's bias_hh that belongs to n cannot be summed: nnx.GRUCell takes zeros only, unless its dense_h
   is given a bias. Where dense_i and dense_h both have one, both travel as they are, in every cell.
@@ -26,7 +28,8 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from jax import Array
+from jax import Array, ShapeDtypeStruct
+from jax.core import Tracer
 
 from probly_flax._files import contiguous
 from probly_flax.ensemble import Ensemble
@@ -53,13 +56,19 @@ def torch_rules(what: str, model: nnx.Module) -> Iterator[tuple[str, Rule]]:
     """
     reasons: dict[int, str] = {}
     rules: dict[str, Rule] = {}
-    for name, rule in _walk(model, "", False, False, reasons):
-        if name in rules:
-            raise ValueError(
-                f"{what} expects a name in torch for each parameter; got two parameters named {name!r}. Take other "
-                f"keys or attributes, without dots: nnx.Dict({{'a_b': layer}})."
-            )
-        rules[name] = rule
+    try:
+        for name, rule in _walk(model, "", False, False, reasons):
+            if name in rules:
+                raise ValueError(
+                    f"{what} expects a name in torch for each parameter; got two parameters named {name!r}. Take other "
+                    f"keys or attributes, without dots: nnx.Dict({{'a_b': layer}})."
+                )
+            rules[name] = rule
+    except RecursionError:
+        raise ValueError(
+            f"{what} expects modules that hold each other as a tree; got a {type(model).__name__} with one that holds "
+            f"itself. Take that attribute away: del module.parent."
+        ) from None
     covered = {_id(variable) for rule in rules.values() for variable in rule.variables}
     layers = dict(nnx.iter_modules(model))
     missed = []
@@ -68,6 +77,8 @@ def torch_rules(what: str, model: nnx.Module) -> Iterator[tuple[str, Rule]]:
         is_mask = path[-1:] == ("mask",) and isinstance(layer, (nnx.Conv, nnx.ConvTranspose))
         if id(variable) not in covered and not is_mask:
             reason = reasons.get(id(variable), f"{type(layer).__name__}, which has no rule")
+            if isinstance(variable, nnx.Variable) and not hasattr(variable.get_value(), "shape"):
+                reason = f"{type(layer).__name__}, which is no array; nnx.Param(jnp.asarray(value)) holds one"
             missed.append(f"  {'.'.join(map(str, path))} of {reason}")
     if missed:
         raise ValueError(
@@ -259,10 +270,34 @@ def _einsum(layer: nnx.Einsum) -> Rules:
     return rules
 
 
+def _masked(rule: Rule, mask: Any) -> Rule:
+    """The kernel that such a layer multiplies by its mask, as it is then."""
+    mask = mask.get_value() if isinstance(mask, nnx.Variable) else mask
+    if mask is None or isinstance(mask, (ShapeDtypeStruct, Tracer)):  # of an abstract model
+        return rule
+    mask = np.asarray(mask)
+
+    def from_torch(array: np.ndarray) -> Sequence[np.ndarray]:
+        (kernel,) = rule.from_torch(array)
+        others = int(((kernel != 0) & (mask == 0)).sum())
+        if others:
+            raise ValueError(
+                f"A convolution with a mask expects a kernel of zeros where the mask has them; got {others} others. "
+                f"Build it without: nnx.Conv(..., mask=None)."
+            )
+        return [kernel]
+
+    return rule._replace(
+        to_torch=lambda array: rule.to_torch((array * mask).astype(array.dtype)),
+        from_torch=from_torch,
+        refuses=True,
+    )
+
+
 def _conv(layer: nnx.Conv | nnx.ConvTranspose) -> Rules:
     """(*kernel_size, a, b) -> (b, a, *kernel_size)."""
     axes = -1, -2, *range(-len(layer.kernel_size) - 2, -2)
-    return {"weight": _permuted(layer.kernel, axes)} | _named(layer, "bias", "r", "s")
+    return {"weight": _masked(_permuted(layer.kernel, axes), layer.mask)} | _named(layer, "bias", "r", "s")
 
 
 def _conv_transpose(layer: nnx.ConvTranspose) -> Rules:
@@ -270,7 +305,7 @@ def _conv_transpose(layer: nnx.ConvTranspose) -> Rules:
     if layer.transpose_kernel:
         return _conv(layer)
     axes = -2, -1, *range(len(layer.kernel_size) + 2, 2, -1)
-    return {"weight": _permuted(layer.kernel, axes)} | _named(layer, "bias", "r", "s")
+    return {"weight": _masked(_permuted(layer.kernel, axes), layer.mask)} | _named(layer, "bias", "r", "s")
 
 
 def _embed(layer: nnx.Embed) -> Rules:
@@ -284,11 +319,22 @@ def _norm(layer: Any) -> Rules:
         return rules
     for name, rule in rules.items():
         (variable,) = rule.variables
-        shape = variable.get_metadata("torch_shape", None)
-        if shape is None or math.prod(shape) != variable.shape[-1]:
-            option = "{'torch_shape': (a, b)}"
-            raise NoTwinError(f"over axes of unknown sizes; pass scale_metadata={option}, bias_metadata={option}")
-        rules[name] = _relaid(variable, variable.shape, (*variable.shape[:-1], *shape))
+        shape, order = (tuple(variable.get_metadata(key, None) or ()) for key in ("torch_shape", "torch_axes"))
+        if len(shape) != len(order) or sorted(order) != sorted(axes) or math.prod(shape) != variable.shape[-1]:
+            example = (-1, *sorted(axes)[:-1])
+            option = f"{{'torch_shape': ({', '.join('abcdefgh'[: len(axes)])}), 'torch_axes': {example}}}"
+            raise NoTwinError(
+                f"over axes of unknown sizes or order; pass scale_metadata={option}, bias_metadata={option}, torch's "
+                f"sizes and the axes here that they are of"
+            )
+        front, places = len(variable.shape) - 1, [sorted(order).index(axis) for axis in order]
+        own = [shape[places.index(place)] for place in range(len(shape))]
+        rules[name] = _relaid(
+            variable,
+            (*variable.shape[:-1], *own),
+            (*variable.shape[:-1], *shape),
+            (*range(front), *(front + place for place in places)),
+        )
     return rules
 
 
@@ -364,17 +410,18 @@ def _one_bias(biases: Sequence[nnx.Variable], of_gru: bool) -> Rules:
         size = hh.shape[-1]
         n = hh[..., size - size // 3 :]
         if of_gru and n.any():
+            dtype = "" if hh.dtype == np.float32 else f", param_dtype={hh.dtype.name!r}"
             raise ValueError(
                 f"nnx.GRUCell expects bias_hh to be 0 for n, in its last {n.shape[-1]} elements, since it has no bias "
                 f"there; got {n.size - (n == 0).sum()} others. Give it one before it is converted, or loaded: "
-                f"cell.dense_h = nnx.Linear({size // 3}, {size}, rngs=nnx.Rngs(0))."
+                f"cell.dense_h = nnx.Linear({size // 3}, {size}{dtype}, rngs=nnx.Rngs(0))."
             )
         return rule.from_torch(ih + hh)
 
     *front, size = biases[0].shape
     zeros = np.zeros((*front, size * len(biases)), biases[0].dtype)
     return {
-        "bias_ih": rule._replace(from_torch=sum_, also=("bias_hh",)),
+        "bias_ih": rule._replace(from_torch=sum_, also=("bias_hh",), refuses=of_gru),
         "bias_hh": Rule((), lambda: zeros, lambda array: []),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -28,9 +27,8 @@ from probly_flax._checks_optimizers import (
 )
 from probly_flax._checks_weights import check_flattened, check_loaded_dtype, check_numpy, check_tied, read_json
 from probly_flax._files import Arrays, Spec, keep_once, open_arrays, specs_of, write_arrays
-from probly_flax._options import layer_options
 from probly_flax.layers._common import Rule
-from probly_flax.weights import Flatten, _identities, _linear_sizes, _rules, _spec
+from probly_flax.weights import Flatten, _identities, _linear_sizes, _metadata, _rules, _spec
 
 __all__ = ["load_optimizer", "load_optimizer_arrays", "optimizer_to_arrays", "save_optimizer"]
 
@@ -60,9 +58,9 @@ def optimizer_to_arrays(
 
     optax takes Adam's bias correction in float32 unless `jax_enable_x64` is set: 1e-5 off at first, less later.
     The transformation may stand inside others that keep nothing for each parameter, such as `optax.chain`, `masked`,
-    `multi_transform`, `inject_hyperparams` and `apply_if_finite`. `adamax`, `nadam`, `radam`, `yogi` and `adopt` have
-    no twin here, but keep what `adam` keeps and cannot be told from it. To go on with optax alone, take the state that
-    it knows from `nnx.as_pure(optimizer.opt_state)`.
+    `multi_transform`, `inject_hyperparams` and `apply_if_finite`. `adamax`, `nadam`, `radam`, `yogi`, `adopt` and
+    `lamb` have no twin here, but keep what `adam` keeps and cannot be told from it, nor `lars` from `sgd`. To go on
+    with optax alone, take the state that it knows from `nnx.as_pure(optimizer.opt_state)`.
 
     Args:
         model: whose parameters the optimizer updates. Frozen ones have no state.
@@ -140,10 +138,9 @@ def save_optimizer(
         ...     save_optimizer(model, optimizer, f"{folder}/optimizer.safetensors")
     """
     state = _state("save_optimizer", model, optimizer, flatten)
-    recorded = {"flatten": flatten, "options": layer_options(model)}
     identities = {name: name for name in state.steps} | _identities(state.moments)
     kept, tied = keep_once(_arrays("save_optimizer", state), identities)
-    write_arrays(path, kept, {key: json.dumps(value) for key, value in recorded.items() if value} | tied)
+    write_arrays(path, kept, _metadata(model, flatten) | tied)
 
 
 def load_optimizer(
@@ -174,7 +171,7 @@ def load_optimizer(
     what = f"load_optimizer({os.fspath(path)!r})"
     with open_arrays("load_optimizer", path) as arrays:
         known = read_json(what, arrays.metadata, "flatten") if flatten is None else flatten
-        if flatten != {}:
+        if flatten != {} and (known or "flatten" not in arrays.metadata):
             sizes = _linear_sizes(model, dict(_rules(what, model)))
             check_flattened(what, read_json(what, arrays.metadata, "options"), known, sizes)
         _load(what, _state(what, model, optimizer, known), optimizer, arrays)
@@ -203,6 +200,9 @@ def _load(what: str, state: _State, optimizer: nnx.Optimizer, arrays: Mapping[st
     check_step_known(what, bool(steps) or not state.counts, (state.steps or [""])[0])
     for name, spec in expected.items():
         check_loaded_dtype(what, name, spec.dtype, jnp.array(np.zeros((), spec.dtype)).dtype.name)
+    for name, rule in state.moments.items():
+        if rule.refuses:
+            rule.from_torch(np.asarray(arrays[name]))
     if isinstance(arrays, Arrays):
         warn_state_not_finite(what, arrays.not_finite({name: spec.dtype for name, spec in expected.items()}))
     for name, rule in state.moments.items():
@@ -265,6 +265,8 @@ def _moments_and_counts(
         place = f"opt_state{keystr(path)}"
         for field, key in _MOMENTS.get(type(leaf), {}).items():
             for parameter_path, moment in _leaves(getattr(leaf, field)):
+                if isinstance(moment, nnx.Variable) and isinstance(moment.get_value(), optax.MaskedNode):
+                    continue
                 parameter = parameters.get(parameter_path)
                 if parameter is None or parameter.shape != moment.shape:
                     strangers += 1

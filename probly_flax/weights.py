@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
+from hashlib import sha256
 from typing import Any
 
 import jax
@@ -18,7 +20,9 @@ from probly_flax._checks_weights import (
     check_flatten,
     check_flattened,
     check_has_values,
+    check_integers,
     check_loaded_dtype,
+    check_model,
     check_numpy,
     check_tied_names,
     check_together,
@@ -26,8 +30,9 @@ from probly_flax._checks_weights import (
     match_names,
     read_json,
     renamed_paths,
+    shown,
+    warn_flattened,
     warn_not_finite,
-    weight_name,
 )
 from probly_flax._files import Arrays, Spec, cast_array, keep_once, open_arrays, specs_of, write_arrays
 from probly_flax._torch_names import torch_rules
@@ -45,7 +50,8 @@ def to_arrays(model: nnx.Module, *, flatten: Flatten = None) -> dict[str, np.nda
         model: any module with layers that torch has too, and parameters of its own.
         flatten: `{"fc1": (64, 7, 7)}`, (channels, *spatial) of the output of a convolution that the Linear layer `fc1`
             reads flattened. torch flattens channels first, which is the common form, and Flax channels last: the rows
-            of the kernel are put into torch's order. Leave out a layer whose inputs the network transposes itself.
+            of the kernel are put into torch's order; and so is a normalisation between the two, if it is named as well.
+            Leave out a layer whose inputs the network transposes itself.
 
     Returns:
         A new array for every name, tied parameters under each of theirs.
@@ -81,7 +87,7 @@ def load_arrays(
             and a warning lists them. Another shape is an error in any case.
         rename: regular expressions, and what replaces them in the names of the arrays, `{r"^module\\.": ""}`.
         ignore: name patterns, `"head.*"`, of weights to leave as they were; of the model, or of the arrays.
-        cast: whether floating-point numbers may be converted to the model's dtype.
+        cast: whether floating-point numbers, and integers that fit, may be converted to the model's dtype.
         flatten: as in `to_arrays`.
 
     Raises:
@@ -105,12 +111,13 @@ def save_weights(model: nnx.Module, path: str | os.PathLike[str], *, flatten: Fl
 
     Without this library, `model.load_state_dict(safetensors.torch.load_file(path))` reads it into the twin; or, if that
     has tied weights, which are kept once, `safetensors.torch.load_model(model, path)`. Its metadata has a sha256 of the
-    bytes of all arrays, the options of the layers, such as epsilon, and `flatten`.
+    bytes of all arrays, the framework, the options of the layers, such as epsilon, and `flatten`.
 
     Args:
         model: as in `to_arrays`.
         path: of the file, which is replaced once the new one is complete.
-        flatten: as in `to_arrays`. The file records it for load_weights.
+        flatten: as in `to_arrays`. The file records it for load_weights; {} for a network whose rows are in torch's
+            order, since None leaves that open, and probly_torch.load_weights asks for it.
 
     Raises:
         ValueError: if the model has no values or a dtype that safetensors has not, or flatten does not fit it; or
@@ -122,10 +129,8 @@ def save_weights(model: nnx.Module, path: str | os.PathLike[str], *, flatten: Fl
         ...     save_weights(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), f"{folder}/linear.safetensors")
     """
     rules = dict(_rules("save_weights", model, flatten))
-    sizes = {path: [int(size) for size in shape] for path, shape in (flatten or {}).items()}
-    recorded = {"flatten": sizes, "options": _options.layer_options(model)}
     kept, tied = keep_once(_arrays("save_weights", model, flatten), _identities(rules))
-    write_arrays(path, kept, {key: json.dumps(value) for key, value in recorded.items() if value} | tied)
+    write_arrays(path, kept, _metadata(model, flatten) | tied)
 
 
 def load_weights(
@@ -172,16 +177,20 @@ def load_weights(
     """
     what = f"load_weights({os.fspath(path)!r})"
     with open_arrays("load_weights", path) as arrays:
-        options = renamed_paths(what, read_json(what, arrays.metadata, "options"), rename, ignore)
+        options = renamed_paths(what, read_json(what, arrays.metadata, "options"), rename, ignore, arrays)
         if check_options:
             _options.check_options(what, model, options)
-        rules = dict(_rules(what, model))
-        if flatten is None:
-            recorded = renamed_paths(what, read_json(what, arrays.metadata, "flatten"), rename, ignore)
-            flatten = {path: shape for path, shape in recorded.items() if weight_name(path) in rules} or None
+        own = _options.layer_options(model)
+        if flatten is None and "flatten" in arrays.metadata:
+            recorded = read_json(what, arrays.metadata, "flatten")
+            known = renamed_paths(what, recorded, rename, ignore, arrays)
+            flatten = {path: shape for path, shape in known.items() if path in own} or (None if recorded else {})
         rules = dict(_rules(what, model, flatten))
         if flatten != {}:
             check_flattened(what, options, flatten or {}, _linear_sizes(model, rules))
+        if flatten is None and arrays.metadata.get("framework") != "flax":
+            shapes = {name: _spec(rule).shape for name, rule in rules.items()}
+            warn_flattened(what, renamed_paths(what, own, None, ignore, rules), shapes, "")
         _load(what, rules, arrays, strict=strict, rename=rename, ignore=ignore, cast=cast)
 
 
@@ -189,9 +198,8 @@ def _load(what: str, rules: Mapping[str, Rule], arrays: Arrays, **options: Any) 
     expected = {name: _spec(rule) for name, rule in rules.items()}
     identities = _identities(rules)
     dtypes = {name: rule.dtypes for name, rule in rules.items()}
-    names = match_names(what, expected, arrays.specs, identities, dtypes, **options)
+    names = match_names(what, expected, arrays.specs, identities, dtypes, arrays.tied, **options)
     names = {here: arrays.tied.get(there, there) for here, there in names.items()}
-    check_tied_names(what, names, identities, arrays)
     given = {here: arrays.specs[there].dtype for here, there in names.items()}
     final = {here: dtype if dtype in dtypes[here] else expected[here].dtype for here, dtype in given.items()}
     for here, dtype in final.items():
@@ -203,11 +211,13 @@ def _load(what: str, rules: Mapping[str, Rule], arrays: Arrays, **options: Any) 
         of_torch = [cast_array(arrays[names[name]], final[name]) for name in (here, *rules[here].also)]
         return rules[here].from_torch(*of_torch)
 
-    for here in names:
-        if rules[here].also:  # such a rule may refuse what it reads
-            parts(here)
-    warn_not_finite(what, arrays.not_finite({there: final[here] for here, there in names.items()}))
-    for here in reversed(list(names)):  # where the C library gives freed memory back: at the end of its heap
+    def flat(here: str) -> np.ndarray:
+        return np.concatenate([part.reshape(-1) for part in parts(here)])
+
+    check_tied_names(what, names, {name: identity[:-1] for name, identity in identities.items()}, flat)
+    check_integers(what, names, arrays.specs, final, arrays)
+
+    def put(here: str) -> None:
         for variable, array in zip(rules[here].variables, parts(here), strict=True):
             kept = None if rules[here].dtypes else variable.dtype
             value = jnp.asarray(array, kept) if arrays.fresh else jnp.array(array, kept)
@@ -215,6 +225,32 @@ def _load(what: str, rules: Mapping[str, Rule], arrays: Arrays, **options: Any) 
             # Only then: a jitted step would compile again for arrays that are tied to a device.
             placed = isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer) and old.committed
             variable.set_value(jax.device_put(value, old.sharding) if placed else value)
+
+    for here in names:
+        if rules[here].refuses:
+            try:
+                parts(here)
+            except ValueError as error:
+                raise ValueError(f"{what} cannot load {shown(here)}: {error}") from error
+    warn_not_finite(what, arrays.not_finite({there: final[here] for here, there in names.items()}))
+    hooked = [here for here in names if any(map(_is_hooked, rules[here].variables))]
+    old = [(variable, variable.get_raw_value()) for here in hooked for variable in rules[here].variables]
+    try:
+        for here in hooked:
+            put(here)
+    except BaseException:
+        for variable, value in old:
+            variable.set_raw_value(value)
+        raise
+    for here in reversed([here for here in names if here not in hooked]):  # where the C library gives freed memory
+        put(here)  # back: at the end of its heap
+
+
+def _is_hooked(variable: Any) -> bool:
+    """Whether setting its value runs code of the user, which may raise."""
+    if not isinstance(variable, nnx.Variable):
+        return False
+    return type(variable).set_value is not nnx.Variable.set_value or "on_set_value" in variable.get_metadata()
 
 
 def _arrays(what: str, model: nnx.Module, flatten: Flatten) -> Arrays:
@@ -230,13 +266,25 @@ def _arrays(what: str, model: nnx.Module, flatten: Flatten) -> Arrays:
 
 def _rules(what: str, model: nnx.Module, flatten: Flatten = None) -> Iterator[tuple[str, Rule]]:
     """Every weight under every name it has in torch; a layer used twice has two."""
+    check_model(what, model, nnx.Module, "nnx.Linear(3, 2, rngs=nnx.Rngs(0))")
     rules = dict(torch_rules(what, model))
+    options = _options.layer_options(model)
     for path, shape in check_flatten(what, flatten or {}, _linear_sizes(model, rules)).items():
         prefix = f"{path}." if path else ""
-        for name in (f"{prefix}weight", f"{prefix}r", f"{prefix.removesuffix('base_layer.')}lora_A.default.weight"):
+        names = [f"{prefix}{own}" for own in ("weight", "bias", "running_mean", "running_var")]
+        if options[path]["kind"] == "Linear":
+            names = [names[0], f"{prefix}r", f"{prefix.removesuffix('base_layer.')}lora_A.default.weight"]
+        for name in names:
             if name in rules:
                 rules[name] = _flattened(rules[name], shape)
     yield from rules.items()
+
+
+def _metadata(model: nnx.Module, flatten: Flatten) -> dict[str, str]:
+    sizes = flatten if flatten is None else {path: [int(size) for size in shape] for path, shape in flatten.items()}
+    recorded = {"flatten": sizes, "options": _options.layer_options(model) or None}
+    written = {key: json.dumps(value) for key, value in recorded.items() if value is not None}
+    return {"framework": "flax", **written}
 
 
 def _linear_sizes(model: nnx.Module, rules: Mapping[str, Rule]) -> dict[str, int]:
@@ -260,8 +308,17 @@ def _flattened(rule: Rule, shape: Sequence[int]) -> Rule:
 
 
 def _identities(rules: Mapping[str, Rule]) -> dict[str, Any]:
-    """Equal for the names of one parameter, and for them only."""
-    return {name: tuple(map(id, rule.variables)) or name for name, rule in rules.items()}
+    """Equal for the names of one parameter in one layout, and for them only; but for the last element, in any."""
+    found = {name: tuple(map(id, rule.variables)) or (name,) for name, rule in rules.items()}
+    shared = {own for own, count in Counter(found.values()).items() if count > 1}
+    return {name: (*own, _layout(rules[name]) if own in shared else "") for name, own in found.items()}
+
+
+def _layout(rule: Rule) -> str:
+    """What torch's layout makes of numbers that tell the axes apart."""
+    numbers = (np.resize(np.arange(251, dtype=np.uint8), variable.shape) for variable in rule.variables)
+    array = rule.to_torch(*numbers)
+    return sha256(repr(array.shape).encode() + array.astype(np.uint8).tobytes()).hexdigest()
 
 
 def _spec(rule: Rule) -> Spec:

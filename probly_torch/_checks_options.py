@@ -9,9 +9,12 @@ strings, booleans, None and lists. Where torch has no word, or two for one thing
 - `padding` is a [low, high] pair for each axis, of the input for a convolution (what output_padding adds is taken from
   the high side of a transposed one), or "same" where the stride makes it depend on the size of the input;
 - `momentum` is the weight of the new statistics;
-- `weight` and `bias` of a normalisation say which of them it has; `axes` are those that it normalises, from the last;
-- `gate` and `nonlinearity` of a recurrent layer are the functions of its gates and of its state;
-- `flatten_channels` of a Linear is the number of channels of the convolution whose flattened output it reads;
+- `weight` and `bias` of a normalisation say which of them it has; `axes` are those that it normalises, from the last,
+  `feature_axes` those of its weights, and None of a GroupNorm all but the batch;
+- `gate` and `nonlinearity` of a recurrent layer are the functions of its gates and of its state, "mixed" if one
+  direction has another than the other;
+- `flatten_channels` of a Linear, or of a normalisation before it, is the number of channels of the convolution whose
+  flattened output it reads; 0 if something is flattened whose channels are not known;
 - `num_members` is in the options of a BatchEnsemble layer, which has the kind of the layer that it was made of.
 
 Rates of dropout, dtypes, initialisation and all else that leaves the function in eval mode as it is are no options.
@@ -19,13 +22,19 @@ Rates of dropout, dtypes, initialisation and all else that leaves the function i
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import CodeType, FunctionType
 from typing import Any
 
 Options = Mapping[str, Any]
+MAX_LINES = 20
+# What names and shapes of weights say, or the function of a model does not depend on.
+_SHOWN = {"kind", "bias", "weight", "kernel_size", "padding_idx", "num_members", "flatten_channels"}
 Check = Callable[[Any], bool]
 
 
@@ -76,18 +85,37 @@ def _conv(rank: int) -> dict[str, Check]:
 
 
 _NORM: dict[str, Check] = {"eps": _number, "weight": _flag, "bias": _flag}
+_AXES = {"axes": _list_of(_integer), "feature_axes": _list_of(_integer), "flatten_channels": _integer}
 _STATISTICS: dict[str, Check] = {**_NORM, "momentum": _or_none(_number), "track_running_stats": _flag}
+_FUNCTIONS = ("tanh", "relu", "sigmoid", "mixed")
 _CELL: dict[str, Check] = {
     "bias": _flag,
-    "nonlinearity": _one_of("tanh", "relu", "sigmoid"),
+    "nonlinearity": _one_of(*_FUNCTIONS),
     "residual": _flag,
 }
-_GATED = {**_CELL, "gate": _one_of("tanh", "relu", "sigmoid")}
+_GATED = {**_CELL, "gate": _one_of(*_FUNCTIONS)}
 _SEQUENCE: dict[str, Check] = {
     **dict.fromkeys(("num_layers", "proj_size"), _integer),
     **dict.fromkeys(("bidirectional", "batch_first", "reverse"), _flag),
 }
+_ACTIVATIONS: dict[str, dict[str, Check]] = {
+    "GELU": {"approximate": _one_of("none", "tanh")},
+    "LeakyReLU": {"negative_slope": _number},
+    "ELU": {"alpha": _number},
+    "CELU": {"alpha": _number},
+    "Softplus": {"beta": _number, "threshold": _number},
+    "Hardtanh": {"min_val": _number, "max_val": _number},
+    **{
+        kind: {}
+        for kind in (
+            *("ReLU", "ReLU6", "SiLU", "Mish", "SELU", "Sigmoid", "LogSigmoid", "Tanh", "Softsign", "Hardswish"),
+            *("Hardsigmoid", "Softmax", "LogSoftmax", "GLU", "Identity"),
+            *("Threshold", "Softshrink", "Hardshrink", "Tanhshrink"),
+        )
+    },
+}
 KINDS: dict[str, dict[str, Check]] = {
+    **_ACTIVATIONS,
     "Linear": {"bias": _flag, "flatten_channels": _integer},
     **{f"Conv{n}d": _conv(n) | {"input_dilation": _list_of(_integer, n)} for n in (1, 2, 3)},
     **{f"ConvTranspose{n}d": _conv(n) for n in (1, 2, 3)},
@@ -96,11 +124,12 @@ KINDS: dict[str, dict[str, Check]] = {
         "max_norm": _or_none(_number),
         "norm_type": _number,
     },
-    "BatchNorm": _STATISTICS,
+    "EmbeddingBag": {},
+    "BatchNorm": _STATISTICS | {"flatten_channels": _integer},
     "InstanceNorm": _STATISTICS,
-    "LayerNorm": _NORM | {"axes": _list_of(_integer)},
-    "RMSNorm": {"eps": _number, "weight": _flag, "axes": _list_of(_integer)},
-    "GroupNorm": _NORM | {"num_groups": _integer},
+    "LayerNorm": _NORM | _AXES,
+    "RMSNorm": {"eps": _number, "weight": _flag, **_AXES},
+    "GroupNorm": _NORM | {"num_groups": _integer, "axes": _or_none(_list_of(_integer))},
     "MultiheadAttention": {
         "num_heads": _integer,
         **dict.fromkeys(("batch_first", "bias", "add_bias_kv", "add_zero_attn"), _flag),
@@ -110,19 +139,6 @@ KINDS: dict[str, dict[str, Check]] = {
     "RNNCell": _CELL,
     "RNN": _CELL | _SEQUENCE,
     "PReLU": {},
-    "GELU": {"approximate": _one_of("none", "tanh")},
-    "LeakyReLU": {"negative_slope": _number},
-    "ELU": {"alpha": _number},
-    "CELU": {"alpha": _number},
-    "Softplus": {"beta": _number},
-    "Hardtanh": {"min_val": _number, "max_val": _number},
-    **{
-        kind: {}
-        for kind in (
-            *("ReLU", "ReLU6", "SiLU", "Mish", "SELU", "Sigmoid", "LogSigmoid", "Tanh", "Softsign", "Hardswish"),
-            *("Hardsigmoid", "Softmax", "LogSoftmax", "GLU"),
-        )
-    },
 }
 
 
@@ -146,11 +162,19 @@ def check_same_options(
     recorded: Any,
     arguments: Callable[[str, Options], Mapping[str, Any]],
     advice: Callable[[str, Mapping[str, Any]], str],
+    sequentials: Mapping[str, int],
+    defaults: Mapping[str, Options],
+    names: Callable[[], Iterable[str]],
+    parts: Mapping[str, Any],
 ) -> None:
     """Compares the options of the layers that a model and a file both have, in the words of the package.
 
     `arguments(kind, options)` are those that make such a layer, and `advice(kind, arguments)` is the code that passes
     them. What the file says is untrusted: it is shown, cut short, and compared, and nothing else.
+
+    A warning lists layers that only the file has, if they are likely to make a difference. Given for these are the
+    lengths of Sequentials here, the options that functions have by default, the names of weights, and what is at each
+    path here.
     """
     lines = []
     if not isinstance(recorded, Mapping):
@@ -170,6 +194,68 @@ def check_same_options(
             f"{what} expects layers with the options that the file's had; got {len(lines)} that differ:\n  {listed}\n"
             f"Pass these arguments, or load the weights all the same: check_options=False."
         )
+    unknown = _not_compared(own, recorded, arguments, advice, sequentials, defaults, names, parts)
+    if unknown:
+        listed = "\n  ".join(unknown[:MAX_LINES] + ["..."] * (len(unknown) > MAX_LINES))
+        warnings.warn(
+            f"{what} expects the layers of the file to be here by the same names, to compare their options; got "
+            f"{len(unknown)} that are not, and may compute something else here:\n  {listed}\n"
+            f"Hold them by these names; or, if you know that they are right, pass check_options=False.",
+            stacklevel=4,
+        )
+
+
+def _not_compared(
+    own: Mapping[str, Options],
+    recorded: Mapping[Any, Any],
+    arguments: Callable[[str, Options], Mapping[str, Any]],
+    advice: Callable[[str, Mapping[str, Any]], str],
+    sequentials: Mapping[str, int],
+    defaults: Mapping[str, Options],
+    names: Callable[[], Iterable[str]],
+    parts: Mapping[str, Any],
+) -> list[str]:
+    """A line for a layer that has weights here; a normalisation that has none; an activation that is beyond the end of
+    a Sequential, or that the code of this place calls without its options. But for none that has another name here."""
+    here: set[str] = set()
+    elsewhere = [options for path, options in own.items() if path not in recorded]
+    lines = []
+    for path, there in recorded.items():
+        kind = there.get("kind") if isinstance(there, Mapping) else None
+        if path in own or not isinstance(kind, str) or kind not in KINDS:
+            continue
+        here = here or {name[:end] for name in names() for end, letter in enumerate(name) if letter == "."} | {""}
+        checks = _checks(kind)
+        given = {name: there[name] for name in checks if name in there and checks[name](there[name])}
+        told = {name: value for name, value in given.items() if name not in _SHOWN and value is not None}
+        code = ""
+        if kind in _ACTIVATIONS:
+            parent, _, last = path.rpartition(".")
+            beyond = last.isdecimal() and len(last) < 9 and int(last) >= sequentials.get(parent, 10**9)
+            changed = {name: told[name] for name in told if not _equal(told[name], defaults.get(kind, told).get(name))}
+            values = arguments(kind, changed)
+            inline = bool(changed) and any(_calls(parts.get(each), kind, values) for each in (path, parent))
+            likely = kind != "Identity" and (beyond or inline)
+            code = f"; {advice(kind, values)}"
+        else:
+            likely = bool(told) if path in here else kind.endswith("Norm") and given.get("weight") is False
+        if likely and not any(kind == each["kind"] and _same(kind, each, given) for each in elsewhere):
+            options = ", ".join(f"{name} {value!r}" for name, value in told.items())
+            lines.append(f"{_cut(path)}: {kind}{' of ' if options else ''}{options}{code}")
+    return lines
+
+
+def _calls(value: Any, kind: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether the code of a function, or of a module's methods, calls a function of this kind without its arguments."""
+    functions = [value, *(each for base in type(value).__mro__ for each in vars(base).values())]
+    unwrapped = (inspect.unwrap(each) for each in functions if callable(each))
+    codes = [each.__code__ for each in unwrapped if isinstance(each, FunctionType)]
+    for code in codes:  # with those of the functions in it
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    calling = [code for code in codes if any(name.replace("_", "") == kind.lower() for name in code.co_names)]
+    wanted = {repr(each) for argument in arguments.items() for each in argument}
+    constants = ([each if isinstance(each, tuple) else (each,) for each in code.co_consts] for code in calling)
+    return any(wanted.isdisjoint(repr(each) for group in groups for each in group) for groups in constants)
 
 
 def _differences(
@@ -192,7 +278,7 @@ def _differences(
     if kind != here["kind"]:
         rank = {name: tuple(given[name]) for name in ("kernel_size",) if name in given}
         return [*lines, f"{here['kind']} here, {kind} in the file; {advice(kind, rank)}"]
-    both = {name: value for name, value in given.items() if name in here}
+    both = {name: here[name] if _equal(here[name], value) else value for name, value in given.items() if name in here}
     ours, theirs = arguments(kind, here), arguments(kind, {**here, **both})
     if "num_members" in both and both["num_members"] != here["num_members"]:
         members = both["num_members"]
@@ -204,6 +290,10 @@ def _differences(
         for name in ours
         if name in theirs and not _equal(ours[name], theirs[name])
     ]
+
+
+def _same(kind: str, a: Options, b: Options) -> bool:
+    return all(_equal(a[name], b[name]) for name in _checks(kind) if name in a and name in b)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -43,7 +43,11 @@ def check_options(what: str, model: nn.Module, recorded: Any) -> None:
         ...     print(str(error).splitlines()[1].strip())
         (root): eps 1e-05 here, 1e-06 in the file; nn.LayerNorm(..., eps=1e-06)
     """
-    check_same_options(what, layer_options(model), recorded, _arguments, _advice)
+    defaults = {kind: known_options(kind, options) for kind, options in _FUNCTIONS.values()}
+    sequentials = {path: len(module._modules) for path, module, _ in _modules(model, "") if _is_sequential(module)}
+    parts = {path: module for path, module, _ in _modules(model, "")}
+    own, names = layer_options(model), model.state_dict
+    check_same_options(what, own, recorded, _arguments, _advice, sequentials, defaults, names, parts)
 
 
 def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -132,15 +136,19 @@ def _embedding(layer: Any) -> dict[str, Any]:
 
 
 def _layer_norm(layer: Any) -> dict[str, Any]:
-    axes = list(range(-len(layer.normalized_shape), 0))
-    return {"eps": layer.eps, **_has(layer, "weight", "bias"), "axes": axes}
+    return {"eps": layer.eps, **_has(layer, "weight", "bias"), **_axes(layer)}
 
 
 def _rms_norm(layer: Any) -> dict[str, Any]:
     eps = layer.eps
-    if eps is None and layer.weight is not None:  # torch's default is that of the dtype
-        eps = torch.finfo(layer.weight.dtype).eps
-    return {"eps": eps, **_has(layer, "weight"), "axes": list(range(-len(layer.normalized_shape), 0))}
+    if eps is None:  # torch's default is that of the dtype
+        eps = torch.finfo(torch.get_default_dtype() if layer.weight is None else layer.weight.dtype).eps
+    return {"eps": eps, **_has(layer, "weight"), **_axes(layer)}
+
+
+def _axes(layer: Any) -> dict[str, list[int]]:
+    axes = list(range(-len(layer.normalized_shape), 0))
+    return dict.fromkeys(("axes",) if layer.weight is None else ("axes", "feature_axes"), axes)
 
 
 def _statistics(layer: Any) -> dict[str, Any]:
@@ -187,7 +195,7 @@ _LAYERS: dict[type[nn.Module], tuple[str, Callable[[Any], dict[str, Any] | None]
         (nn.GroupNorm, probly.BatchEnsembleGroupNorm),
         (
             "GroupNorm",
-            lambda layer: {"eps": layer.eps, "num_groups": layer.num_groups, **_has(layer, "weight", "bias")},
+            lambda layer: {**_attributes("eps", "num_groups")(layer), **_has(layer, "weight", "bias"), "axes": None},
         ),
     ),
     **dict.fromkeys(
@@ -203,13 +211,14 @@ _LAYERS: dict[type[nn.Module], tuple[str, Callable[[Any], dict[str, Any] | None]
     nn.LeakyReLU: ("LeakyReLU", _attributes("negative_slope")),
     nn.ELU: ("ELU", _attributes("alpha")),
     nn.CELU: ("CELU", _attributes("alpha")),
-    nn.Softplus: ("Softplus", _attributes("beta")),
+    nn.Softplus: ("Softplus", _attributes("beta", "threshold")),
     nn.Hardtanh: ("Hardtanh", _attributes("min_val", "max_val")),
     **{
         each: (each.__name__, _attributes())
         for each in (
             *(nn.PReLU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Mish, nn.SELU, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softsign),
-            *(nn.Hardswish, nn.Hardsigmoid, nn.Softmax, nn.LogSoftmax, nn.GLU),
+            *(nn.Hardswish, nn.Hardsigmoid, nn.Softmax, nn.LogSoftmax, nn.GLU, nn.EmbeddingBag, nn.Identity),
+            *(nn.Threshold, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink),
         )
     },
 }
@@ -223,6 +232,7 @@ _FUNCTIONS: dict[Any, tuple[str, dict[str, Any]]] = {
     functional.elu: ("ELU", {"alpha": 1.0}),
     functional.silu: ("SiLU", {}),
     functional.mish: ("Mish", {}),
+    functional.celu: ("CELU", {"alpha": 1.0}),
 }
 
 
@@ -238,8 +248,13 @@ def _arguments(kind: str, options: Options) -> dict[str, Any]:
         arguments[name] = Missing(repr(arguments[name]))
     if "padding" in options:
         arguments |= _padding(kind, options)
-    if "axes" in options:
+    if kind == "GroupNorm" and arguments.get("axes") is not None:
+        arguments["axes"] = Missing(repr(arguments["axes"]))
+    elif "axes" in options and kind != "GroupNorm":
         axes = arguments.pop("axes")
+        if "feature_axes" in arguments:
+            of_all = arguments["feature_axes"] == axes
+            arguments["feature_axes"] = Missing("all that it normalises" if of_all else repr(arguments["feature_axes"]))
         last = axes == tuple(range(-len(axes), 0))
         arguments["normalized_shape"] = Text(f"x.shape[{axes[0]}:]") if last else Missing(f"of axes {axes}")
     if "weight" in options:
@@ -257,7 +272,8 @@ def _padding(kind: str, options: Options) -> dict[str, Any]:
     low, as_pairs = tuple(p for p, _ in pairs), Missing(repr(tuple(map(tuple, pairs))))
     if kind.startswith("ConvTranspose"):
         possible = all(p >= max(q, 0) for p, q in pairs)
-        return {"padding": low if possible else as_pairs, "output_padding": tuple(max(p - q, 0) for p, q in pairs)}
+        more = {"output_padding": tuple(p - q for p, q in pairs)}
+        return {"padding": low, **more} if possible else {"padding": as_pairs}
     if all(0 <= p == q for p, q in pairs):
         return {"padding": low}
     same = pairs == same_padding(options["kernel_size"], options["stride"], options["dilation"])
@@ -273,23 +289,33 @@ def _advice(kind: str, arguments: Mapping[str, Any]) -> str:
 
 
 def _flattened(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """The Linear layers that read a flattened convolution's output, and its channels, where Sequentials show it."""
-    for layers in _sequences(model, ""):
-        channels, flat = None, False
-        for path, layer in layers:
-            if isinstance(layer, _ELEMENTWISE):
-                continue
-            if isinstance(layer, _CONVOLUTIONS):
-                channels, flat = layer.out_channels, False
-            elif isinstance(layer, _IMAGE_NORMS):
-                channels, flat = layer.num_features, False
-            elif isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
-                flat = True
-            elif flat and channels is not None and isinstance(layer, (nn.Linear, probly.BatchEnsembleLinear)):
-                yield path, channels
-                channels = None
-            elif flat or _is_pooled(layer) or not isinstance(layer, _BY_CHANNEL):
-                channels = None
+    """The layers that read something flattened, and how many channels it has; 0 if they are not known.
+
+    Layers come in the order of Sequentials, and of the attributes of other modules, whose forward is not read.
+    """
+    for outer, module in (each[:2] for each in _modules(model, "") if each[2]):
+        channels, rank, flat, pooled = 0, 4, False, False  # an image, as long as nothing else is known
+        for path, layer in _in_order(module, outer):
+            if isinstance(layer, nn.Flatten):
+                whole = layer.start_dim % rank == 1 and layer.end_dim % rank == rank - 1
+                flat = flat or (whole and not pooled)
+            elif isinstance(layer, _LINEAR):
+                features = layer.weight.shape[-1]
+                sure = _is_sequential(module) or not channels or features % channels == 0
+                if flat and sure and features != channels:
+                    yield path, channels
+                channels, flat, pooled = 0, False, False
+            elif isinstance(layer, _CONVOLUTIONS):
+                channels, rank, flat, pooled = layer.out_channels, layer.weight.dim(), False, False
+            elif isinstance(layer, _NORMS):
+                if flat:
+                    yield path, channels
+                elif isinstance(layer, _IMAGE_NORMS):
+                    channels = layer.num_features
+            elif _is_pooled(layer):
+                pooled = True
+            elif not isinstance(layer, (*_ELEMENTWISE, *_BY_CHANNEL)):
+                channels, rank, pooled = 0, 4, False
 
 
 def _is_pooled(layer: nn.Module) -> bool:
@@ -297,17 +323,13 @@ def _is_pooled(layer: nn.Module) -> bool:
     return getattr(layer, "output_size", None) in (1, (1,), (1, 1), (1, 1, 1))
 
 
-def _sequences(module: nn.Module, path: str) -> Iterator[list[tuple[str, nn.Module]]]:
-    """Layers that run one after the other, of Sequentials that may hold Sequentials."""
+def _modules(module: nn.Module, path: str, outermost: bool = True) -> Iterator[tuple[str, nn.Module, bool]]:
+    """All modules by their paths, and whether they are no Sequential in another module."""
     if isinstance(module, Ensemble):
         module = module._network
-    if _is_sequential(module):
-        layers = list(_in_order(module, path))
-        yield layers
-    else:
-        layers = list(_children(module, path))
-    for inner, layer in layers:
-        yield from _sequences(layer, inner)
+    yield path, module, outermost or not _is_sequential(module)
+    for inner, layer in _children(module, path):
+        yield from _modules(layer, inner, outermost=False)
 
 
 def _in_order(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
@@ -330,6 +352,8 @@ _CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(probly.BatchEnsembleConv, probly.BatchEnsembleConvTranspose),
 )
+_LINEAR = (nn.Linear, probly.BatchEnsembleLinear)
+_NORMS = tuple(each for each, (kind, _) in _LAYERS.items() if kind.endswith("Norm"))
 _IMAGE_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _ACTIVATIONS = tuple({t for t in _LAYERS if t.__module__ == nn.ReLU.__module__} - {nn.MultiheadAttention, nn.GLU})
 _ELEMENTWISE = (*_ACTIVATIONS, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -337,5 +361,5 @@ _BY_CHANNEL = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
-    *(nn.BatchNorm1d, nn.GroupNorm, nn.LocalResponseNorm, nn.Upsample, nn.ZeroPad2d, nn.ReflectionPad2d),
+    *(nn.LocalResponseNorm, nn.Upsample, nn.ZeroPad2d, nn.ReflectionPad2d),
 )

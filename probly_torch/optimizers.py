@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -21,8 +20,7 @@ from probly_torch._checks_optimizers import (
 )
 from probly_torch._checks_weights import check_numpy, check_tied
 from probly_torch._files import Arrays, Spec, keep_once, open_arrays, specs_of, write_arrays
-from probly_torch._options import layer_options
-from probly_torch.weights import Flatten, _as_tensor, _flatten, _tensors, _view
+from probly_torch.weights import Flatten, _as_tensor, _check_flattened, _flatten, _metadata, _tensors, _view
 
 __all__ = ["load_optimizer", "load_optimizer_arrays", "optimizer_to_arrays", "save_optimizer"]
 
@@ -122,12 +120,9 @@ def save_optimizer(
         ...     save_optimizer(model, torch.optim.Adam(model.parameters()), f"{folder}/optimizer.safetensors")
     """
     slots = _slots(_parameters("save_optimizer", model, optimizer))
-    recorded = {
-        "flatten": _flatten("save_optimizer", model, _tensors("save_optimizer", model), flatten),
-        "options": layer_options(model),
-    }
+    shapes = _flatten("save_optimizer", model, _tensors("save_optimizer", model), flatten)
     kept, tied = keep_once(_arrays(optimizer, slots), _identities(slots))
-    write_arrays(path, kept, {key: json.dumps(value) for key, value in recorded.items() if value} | tied)
+    write_arrays(path, kept, _metadata(model, flatten if flatten is None else shapes) | tied)
 
 
 def load_optimizer(
@@ -139,7 +134,7 @@ def load_optimizer(
         model: as in `load_optimizer_arrays`.
         optimizer: as in `load_optimizer_arrays`.
         path: of a file by `save_optimizer` of either package.
-        flatten: as in `to_arrays`. Here it is only checked.
+        flatten: as in `to_arrays`; {} takes a file from Flax for one in torch's order.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -154,8 +149,10 @@ def load_optimizer(
         ...     save_optimizer(model, optimizer, f"{folder}/optimizer.safetensors")
         ...     load_optimizer(model, optimizer, f"{folder}/optimizer.safetensors")
     """
+    what = f"load_optimizer({os.fspath(path)!r})"
     with open_arrays("load_optimizer", path) as arrays:
-        _load(f"load_optimizer({os.fspath(path)!r})", model, optimizer, arrays, flatten)
+        _check_flattened(what, model, arrays, flatten, "save_optimizer")
+        _load(what, model, optimizer, arrays, flatten)
 
 
 class _Slot(NamedTuple):
@@ -223,7 +220,7 @@ def _parameters(
     kinds = torch.optim.SGD, torch.optim.Adam  # AdamW is one
     check_optimizer(what, optimizer, kinds, "SGD, Adam or AdamW", "torch.optim.AdamW(model.parameters())")
     groups = optimizer.param_groups
-    options = {"amsgrad=True" for group in groups if group.get("amsgrad")}
+    options = {f"{option}=True" for option in ("amsgrad", "maximize") for group in groups if group.get(option)}
     options |= {f"dampening={group['dampening']}" for group in groups if group.get("dampening")}
     check_same_in_both(what, sorted(options))
     group_of = {id(parameter): group for group in groups for parameter in group["params"]}

@@ -17,16 +17,22 @@ from probly_torch import _options
 from probly_torch._checks import check_initialized
 from probly_torch._checks_weights import (
     check_flatten,
+    check_flattened,
+    check_integers,
     check_materialized,
+    check_model,
     check_numpy,
+    check_tensors,
     check_tied_names,
+    check_writable,
     linear_sizes,
     match_names,
     read_json,
     renamed_paths,
+    warn_flattened,
     warn_not_finite,
 )
-from probly_torch._files import Arrays, Spec, cast_array, keep_once, open_arrays, specs_of, write_arrays
+from probly_torch._files import Arrays, FileArrays, Spec, cast_array, keep_once, open_arrays, specs_of, write_arrays
 
 __all__ = ["load_arrays", "load_weights", "save_weights", "to_arrays"]
 
@@ -36,7 +42,7 @@ Flatten = Mapping[str, Sequence[int]] | None
 def to_arrays(model: nn.Module, *, flatten: Flatten = None) -> dict[str, np.ndarray]:
     """The weights of a model by their `state_dict` names, copied.
 
-    Entries of the state_dict that are no tensors, such as extra states, are not weights.
+    Extra states in the state_dict are not weights.
 
     Args:
         model: any module that has memory, on any device.
@@ -78,7 +84,7 @@ def load_arrays(
             and a warning lists them. Another shape is an error in any case.
         rename: regular expressions, and what replaces them in the names of the arrays, `{r"^module\\.": ""}`.
         ignore: name patterns, `"head.*"`, of weights to leave as they were; of the model, or of the arrays.
-        cast: whether floating-point numbers may be converted to the model's dtype.
+        cast: whether floating-point numbers, and integers that fit, may be converted to the model's dtype.
         flatten: as in `to_arrays`.
 
     Raises:
@@ -104,7 +110,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], *, flatten: Fla
 
     Without this library, `model.load_state_dict(safetensors.torch.load_file(path))` reads it; or, if the model has tied
     weights, which are kept once, `safetensors.torch.load_model(model, path)`. Its metadata has a sha256 of the bytes of
-    all tensors, the options of the layers, such as epsilon, and `flatten`.
+    all tensors, the framework, the options of the layers, such as epsilon, and `flatten`.
 
     Args:
         model: any module that has memory, on any device.
@@ -120,13 +126,10 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], *, flatten: Fla
         ...     save_weights(nn.Linear(3, 2), f"{folder}/linear.safetensors")
     """
     tensors = _tensors("save_weights", model)
-    recorded = {
-        "flatten": _flatten("save_weights", model, tensors, flatten),
-        "options": _options.layer_options(model),
-    }
+    shapes = _flatten("save_weights", model, tensors, flatten)
     arrays = Arrays({name: _spec(tensor) for name, tensor in tensors.items()}, lambda name: _view(tensors[name]))
     kept, tied = keep_once(arrays, _identities(tensors))
-    write_arrays(path, kept, {key: json.dumps(value) for key, value in recorded.items() if value} | tied)
+    write_arrays(path, kept, _metadata(model, flatten if flatten is None else shapes) | tied)
 
 
 def load_weights(
@@ -152,12 +155,13 @@ def load_weights(
         rename: as in `load_arrays`.
         ignore: as in `load_arrays`.
         cast: as in `load_arrays`.
-        flatten: as in `to_arrays`.
+        flatten: as in `to_arrays`; {} takes a file from Flax for one in torch's order.
         check_options: whether options that the file records, such as epsilon, are compared with the model's.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, or does not fit the model; it says how.
+        ValueError: if the file is damaged, or does not fit the model; it says how. Or if Flax wrote it from a network
+            that flattens a convolution, and was not told its shape.
 
     Example:
         >>> import tempfile
@@ -171,8 +175,9 @@ def load_weights(
     what = f"load_weights({os.fspath(path)!r})"
     with open_arrays("load_weights", path) as arrays:
         if check_options:
-            recorded = renamed_paths(what, read_json(what, arrays.metadata, "options"), rename, ignore)
+            recorded = renamed_paths(what, read_json(what, arrays.metadata, "options"), rename, ignore, arrays)
             _options.check_options(what, model, recorded)
+        _check_flattened(what, model, arrays, flatten, "save_weights", rename, ignore)
         _load(what, model, arrays, flatten, strict=strict, rename=rename, ignore=ignore, cast=cast)
 
 
@@ -181,20 +186,36 @@ def _load(what: str, model: nn.Module, arrays: Arrays, flatten: Flatten, **optio
     _flatten(what, model, tensors, flatten)
     expected = {name: _spec(tensor) for name, tensor in tensors.items()}
     identities = _identities(tensors)
-    names = match_names(what, expected, arrays.specs, identities, {}, **options)
+    names = match_names(what, expected, arrays.specs, identities, {}, arrays.tied, **options)
     names = {here: arrays.tied.get(there, there) for here, there in names.items()}
-    check_tied_names(what, names, identities, arrays)
-    warn_not_finite(what, arrays.not_finite({there: expected[here].dtype for here, there in names.items()}))
+    check_tied_names(what, names, identities, lambda here: arrays[names[here]])
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    targets = {here: tensors[here] for here in names if tensors[here].numel()}
+    check_writable(
+        what,
+        [name for name, t in targets.items() if t.untyped_storage().data_ptr() not in own],
+        [name for name, t in targets.items() if t.is_inference()],
+        [name for name, t in targets.items() if any(n > 1 and not s for n, s in zip(t.shape, t.stride(), strict=True))],
+    )
+    dtypes = {here: expected[here].dtype for here in names}
+    check_integers(what, names, arrays.specs, dtypes, arrays)
+    warn_not_finite(what, arrays.not_finite({there: dtypes[here] for here, there in names.items()}))
     with torch.no_grad():
         for here, there in names.items():
             tensors[here].copy_(_as_tensor(cast_array(arrays[there], expected[here].dtype)))
 
 
 def _tensors(what: str, model: nn.Module) -> dict[str, Tensor]:
-    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    check_initialized(what, [name for name, tensor in tensors.items() if is_lazy(tensor)])
-    check_materialized(what, [name for name, tensor in tensors.items() if tensor.is_meta])
-    return tensors
+    check_model(what, model, nn.Module, "nn.Linear(3, 2)")
+    state = {name: v for name, v in model.state_dict().items() if name.rpartition(".")[2] != "_extra_state"}
+    check_tensors(
+        what,
+        [name for name, v in state.items() if not isinstance(v, Tensor)],
+        [name for name, v in state.items() if isinstance(v, Tensor) and v.layout != torch.strided],
+    )
+    check_initialized(what, [name for name, tensor in state.items() if is_lazy(tensor)])
+    check_materialized(what, [name for name, tensor in state.items() if tensor.is_meta])
+    return state
 
 
 def _identities(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -206,11 +227,38 @@ def _identities(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _flatten(what: str, model: nn.Module, tensors: Mapping[str, Tensor], flatten: Flatten) -> dict[str, Any]:
-    """Of each Linear layer, which are known by the options that are recorded for them."""
+    """Of layers that are known by the options that are recorded for them."""
     if flatten is None:
         return {}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return check_flatten(what, flatten, linear_sizes(_options.layer_options(model), shapes))
+
+
+def _metadata(model: nn.Module, flatten: Flatten) -> dict[str, str]:
+    recorded = {"flatten": flatten, "options": _options.layer_options(model) or None}
+    written = {key: json.dumps(value) for key, value in recorded.items() if value is not None}
+    return {"framework": "torch", **written}
+
+
+def _check_flattened(
+    what: str,
+    model: nn.Module,
+    arrays: FileArrays,
+    flatten: Flatten,
+    save: str,
+    rename: Mapping[str, str] | None = None,
+    ignore: str | Iterable[str] = (),
+) -> None:
+    """Rows of a file from Flax are in torch's order, if that was told about them when it was written."""
+    recorded = read_json(what, arrays.metadata, "flatten")
+    if arrays.metadata.get("framework") != "flax" or flatten == {} or ("flatten" in arrays.metadata and not recorded):
+        return
+    recorded = renamed_paths(what, recorded, rename, ignore, arrays)
+    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(what, model).items()}
+    options = renamed_paths(what, _options.layer_options(model), None, ignore, shapes)
+    check_flattened(what, options, recorded, linear_sizes(options, shapes), save)
+    if "flatten" not in arrays.metadata:
+        warn_flattened(what, options, shapes, f" to {save} in Flax")
 
 
 def _spec(tensor: Tensor) -> Spec:
@@ -219,7 +267,7 @@ def _spec(tensor: Tensor) -> Spec:
 
 def _view(tensor: Tensor) -> np.ndarray:
     """The tensor's own memory where NumPy can have it."""
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()
     name = str(tensor.dtype).removeprefix("torch.")
     if hasattr(ml_dtypes, name):  # which torch does not hand to NumPy
         integers = {1: torch.uint8, 2: torch.int16}[tensor.element_size()]

@@ -22,6 +22,7 @@ class Rule(NamedTuple):
     from_torch: Callable[..., Sequence[np.ndarray]]
     also: tuple[str, ...] = ()  # names of other arrays of torch's that from_torch takes
     dtypes: tuple[str, ...] = ()  # those that are read, the one that is written first, unless it is the variables'
+    refuses: bool = False  # whether from_torch may raise
 
 
 def axes(parameter: nnx.Param) -> tuple[Any, ...]:

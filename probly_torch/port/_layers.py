@@ -143,7 +143,7 @@ def _layer_norm(m: nn.LayerNorm) -> Make:
     if len(m.normalized_shape) > 1:
         axes = tuple(range(-len(m.normalized_shape), 0))
         options |= {"reduction_axes": axes, "feature_axes": axes}
-        shape = f'{{"torch_shape": {m.normalized_shape}}}'  # for files of weights
+        shape = f'{{"torch_shape": {m.normalized_shape}, "torch_axes": {axes}}}'  # for files of weights
         options |= {f"{name}_metadata": shape for name, used in (("scale", scale), ("bias", bias)) if used}
     return sized("nnx.LayerNorm", ("num_features", size), **options, use_fast_variance=False)
 
