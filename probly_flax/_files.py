@@ -31,7 +31,7 @@ DTYPES = {  # what safetensors calls the dtypes of NumPy and ml_dtypes
     "float8_e5m2": "F8_E5M2",
     "complex64": "C64",
 }
-METADATA = ("format", "framework", "sha256", "options", "flatten")  # what our files record; other entries name tied arrays
+METADATA = ("format", "framework", "sha256", "options", "flatten")  # of our files; other entries name tied arrays
 
 
 class Spec(NamedTuple):
