@@ -140,15 +140,10 @@ class BatchEnsemble(nnx.Module):
             check_output_rows("BatchEnsemble", y.shape, inputs[0])
             return split_members(y, self.num_members)
 
-        if (
-            in_axes is None
-            and not kwargs
-            and len(args) == 1
-            and isinstance(args[0], (Array, np.ndarray))
-            and args[0].ndim
-        ):
-            inputs.append(self.num_members * args[0].shape[0])
-            return jax.tree.map(members, _of_shared_batch(self.network, jnp.asarray(args[0]), self.num_members))
+        alone = args[0] if len(args) == 1 and not kwargs else None
+        if in_axes is None and isinstance(alone, (Array, np.ndarray)) and alone.ndim:
+            inputs.append(self.num_members * alone.shape[0])
+            return jax.tree.map(members, _of_shared_batch(self.network, jnp.asarray(alone), self.num_members))
         args, kwargs = jax.tree.map(rows, (args, kwargs), is_leaf=is_stateful)
         check_rows_of_batch("BatchEnsemble", inputs)
         return jax.tree.map(members, self.network(*args, **kwargs))

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax  # type: ignore[import-untyped]
@@ -25,10 +24,18 @@ from probly_flax._checks_optimizers import (
     check_whole,
     warn_state_not_finite,
 )
-from probly_flax._checks_weights import check_flattened, check_loaded_dtype, check_numpy, check_tied, read_json
+from probly_flax._checks_weights import (
+    check_flattened,
+    check_loaded_dtype,
+    check_numpy,
+    check_tied,
+    linear_sizes,
+    read_json,
+)
 from probly_flax._files import Arrays, Spec, keep_once, open_arrays, specs_of, write_arrays
+from probly_flax._options import layer_options
 from probly_flax.layers._common import Rule
-from probly_flax.weights import Flatten, _identities, _linear_sizes, _metadata, _rules, _spec
+from probly_flax.weights import Flatten, _identities, _metadata, _rules, _set, _shapes, _spec
 
 __all__ = ["load_optimizer", "load_optimizer_arrays", "optimizer_to_arrays", "save_optimizer"]
 
@@ -172,7 +179,7 @@ def load_optimizer(
     with open_arrays("load_optimizer", path) as arrays:
         known = read_json(what, arrays.metadata, "flatten") if flatten is None else flatten
         if flatten != {} and (known or "flatten" not in arrays.metadata):
-            sizes = _linear_sizes(model, dict(_rules(what, model)))
+            sizes = linear_sizes(layer_options(model), _shapes(dict(_rules(what, model))))
             check_flattened(what, read_json(what, arrays.metadata, "options"), known, sizes)
         _load(what, _state(what, model, optimizer, known), optimizer, arrays)
 
@@ -211,13 +218,6 @@ def _load(what: str, state: _State, optimizer: nnx.Optimizer, arrays: Mapping[st
     for step in {*steps.values()}:
         for count in (*state.counts.values(), optimizer.step):
             _set(count, jnp.asarray(step, count.dtype))
-
-
-def _set(variable: nnx.Variable, value: jax.Array) -> None:
-    old = variable.get_value()
-    # Only then: a jitted step would compile again for arrays that are tied to a device.
-    placed = isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer) and old.committed
-    variable.set_value(jax.device_put(value, old.sharding) if placed else value)
 
 
 def _arrays(what: str, state: _State) -> Arrays:

@@ -187,10 +187,10 @@ def load_weights(
             flatten = {path: shape for path, shape in known.items() if path in own} or (None if recorded else {})
         rules = dict(_rules(what, model, flatten))
         if flatten != {}:
-            check_flattened(what, options, flatten or {}, _linear_sizes(model, rules))
-        if flatten is None and arrays.metadata.get("framework") != "flax":
-            shapes = {name: _spec(rule).shape for name, rule in rules.items()}
-            warn_flattened(what, renamed_paths(what, own, None, ignore, rules), shapes, "")
+            shapes = _shapes(rules)
+            check_flattened(what, options, flatten or {}, linear_sizes(own, shapes))
+            if flatten is None and arrays.metadata.get("framework") != "flax":
+                warn_flattened(what, renamed_paths(what, own, None, ignore, rules), shapes, "")
         _load(what, rules, arrays, strict=strict, rename=rename, ignore=ignore, cast=cast)
 
 
@@ -220,11 +220,7 @@ def _load(what: str, rules: Mapping[str, Rule], arrays: Arrays, **options: Any) 
     def put(here: str) -> None:
         for variable, array in zip(rules[here].variables, parts(here), strict=True):
             kept = None if rules[here].dtypes else variable.dtype
-            value = jnp.asarray(array, kept) if arrays.fresh else jnp.array(array, kept)
-            old = variable.get_value()
-            # Only then: a jitted step would compile again for arrays that are tied to a device.
-            placed = isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer) and old.committed
-            variable.set_value(jax.device_put(value, old.sharding) if placed else value)
+            _set(variable, jnp.asarray(array, kept) if arrays.fresh else jnp.array(array, kept))
 
     for here in names:
         if rules[here].refuses:
@@ -244,6 +240,13 @@ def _load(what: str, rules: Mapping[str, Rule], arrays: Arrays, **options: Any) 
         raise
     for here in reversed([here for here in names if here not in hooked]):  # where the C library gives freed memory
         put(here)  # back: at the end of its heap
+
+
+def _set(variable: nnx.Variable, value: jax.Array) -> None:
+    old = variable.get_value()
+    # Only then: a jitted step would compile again for arrays that are tied to a device.
+    placed = isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer) and old.committed
+    variable.set_value(jax.device_put(value, old.sharding) if placed else value)
 
 
 def _is_hooked(variable: Any) -> bool:
@@ -268,15 +271,16 @@ def _rules(what: str, model: nnx.Module, flatten: Flatten = None) -> Iterator[tu
     """Every weight under every name it has in torch; a layer used twice has two."""
     check_model(what, model, nnx.Module, "nnx.Linear(3, 2, rngs=nnx.Rngs(0))")
     rules = dict(torch_rules(what, model))
-    options = _options.layer_options(model)
-    for path, shape in check_flatten(what, flatten or {}, _linear_sizes(model, rules)).items():
-        prefix = f"{path}." if path else ""
-        names = [f"{prefix}{own}" for own in ("weight", "bias", "running_mean", "running_var")]
-        if options[path]["kind"] == "Linear":
-            names = [names[0], f"{prefix}r", f"{prefix.removesuffix('base_layer.')}lora_A.default.weight"]
-        for name in names:
-            if name in rules:
-                rules[name] = _flattened(rules[name], shape)
+    if flatten:
+        options = _options.layer_options(model)
+        for path, shape in check_flatten(what, flatten, linear_sizes(options, _shapes(rules))).items():
+            prefix = f"{path}." if path else ""
+            names = [f"{prefix}{own}" for own in ("weight", "bias", "running_mean", "running_var")]
+            if options[path]["kind"] == "Linear":
+                names = [names[0], f"{prefix}r", f"{prefix.removesuffix('base_layer.')}lora_A.default.weight"]
+            for name in names:
+                if name in rules:
+                    rules[name] = _flattened(rules[name], shape)
     yield from rules.items()
 
 
@@ -287,8 +291,8 @@ def _metadata(model: nnx.Module, flatten: Flatten) -> dict[str, str]:
     return {"framework": "flax", **written}
 
 
-def _linear_sizes(model: nnx.Module, rules: Mapping[str, Rule]) -> dict[str, int]:
-    return linear_sizes(_options.layer_options(model), {name: _spec(rule).shape for name, rule in rules.items()})
+def _shapes(rules: Mapping[str, Rule]) -> dict[str, tuple[int, ...]]:
+    return {name: _spec(rule).shape for name, rule in rules.items()}
 
 
 def _flattened(rule: Rule, shape: Sequence[int]) -> Rule:
