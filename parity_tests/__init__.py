@@ -1,1 +1,31 @@
-"""The parity kit: one standard of equality, one oracle, and the suite that holds both packages to them."""
+"""The parity kit: whether a torch model and a Flax model compute the same numbers; and the suite that uses it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from parity_tests._inputs import Integers as Integers
+    from parity_tests._compare import assert_parity as assert_parity
+    from parity_tests._compare import compare as compare
+    from parity_tests.report import ParityReport as ParityReport
+    from parity_tests.training import TrainingReport as TrainingReport
+    from parity_tests.training import compare_training as compare_training
+
+_HOMES = {
+    "Integers": "_inputs",
+    "ParityReport": "report",
+    "TrainingReport": "training",
+    "assert_parity": "_compare",
+    "compare": "_compare",
+    "compare_training": "training",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for: pytest imports this package at every start, by its plugin."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

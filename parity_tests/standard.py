@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
 
 import numpy as np
 
-UNIT_ROUNDOFF = {"float32": 2.0**-24, "float64": 2.0**-53, "bfloat16": 2.0**-8}
-SIGNIFICANT_BITS = {"float32": 24, "float64": 53, "bfloat16": 8}
+UNIT_ROUNDOFF = {"float32": 2.0**-24, "float64": 2.0**-53, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+SIGNIFICANT_BITS = {"float32": 24, "float64": 53, "bfloat16": 8, "float16": 11}
 NOISE_FLOOR = 4.0
 MEANING_LIMIT = 16.0
 PRECISION_LIMIT = 8.0
@@ -42,26 +44,35 @@ class Verdict:
         """Whether the rule holds; what is infinite or NaN never does, whatever the noise that the limit allows."""
         return bool(np.isfinite(self.measured)) and self.measured <= self.limit
 
+    @property
+    def ratio(self) -> float:
+        """Measured over allowed: at most 1 where the rule holds; infinite where nothing is allowed."""
+        if self.holds:
+            return self.measured / self.limit if self.limit > 0 else 0.0
+        return self.measured / self.limit if np.isfinite(self.measured) and self.limit > 0 else float("inf")
+
     def __str__(self) -> str:
         """One line of a report."""
         return f"{self.tensor}: {self.rule} is {self.measured:.3g}, above its limit {self.limit:.3g}"
 
 
 def error(a: np.ndarray, b: np.ndarray, reference: np.ndarray, dtype: str) -> float:
-    """max|a - b| in units of rounding at the reference's scale; infinite where one of them is not finite."""
+    """max|a - b| in units of rounding at the reference's scale; infinite where only one is NaN or infinite."""
     a, b, reference = (np.asarray(v, np.float64) for v in (a, b, reference))
     if a.shape != b.shape:
         return float("inf")
-    if np.array_equal(a, b, equal_nan=True):
+    same = (a == b) | np.isnan(a) & np.isnan(b)
+    if same.all():
         return 0.0
-    scale = UNIT_ROUNDOFF[dtype] * np.abs(reference).max(initial=0.0)
-    difference = np.abs(a - b).max(initial=0.0)
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(np.where(same, 0, a - b)).max(initial=0.0)
+    scale = UNIT_ROUNDOFF[dtype] * np.abs(reference).max(initial=0.0, where=np.isfinite(reference))
     return float(difference / scale) if np.isfinite(difference) and scale > 0 else float("inf")
 
 
 def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The number of representable values between two arrays, for random draws and nothing else."""
-    integer = np.dtype({4: np.int32, 8: np.int64}[a.dtype.itemsize])
+    """The number of representable values between two arrays: to describe a difference, and for random draws."""
+    integer = np.dtype({2: np.int16, 4: np.int32, 8: np.int64}[a.dtype.itemsize])
     lowest = -(2 ** (8 * integer.itemsize - 1))
     steps = [np.where((i := v.view(integer).astype(np.int64)) < 0, lowest - i, i) for v in (a, b)]
     return np.abs(steps[0] - steps[1])
@@ -79,6 +90,54 @@ def exact(torch_run: Arrays, flax_run: Arrays, oracle_run: Arrays) -> list[Verdi
     ]
 
 
+class Errors(NamedTuple):
+    """Of one tensor: the distances that the bounded rules are about, each in rounding of its own dtype."""
+
+    low_torch: float  # in the lower dtype, from the oracle
+    low_flax: float
+    noise_torch: float = 0.0  # in the lower dtype, from the framework's own float64
+    noise_flax: float = 0.0
+    distance: float | None = None  # in float64, of torch and Flax
+    torch: float = 0.0  # in float64, from the oracle
+    flax: float = 0.0
+
+    @classmethod
+    def of(cls, torch_runs: Arrays, flax_runs: Arrays, reference: np.ndarray, low: str) -> Errors:
+        """From a tensor's values by dtype."""
+        a, b = torch_runs[low], flax_runs[low]
+        lows = error(a, reference, reference, low), error(b, reference, reference, low)
+        if "float64" not in torch_runs:
+            return cls(*lows)
+        a64, b64 = torch_runs["float64"], flax_runs["float64"]
+        return cls(
+            *lows,
+            error(a, a64, reference, low),
+            error(b, b64, reference, low),
+            error(a64, b64, reference, "float64"),
+            error(a64, reference, reference, "float64"),
+            error(b64, reference, reference, "float64"),
+        )
+
+    def worse(self, other: Errors) -> Errors:
+        """The larger of each."""
+        return Errors(*(a if b is None else max(a, b) for a, b in zip(self, other, strict=True)))  # type: ignore[type-var]
+
+    def verdicts(self, tensor: str, low: str) -> list[Verdict]:
+        """Precision in the lower dtype, then meaning in float64."""
+        verdicts = [
+            Verdict(tensor, f"{low} error of torch", self.low_torch, PRECISION_LIMIT * max(NOISE_FLOOR, self.low_flax)),
+            Verdict(tensor, f"{low} error of flax", self.low_flax, PRECISION_LIMIT * max(NOISE_FLOOR, self.low_torch)),
+        ]
+        if self.distance is not None:
+            limit = MEANING_LIMIT * max(NOISE_FLOOR, self.noise_torch, self.noise_flax)
+            verdicts += [
+                Verdict(tensor, "float64 distance of torch and flax", self.distance, limit),
+                Verdict(tensor, "float64 distance of torch and the oracle", self.torch, limit),
+                Verdict(tensor, "float64 distance of flax and the oracle", self.flax, limit),
+            ]
+        return verdicts
+
+
 def bounded(
     torch_runs: Mapping[str, list[Arrays]],
     flax_runs: Mapping[str, list[Arrays]],
@@ -87,28 +146,13 @@ def bounded(
 ) -> list[Verdict]:
     """Meaning in float64 and precision in a lower dtype, over several seeds; runs are lists by seed, by dtype."""
 
-    def worst(runs: list[Arrays], others: list[Arrays], name: str, dtype: str) -> float:
-        pairs = zip(runs, others, oracle_runs, strict=True)
-        return max(error(run[name], other[name], reference[name], dtype) for run, other, reference in pairs)
+    def errors(name: str, seed: int) -> Errors:
+        a, b = ({dtype: each[seed][name] for dtype, each in runs.items()} for runs in (torch_runs, flax_runs))
+        return Errors.of(a, b, oracle_runs[seed][name], low)
 
-    verdicts = []
-    for name in oracle_runs[0]:
-        noise_torch = worst(torch_runs[low], oracle_runs, name, low)
-        noise_flax = worst(flax_runs[low], oracle_runs, name, low)
-        verdicts += [
-            Verdict(name, f"{low} error of torch", noise_torch, PRECISION_LIMIT * max(NOISE_FLOOR, noise_flax)),
-            Verdict(name, f"{low} error of flax", noise_flax, PRECISION_LIMIT * max(NOISE_FLOOR, noise_torch)),
-        ]
-        if "float64" in torch_runs:
-            noise = max(NOISE_FLOOR, worst(torch_runs[low], torch_runs["float64"], name, low))
-            noise = max(noise, worst(flax_runs[low], flax_runs["float64"], name, low))
-            for rule, a, b in (
-                ("float64 distance of torch and flax", torch_runs["float64"], flax_runs["float64"]),
-                ("float64 distance of torch and the oracle", torch_runs["float64"], oracle_runs),
-                ("float64 distance of flax and the oracle", flax_runs["float64"], oracle_runs),
-            ):
-                verdicts.append(Verdict(name, rule, worst(a, b, name, "float64"), MEANING_LIMIT * noise))
-    return verdicts
+    seeds = range(len(oracle_runs))
+    worst = {name: reduce(Errors.worse, (errors(name, seed) for seed in seeds)) for name in oracle_runs[0]}
+    return [verdict for name, each in worst.items() for verdict in each.verdicts(name, low)]
 
 
 def assert_close(a: np.ndarray, b: np.ndarray, dtype: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -45,9 +45,12 @@ def _embed(name: str, num_members: int, tokens: tuple[int, ...], num_embeddings:
         "s": (num_members, features),
     }
 
+    @cache
+    def drawn() -> Any:
+        return torch_embed.BatchEnsembleEmbed(nn.Embedding(num_embeddings, features), num_members=num_members)
+
     def torch_layer(weight: torch.Tensor, r: torch.Tensor, s: torch.Tensor) -> Any:
-        layer = torch_embed.BatchEnsembleEmbed(nn.Embedding(num_embeddings, features), num_members=num_members)
-        return with_tensors(layer, weight=weight, r=r, s=s)
+        return with_tensors(drawn(), weight=weight, r=r, s=s)
 
     def flax_layer(weight: jax.Array, r: jax.Array, s: jax.Array) -> Any:
         base = nnx.Embed(num_embeddings, features, dtype=weight.dtype, rngs=nnx.Rngs(0))

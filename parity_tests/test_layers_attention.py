@@ -106,11 +106,12 @@ class Case:
             "value": (rows, self.keys, self.kv_features),
             "g": (rows, self.steps, self.features),
         }
-        layer = TorchAttention(self.torch(), num_members=self.num_members)
-        shapes |= {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+        shapes |= {name: tuple(parameter.shape) for name, parameter in torch_layer(self, "float32").named_parameters()}
         arrays = {}
         for name, shape in shapes.items():
-            center, scale = (1.0, 0.5) if name[-2:] in ("_r", "_s", ".r", ".s") else (0.0, 1.0)
+            center = 1.0 if name[-2:] in ("_r", "_s", ".r", ".s") else 0.0
+            # Weights of their usual size: a softmax of large scores is all but constant, its gradients are rounding.
+            scale = shape[-1] ** -0.5 if name.endswith("weight") else 1.0 - 0.5 * center
             values = center + scale * rng.standard_normal(shape)
             arrays[name] = values.astype(jnp.dtype(dtype)).astype(np.float64)
         return arrays
@@ -160,8 +161,13 @@ def run_oracle(case, arrays):
     return {"output": output, "weights": attention.mean(1), **named}
 
 
+@cache
+def torch_layer(case, dtype):
+    return TorchAttention(case.torch(dtype), num_members=case.num_members)
+
+
 def run_torch(case, arrays, dtype, need_weights=True):
-    layer = TorchAttention(case.torch(dtype), num_members=case.num_members)
+    layer = torch_layer(case, dtype)
     tensors = {name: torch.tensor(value, dtype=getattr(torch, dtype)) for name, value in arrays.items()}
     g = tensors.pop("g")
     inputs = {name: tensors.pop(name).requires_grad_() for name in ("query", "key", "value")}

@@ -31,7 +31,7 @@ def name_of_model(text: str) -> tuple[str, str]:
     return module, name
 
 
-def build(what: str, module: str, name: str, kind: type, **options: tuple[Any, str]) -> tuple[Any, str]:
+def build(what: str, module: str, name: str, kind: type, /, **options: tuple[Any, str]) -> tuple[Any, str]:
     """The model that a function or class makes, or that has this name, and the expression for it.
 
     A function is given those of the options, values and their source, that it has arguments for. Errors of the module

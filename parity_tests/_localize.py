@@ -1,0 +1,312 @@
+"""Where two models part: the first layer, in forward order, whose outputs differ while its inputs agree."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+from torch import nn
+
+from parity_tests._calls import Call, flax_calls, torch_calls
+from parity_tests._runs import FlaxModel, Layout, TorchModel
+from parity_tests._suspects import Gap, LayerPair, cause_between, cause_in_layer, cause_in_precision, cause_in_statistics
+from parity_tests._trees import is_floating, leaves, mapped, numpy_of
+from parity_tests.report import Comparison, Divergence, LayerComparison
+from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, Errors, Verdict, error
+from probly_flax._options import _parts
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two models in the lower dtype and in float64, and how the names of their layers go together."""
+
+    torch: Mapping[str, TorchModel]
+    flax: Mapping[str, FlaxModel]
+    layout: Layout
+    low: str
+    torch_path: Callable[[str], str]
+    train: bool
+
+
+@dataclass(frozen=True)
+class Match:
+    """A call in both models and dtypes."""
+
+    torch: Mapping[str, Call]
+    flax: Mapping[str, Call]
+    inputs: tuple[list[Verdict], ...]
+    outputs: list[Verdict] | None  # None if they could not be put side by side
+
+    @property
+    def path(self) -> str:
+        return self.torch["float64"].path
+
+
+class Calls:
+    """All calls of both models on the same inputs, matched by layer."""
+
+    def __init__(self, pair: Pair, inputs: Any) -> None:
+        self.pair = pair
+        of_flax = {
+            dtype: {(call.path, call.index): call for call in flax_calls(model, inputs, pair.layout, pair.torch_path)}
+            for dtype, model in pair.flax.items()
+        }
+        of_torch = {dtype: torch_calls(model, inputs, seed=0) for dtype, model in pair.torch.items()}
+        of_low = {(call.path, call.index): call for call in of_torch[pair.low]}
+        self.matches = []
+        for call in of_torch["float64"]:
+            key = call.path, call.index
+            if key in of_low and all(key in calls for calls in of_flax.values()):
+                both = {"float64": call, pair.low: of_low[key]}
+                self.matches.append(self._match(both, {dtype: calls[key] for dtype, calls in of_flax.items()}))
+
+    def _match(self, of_torch: Mapping[str, Call], of_flax: Mapping[str, Call]) -> Match:
+        t, f = ({dtype: call.inputs for dtype, call in calls.items()} for calls in (of_torch, of_flax))
+        inputs, free = [], list(range(len(f["float64"])))
+        for i, tensor in enumerate(t["float64"]):
+            for j in free:
+                if self._fits(tensor, f["float64"][j]):
+                    inputs.append(self._verdicts(*({d: arrays[k] for d, arrays in c.items()} for c, k in ((t, i), (f, j)))))
+                    free.remove(j)
+                    break
+        t, f = ({dtype: call.results for dtype, call in calls.items()} for calls in (of_torch, of_flax))
+        pairs = list(zip(t["float64"], f["float64"], strict=False))
+        outputs: list[Verdict] | None = None
+        if pairs and all(self._fits(a, b) for a, b in pairs):
+            outputs = []
+            for i in range(len(pairs)):
+                outputs += self._verdicts({d: c[i] for d, c in t.items()}, {d: c[i] for d, c in f.items()})
+        return Match(of_torch, of_flax, tuple(inputs), outputs)
+
+    def _fits(self, tensor: Any, array: Any) -> bool:
+        same_kind = is_floating(tensor) == is_floating(array)
+        return same_kind and self.pair.layout.to_torch(np.broadcast_to(np.int8(0), array.shape), tensor.shape) is not None
+
+    def _verdicts(self, tensors: Mapping[str, Any], arrays: Mapping[str, Any]) -> list[Verdict]:
+        t = {dtype: numpy_of(tensor) for dtype, tensor in tensors.items()}
+        f = {dtype: self._nearest(numpy_of(array), t["float64"]) for dtype, array in arrays.items()}
+        if not is_floating(tensors["float64"]):
+            return [Verdict("values", "inequality of torch and flax", float(not np.array_equal(t["float64"], f["float64"])), 0.0)]
+        return Errors.of(t, f, t["float64"], self.pair.low).verdicts("values", self.pair.low)[:3]
+
+    def _nearest(self, array: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        """In torch's layout: the usual one, unless the other one fits better, as after a transpose."""
+        found = self.pair.layout.to_torch(array, reference.shape)
+        assert found is not None
+        if array.shape == reference.shape and not np.allclose(found, reference, equal_nan=True):
+            return array if np.allclose(array, reference, equal_nan=True) else found
+        return found
+
+    def layers(self) -> tuple[LayerComparison, ...]:
+        """In the order in which they start."""
+        modules = dict(self.pair.torch["float64"].module.named_modules())
+        flax_types = {path: name for path, name in self._flax_types().items()}
+        found = [match for match in self.matches if match.outputs]
+        found.sort(key=lambda match: match.torch["float64"].start)
+        return tuple(
+            LayerComparison(
+                match.path,
+                match.torch["float64"].index,
+                type(modules[match.path]).__name__,
+                flax_types.get(match.path, ""),
+                _agree(match.inputs, 1),
+                tuple(match.outputs or ()),
+            )
+            for match in found
+        )
+
+    def _flax_types(self) -> dict[str, str]:
+        return {self.pair.torch_path(p): _name(m) for p, m in flax_parts(self.pair.flax["float64"].module).items()}
+
+    def first_divergence(self, failed: Sequence[Comparison]) -> Divergence | None:
+        """Of the tensors that differ: in what they mean, in precision, in statistics, in gradients."""
+        kinds = {each.kind for each in failed}
+        found = self.first() if kinds else None
+        if found is None and kinds & {"output", "input gradient", "parameter gradient"}:
+            found = self.first(precision=True)
+        if found is None and "statistic" in kinds:
+            found = self.first_of_statistics([each.name for each in failed if each.kind == "statistic"])
+        if found is None and kinds & {"input gradient", "parameter gradient"}:
+            found = self.first_of_gradients()
+        return found
+
+    def first(self, precision: bool = False) -> Divergence | None:
+        """By the results in float64, or by the precision of the lower dtype."""
+        rules = slice(0, 2) if precision else slice(2, 3)
+
+        def holds(verdicts: Sequence[Verdict]) -> bool:
+            return all(verdict.holds for verdict in (verdicts[rules] if len(verdicts) > 1 else verdicts))
+
+        def inputs_agree(match: Match) -> bool:
+            return bool(match.inputs) and all(map(holds, match.inputs))
+
+        def differs(match: Match) -> bool:
+            return match.outputs is None or not all(holds(match.outputs[i : i + 3]) for i in range(0, len(match.outputs), 3))
+
+        culprit = next((m for m in self.matches if inputs_agree(m) and differs(m)), None)
+        if culprit is None:
+            return None
+        inner = [m for m in self.matches if _inside(m, culprit)]
+        if inner:
+            return self._between(culprit, inner, inputs_agree)
+        return self._of_layer(culprit, precision)
+
+    def _of_layer(self, match: Match, precision: bool) -> Divergence:
+        dtype = self.pair.low if precision else "float64"
+        parts = flax_parts(self.pair.flax[dtype].module)
+        flax = next(part for path, part in parts.items() if self.pair.torch_path(path) == match.path)
+        module = self.pair.torch[dtype].module.get_submodule(match.path)
+        divergence = Divergence(match.path, type(module).__name__, _name(flax), "precision" if precision else "outputs")
+        if isinstance(flax, nnx.Module):
+            pair = self.layer_pair(match, dtype, module, flax)
+            cause = cause_in_precision(pair) if precision else cause_in_layer(pair)
+        else:
+            cause = self._of_function(match, module)
+        return _with(divergence, cause)
+
+    def layer_pair(self, match: Match, dtype: str, module: nn.Module, flax: nnx.Module) -> LayerPair:
+        """What the suspects are tested on."""
+        t, f = match.torch[dtype], match.flax[dtype]
+        both = (t.args, t.kwargs, t.outputs, f.args, f.kwargs, f.outputs)
+        copies = copy.deepcopy(module), nnx.clone(flax)
+        return LayerPair(match.path, *copies, *both, bool(self.pair.layout.ranks), self.pair.train)
+
+    def _of_function(self, match: Match, module: nn.Module) -> str | None:
+        t, f = match.torch["float64"], match.flax["float64"]
+        before = list(zip(["its input"], t.inputs, f.inputs, strict=False))
+        model = self.pair.flax["float64"].module
+        last = bool(self.pair.layout.ranks)
+        return cause_between(Gap(match.path, module, model, None, before, t.results[0], f.results[0], None, last))
+
+    def _between(self, outer: Match, inner: list[Match], inputs_agree: Callable[[Match], bool]) -> Divergence:
+        t, f = outer.torch["float64"], outer.flax["float64"]
+        inner = sorted(inner, key=lambda match: match.torch["float64"].start)
+        until = next((match for match in inner if match.inputs and not inputs_agree(match)), None)
+        last = t.end if until is None else until.torch["float64"].start
+        if until is None:
+            ended = inner
+            pairs = [(a, b) for a, b in zip(t.results, f.results, strict=False)]
+        else:
+            start = until.torch["float64"].start
+            ended = [m for m in inner if m.torch["float64"].start < start and not _inside(until, m)]
+            u = until.torch["float64"], until.flax["float64"]
+            pairs = [(a, b) for a, b in zip(u[0].inputs, u[1].inputs, strict=False)]
+        del last
+        ended = sorted(ended, key=lambda match: -match.torch["float64"].end)
+        before = [
+            (match.path, a, b)
+            for match in ended
+            for a, b in zip(match.torch["float64"].results, match.flax["float64"].results, strict=False)
+        ] + [("its input", a, b) for a, b in zip(t.inputs, f.inputs, strict=False)]
+        differing = next((pair for pair in pairs if not self._equal(*pair)), pairs[0] if pairs else None)
+        module = self.pair.torch["float64"].module.get_submodule(outer.path)
+        parts = flax_parts(self.pair.flax["float64"].module)
+        flax = next(part for path, part in parts.items() if self.pair.torch_path(path) == outer.path)
+        after = ended[0].path if ended else None
+        divergence = Divergence(outer.path, type(module).__name__, _name(flax), after=after or "its input")
+        if differing is None:
+            return divergence
+        torch_value, flax_value = differing
+        gap = Gap(
+            outer.path, module, flax, after, before, torch_value, flax_value,
+            until.path if until else None, bool(self.pair.layout.ranks),
+        )  # fmt: skip
+        return _with(divergence, cause_between(gap))
+
+    def _equal(self, tensor: Any, array: Any) -> bool:
+        if not self._fits(tensor, array):
+            return False
+        verdicts = self._verdicts({"float64": tensor, self.pair.low: tensor}, {"float64": array, self.pair.low: array})
+        return verdicts[-1].holds
+
+    def first_of_statistics(self, names: Sequence[str]) -> Divergence | None:
+        """The layer that owns the first of these statistics, in forward order."""
+        owners = {name.rpartition(".")[0] for name in names}
+        match = next((match for match in self.matches if match.path in owners), None)
+        if match is None:
+            return None
+        parts = flax_parts(self.pair.flax["float64"].module)
+        flax = next(part for path, part in parts.items() if self.pair.torch_path(path) == match.path)
+        module = self.pair.torch["float64"].module.get_submodule(match.path)
+        divergence = Divergence(match.path, type(module).__name__, _name(flax), "statistics")
+        if not isinstance(flax, nnx.Module):
+            return divergence
+        return _with(divergence, cause_in_statistics(self.layer_pair(match, "float64", module, flax)))
+
+
+    def first_of_gradients(self) -> Divergence | None:
+        """The last layer, in forward order, whose gradients differ on equal inputs and gradients of its outputs."""
+        parts = flax_parts(self.pair.flax["float64"].module)
+        for match in sorted(self.matches, key=lambda match: -match.torch["float64"].end):
+            if any(_inside(other, match) for other in self.matches):
+                continue
+            flax = next(part for path, part in parts.items() if self.pair.torch_path(path) == match.path)
+            module = self.pair.torch["float64"].module.get_submodule(match.path)
+            if not self._same_gradients(match, module, flax):
+                return Divergence(match.path, type(module).__name__, _name(flax), "gradients")
+        return None
+
+    def _same_gradients(self, match: Match, module: nn.Module, flax: Any) -> bool:
+        t, f = match.torch["float64"], match.flax["float64"]
+        if len(t.results) != 1 or len(f.results) != 1 or not is_floating(t.results[0]):
+            return True
+        g = np.random.default_rng(0).standard_normal(tuple(t.results[0].shape))
+        of_torch = [i for i, tensor in enumerate(t.inputs) if tensor.is_floating_point()]
+        of_flax = [i for i, array in enumerate(f.inputs) if is_floating(array)]
+        args, kwargs = mapped((t.args, t.kwargs), lambda tensor: tensor.clone())
+        sources = [tensor for _, tensor in leaves((args, kwargs)) if tensor.is_floating_point()]
+        for tensor in sources:
+            tensor.requires_grad_()
+        with torch.enable_grad():
+            output = dict(leaves(copy.deepcopy(module)(*args, **kwargs)))[""]
+        grads = torch.autograd.grad(output, sources, torch.tensor(g), allow_unused=True)
+
+        def call(*floating: Any) -> Any:
+            values = dict(zip(of_flax, floating, strict=True))
+            arrays = iter([values.get(i, array) for i, array in enumerate(f.inputs)])
+            args, kwargs = mapped((f.args, f.kwargs), lambda _: next(arrays))
+            layer = nnx.clone(flax) if isinstance(flax, nnx.Module) else flax
+            return dict(leaves(layer(*args, **kwargs)))[""]
+
+        with jax.enable_x64(True):
+            outputs, pull = jax.vjp(call, *(f.inputs[i] for i in of_flax))
+            pulled = pull(jnp.asarray(self.pair.layout.to_flax_output(g, outputs.shape), outputs.dtype))
+        if len(of_torch) != len(of_flax):
+            return True
+        for tensor, grad, array in zip(sources, grads, pulled, strict=True):
+            expected = numpy_of(torch.zeros_like(tensor) if grad is None else grad)
+            got = self.pair.layout.to_torch(numpy_of(array), expected.shape)
+            if got is None or error(got, expected, expected, "float64") > MEANING_LIMIT * NOISE_FLOOR:
+                return False
+        return True
+
+
+def flax_parts(model: nnx.Module) -> dict[str, Any]:
+    """What is at each path by the twin's names; the innermost, of several."""
+    return dict(_parts(model, ""))
+
+
+def _inside(match: Match, outer: Match) -> bool:
+    a, b = match.torch["float64"], outer.torch["float64"]
+    return a is not b and a.start > b.start and a.end < b.end
+
+
+def _agree(inputs: Sequence[list[Verdict]], least: int) -> bool:
+    return len(inputs) >= least and all(verdict.holds for verdicts in inputs for verdict in verdicts[-1:])
+
+
+def _name(part: Any) -> str:
+    if isinstance(part, nnx.Module):
+        return type(part).__name__
+    return str(getattr(part, "__name__", type(part).__name__))
+
+
+def _with(divergence: Divergence, cause: str | None) -> Divergence:
+    return replace(divergence, cause=cause)

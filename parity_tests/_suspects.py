@@ -1,0 +1,61 @@
+"""Why a layer differs: the usual suspects, each tested on what the layer was called with.
+
+A suspect is an edit of one side: of the options, weights, inputs or outputs of a copy. It is the cause if the two sides
+then agree, and only then: what is named here was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+
+from parity_tests import (
+    _suspects_between,
+    _suspects_inputs,
+    _suspects_options,
+    _suspects_precision,
+    _suspects_statistics,
+    _suspects_weights,
+)
+from parity_tests._suspects_between import Gap
+from parity_tests._suspects_trial import Court, LayerPair, Suspect, attentions
+
+__all__ = ["Gap", "LayerPair", "cause_between", "cause_in_layer", "cause_in_precision", "cause_in_statistics"]
+
+
+def cause_in_layer(pair: LayerPair) -> str | None:
+    """Why the outputs of a layer differ in float64, and what would make them agree; None if no suspect explains it."""
+    with jax.enable_x64(True):
+        court = Court(pair)
+        cause = court.cause(_suspects(pair))
+        matched = court.matched(pair.torch_outputs, pair.flax_outputs)
+        return cause or (_suspects_between.cause(_suspects_between.gap_of(pair, matched)) if matched else None)
+
+
+def _suspects(pair: LayerPair) -> Iterator[Suspect]:
+    """From the most common."""
+    if attentions(pair.flax):  # which every trial replaces
+        said = "nnx.dot_product_attention takes its softmax in float32, whatever the dtype"
+        yield Suspect(said, "a softmax in float64", lambda trial: None)
+    yield from _suspects_options.suspects(pair)
+    yield from _suspects_inputs.suspects(pair)
+    yield from _suspects_weights.suspects(pair)
+    yield from _suspects_precision.suspects(pair, "float64")
+
+
+def cause_in_statistics(pair: LayerPair) -> str | None:
+    """Why the statistics of a layer differ after an update, given both layers before it."""
+    with jax.enable_x64(True):
+        return _suspects_statistics.cause(pair)
+
+
+def cause_in_precision(pair: LayerPair) -> str | None:
+    """Why a layer is less precise in float32 than torch's, though they agree in float64; captured in float32."""
+    with jax.enable_x64(True):
+        return _suspects_precision.cause(pair)
+
+
+def cause_between(gap: Gap) -> str | None:
+    """What a module computes between its layers on either side, where that differs and is recognised."""
+    return _suspects_between.cause(gap)

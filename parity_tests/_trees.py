@@ -1,0 +1,74 @@
+"""Inputs and outputs of models: arrays in lists, tuples, dicts and dataclasses, by name and in one order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+
+def is_array(value: Any) -> bool:
+    """Of NumPy, torch or JAX; no scalar of Python."""
+    return isinstance(value, np.ndarray | np.generic | torch.Tensor | jax.Array | jax.ShapeDtypeStruct)
+
+
+def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The arrays of a tree with their places in it; dicts in the order of their keys."""
+    if is_array(tree):
+        yield name, tree
+    for place, child in _children(tree):
+        yield from leaves(child, name + place)
+
+
+def mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
+    """The tree with another value for each array; everything else is kept."""
+    if is_array(tree):
+        return function(tree)
+    if isinstance(tree, dict):
+        changed = {key: mapped(value, function) for key, value in tree.items()}
+        return changed if type(tree) is dict else _like(tree, changed)
+    if isinstance(tree, tuple | list):
+        items = [mapped(value, function) for value in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return dataclasses.replace(tree, **{place[1:]: mapped(child, function) for place, child in _children(tree)})
+    return tree
+
+
+def _like(tree: dict[Any, Any], changed: dict[Any, Any]) -> Any:
+    try:
+        return type(tree)(changed)
+    except TypeError:
+        return changed
+
+
+def _children(tree: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key in sorted(tree, key=str):
+            yield f"[{key!r}]", tree[key]
+    elif isinstance(tree, tuple | list):
+        for i, value in enumerate(tree):
+            yield f"[{i}]", value
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for field in dataclasses.fields(tree):
+            yield f".{field.name}", getattr(tree, field.name)
+
+
+def is_floating(array: Any) -> bool:
+    """Whether an array of any framework has a floating dtype, bfloat16 too."""
+    if isinstance(array, torch.Tensor):
+        return array.is_floating_point()
+    return bool(jax.numpy.issubdtype(array.dtype, jax.numpy.floating))
+
+
+def numpy_of(array: Any) -> np.ndarray:
+    """The values, floating ones in float64, which holds every value of the lower dtypes."""
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        return np.array((array.double() if array.is_floating_point() else array).numpy())
+    values = np.asarray(array)
+    return values.astype(np.float64) if is_floating(array) else np.array(values)
