@@ -178,7 +178,9 @@ def _recording_class(cls: Any) -> Any:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         recorder, call = _RECORDER.get(), partial(cls.__call__, self)
         path = None if recorder is None else recorder.paths.get(id(self))
-        return call(*args, **kwargs) if path is None or recorder is None else recorder.record(path, call, *args, **kwargs)
+        return (
+            call(*args, **kwargs) if path is None or recorder is None else recorder.record(path, call, *args, **kwargs)
+        )
 
     if not callable(getattr(cls, "__call__", None)):  # noqa: B004
         return cls

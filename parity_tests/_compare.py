@@ -114,11 +114,14 @@ def compare(
     if weights != "own":
         flax_low.set_arrays({there: arrays[here] for here, there in names.items()})
     flax_models = {low: flax_low, "float64": FlaxModel(flax_low.module, "float64", train, jit, flatten, masks)}
+    if weights != "own":  # again, since a weight of Flax's can be a sum of torch's
+        arrays = torch_models["float64"].to_arrays()
+        flax_models["float64"].set_arrays({there: arrays[here] for here, there in names.items()})
     notes = [] if weights == "random" else fresh_weights(arrays)
 
     with highest_precision():
         step("shapes")
-        pair = Pair(torch_models, flax_models, Layout(), low, torch_paths(torch_module, rename), train)
+        pair = Pair(torch_models, flax_models, Layout(), low, torch_paths(names), train)
         comparison = _Comparison(pair, given, names, _Rules(dtype, low, limit, oracle), gradients)
         misfit = comparison.find_layout(channels_last)
         if misfit is None:
@@ -169,6 +172,7 @@ def assert_parity(torch_module: nn.Module, flax_module: nnx.Module, *inputs: Any
         >>> from flax import nnx
         >>> report = assert_parity(nn.Linear(3, 2), nnx.Linear(3, 2, rngs=nnx.Rngs(0)), (5, 3))
     """
+    __tracebackhide__ = True  # pytest shows the caller's line
     report = compare(torch_module, flax_module, *inputs, **options)
     if not report:
         raise AssertionError(str(report))
@@ -372,7 +376,9 @@ class _Comparison:
                 runs = {"torch": torch_runs[low], "flax": flax_runs[low], "flax in float64": flax_runs["float64"]}
                 if key in flax_runs[low]:
                     verdicts = tuple(
-                        Verdict(key[1], f"number of unequal elements of {who}", float((run[key] != expected).sum()), 0.0)
+                        Verdict(
+                            key[1], f"number of unequal elements of {who}", float((run[key] != expected).sum()), 0.0
+                        )
                         for who, run in runs.items()
                     )
                     kind = "" if key[0] == "output" else f"{key[0]} "

@@ -51,7 +51,10 @@ class Certificate(TorchDispatchMode):
         base = name.removesuffix("_") if name not in _MOVES else name
         known = base in _PRODUCTS | _SUMS | _MOVES or func.is_view
         if base in ("sub", "rsub"):
-            args, func = args[:2], torch.ops.aten.add.Tensor if isinstance(args[1], Tensor) else torch.ops.aten.add.Scalar
+            args, func = (
+                args[:2],
+                torch.ops.aten.add.Tensor if isinstance(args[1], Tensor) else torch.ops.aten.add.Scalar,
+            )
             kwargs.pop("alpha", None)
         elif base == "neg":
             func = torch.ops.aten.clone.default

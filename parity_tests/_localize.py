@@ -14,13 +14,22 @@ import torch
 from flax import nnx
 from torch import nn
 
+import probly_flax
 from parity_tests._calls import Call, flax_calls, torch_calls
 from parity_tests._runs import FlaxModel, Layout, TorchModel
-from parity_tests._suspects import Gap, LayerPair, cause_between, cause_in_layer, cause_in_precision, cause_in_statistics
+from parity_tests._suspects import (
+    Gap,
+    LayerPair,
+    cause_between,
+    cause_in_layer,
+    cause_in_precision,
+    cause_in_statistics,
+)
 from parity_tests._trees import is_floating, leaves, mapped, numpy_of
 from parity_tests.report import Comparison, Divergence, LayerComparison
-from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, Errors, Verdict, error
+from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, Errors, Verdict, error
 from probly_flax._options import _parts
+from probly_flax._torch_names import torch_rules
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,9 @@ class Calls:
         for i, tensor in enumerate(t["float64"]):
             for j in free:
                 if self._fits(tensor, f["float64"][j]):
-                    inputs.append(self._verdicts(*({d: arrays[k] for d, arrays in c.items()} for c, k in ((t, i), (f, j)))))
+                    inputs.append(
+                        self._verdicts(*({d: arrays[k] for d, arrays in c.items()} for c, k in ((t, i), (f, j))))
+                    )
                     free.remove(j)
                     break
         t, f = ({dtype: call.results for dtype, call in calls.items()} for calls in (of_torch, of_flax))
@@ -87,13 +98,19 @@ class Calls:
 
     def _fits(self, tensor: Any, array: Any) -> bool:
         same_kind = is_floating(tensor) == is_floating(array)
-        return same_kind and self.pair.layout.to_torch(np.broadcast_to(np.int8(0), array.shape), tensor.shape) is not None
+        return (
+            same_kind and self.pair.layout.to_torch(np.broadcast_to(np.int8(0), array.shape), tensor.shape) is not None
+        )
 
     def _verdicts(self, tensors: Mapping[str, Any], arrays: Mapping[str, Any]) -> list[Verdict]:
         t = {dtype: numpy_of(tensor) for dtype, tensor in tensors.items()}
         f = {dtype: self._nearest(numpy_of(array), t["float64"]) for dtype, array in arrays.items()}
         if not is_floating(tensors["float64"]):
-            return [Verdict("values", "inequality of torch and flax", float(not np.array_equal(t["float64"], f["float64"])), 0.0)]
+            return [
+                Verdict(
+                    "values", "inequality of torch and flax", float(not np.array_equal(t["float64"], f["float64"])), 0.0
+                )
+            ]
         return Errors.of(t, f, t["float64"], self.pair.low).verdicts("values", self.pair.low)[:3]
 
     def _nearest(self, array: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -107,7 +124,7 @@ class Calls:
     def layers(self) -> tuple[LayerComparison, ...]:
         """In the order in which they start."""
         modules = dict(self.pair.torch["float64"].module.named_modules())
-        flax_types = {path: name for path, name in self._flax_types().items()}
+        flax_types = self._flax_types()
         found = [match for match in self.matches if match.outputs]
         found.sort(key=lambda match: match.torch["float64"].start)
         return tuple(
@@ -148,7 +165,9 @@ class Calls:
             return bool(match.inputs) and all(map(holds, match.inputs))
 
         def differs(match: Match) -> bool:
-            return match.outputs is None or not all(holds(match.outputs[i : i + 3]) for i in range(0, len(match.outputs), 3))
+            return match.outputs is None or not all(
+                holds(match.outputs[i : i + 3]) for i in range(0, len(match.outputs), 3)
+            )
 
         culprit = next((m for m in self.matches if inputs_agree(m) and differs(m)), None)
         if culprit is None:
@@ -160,9 +179,7 @@ class Calls:
 
     def _of_layer(self, match: Match, precision: bool) -> Divergence:
         dtype = self.pair.low if precision else "float64"
-        parts = flax_parts(self.pair.flax[dtype].module)
-        flax = next(part for path, part in parts.items() if self.pair.torch_path(path) == match.path)
-        module = self.pair.torch[dtype].module.get_submodule(match.path)
+        module, flax = self._layer(match, dtype)
         divergence = Divergence(match.path, type(module).__name__, _name(flax), "precision" if precision else "outputs")
         if isinstance(flax, nnx.Module):
             pair = self.layer_pair(match, dtype, module, flax)
@@ -189,7 +206,6 @@ class Calls:
         t, f = outer.torch["float64"], outer.flax["float64"]
         inner = sorted(inner, key=lambda match: match.torch["float64"].start)
         until = next((match for match in inner if match.inputs and not inputs_agree(match)), None)
-        last = t.end if until is None else until.torch["float64"].start
         if until is None:
             ended = inner
             pairs = [(a, b) for a, b in zip(t.results, f.results, strict=False)]
@@ -198,7 +214,6 @@ class Calls:
             ended = [m for m in inner if m.torch["float64"].start < start and not _inside(until, m)]
             u = until.torch["float64"], until.flax["float64"]
             pairs = [(a, b) for a, b in zip(u[0].inputs, u[1].inputs, strict=False)]
-        del last
         ended = sorted(ended, key=lambda match: -match.torch["float64"].end)
         before = [
             (match.path, a, b)
@@ -206,9 +221,7 @@ class Calls:
             for a, b in zip(match.torch["float64"].results, match.flax["float64"].results, strict=False)
         ] + [("its input", a, b) for a, b in zip(t.inputs, f.inputs, strict=False)]
         differing = next((pair for pair in pairs if not self._equal(*pair)), pairs[0] if pairs else None)
-        module = self.pair.torch["float64"].module.get_submodule(outer.path)
-        parts = flax_parts(self.pair.flax["float64"].module)
-        flax = next(part for path, part in parts.items() if self.pair.torch_path(path) == outer.path)
+        module, flax = self._layer(outer, "float64")
         after = ended[0].path if ended else None
         divergence = Divergence(outer.path, type(module).__name__, _name(flax), after=after or "its input")
         if differing is None:
@@ -232,60 +245,101 @@ class Calls:
         match = next((match for match in self.matches if match.path in owners), None)
         if match is None:
             return None
-        parts = flax_parts(self.pair.flax["float64"].module)
-        flax = next(part for path, part in parts.items() if self.pair.torch_path(path) == match.path)
-        module = self.pair.torch["float64"].module.get_submodule(match.path)
+        module, flax = self._layer(match, "float64")
         divergence = Divergence(match.path, type(module).__name__, _name(flax), "statistics")
         if not isinstance(flax, nnx.Module):
             return divergence
         return _with(divergence, cause_in_statistics(self.layer_pair(match, "float64", module, flax)))
 
-
     def first_of_gradients(self) -> Divergence | None:
-        """The last layer, in forward order, whose gradients differ on equal inputs and gradients of its outputs."""
-        parts = flax_parts(self.pair.flax["float64"].module)
-        for match in sorted(self.matches, key=lambda match: -match.torch["float64"].end):
-            if any(_inside(other, match) for other in self.matches):
-                continue
-            flax = next(part for path, part in parts.items() if self.pair.torch_path(path) == match.path)
-            module = self.pair.torch["float64"].module.get_submodule(match.path)
-            if not self._same_gradients(match, module, flax):
-                return Divergence(match.path, type(module).__name__, _name(flax), "gradients")
+        """The first layer, inner ones first, whose gradients differ on equal inputs and gradients of its outputs."""
+        for match in self.matches:
+            of_torch, of_flax = {}, {}
+            for dtype in match.torch:
+                of_torch[dtype], of_flax[dtype] = self._gradients(match, dtype)
+            for name, expected in of_torch["float64"].items():
+                t, f = ({dtype: run[name] for dtype, run in runs.items()} for runs in (of_torch, of_flax))
+                if not Errors.of(t, f, expected, self.pair.low).verdicts(name, self.pair.low)[2].holds:
+                    module, flax = self._layer(match, "float64")
+                    cause = _cause_in_gradients(module, expected, f["float64"])
+                    return Divergence(match.path, type(module).__name__, _name(flax), "gradients", cause=cause)
         return None
 
-    def _same_gradients(self, match: Match, module: nn.Module, flax: Any) -> bool:
-        t, f = match.torch["float64"], match.flax["float64"]
-        if len(t.results) != 1 or len(f.results) != 1 or not is_floating(t.results[0]):
-            return True
-        g = np.random.default_rng(0).standard_normal(tuple(t.results[0].shape))
-        of_torch = [i for i, tensor in enumerate(t.inputs) if tensor.is_floating_point()]
-        of_flax = [i for i, array in enumerate(f.inputs) if is_floating(array)]
+    def _gradients(self, match: Match, dtype: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """By floating inputs and parameters, of the layer alone; empty where they cannot be told apart."""
+        t, f = match.torch[dtype], match.flax[dtype]
+        if not (t.results and f.results and is_floating(t.results[0]) and self._fits(t.results[0], f.results[0])):
+            return {}, {}
+        g = np.random.default_rng(0).standard_normal(tuple(t.results[0].shape)).astype(np.float32).astype(np.float64)
         args, kwargs = mapped((t.args, t.kwargs), lambda tensor: tensor.clone())
-        sources = [tensor for _, tensor in leaves((args, kwargs)) if tensor.is_floating_point()]
-        for tensor in sources:
-            tensor.requires_grad_()
+        sources = {str(i): v for i, (_, v) in enumerate(leaves((args, kwargs))) if v.is_floating_point()}
+        floating = {str(i): v for i, v in enumerate(f.inputs) if is_floating(v)}
+        module, flax = self._layer(match, dtype)
+        module = copy.deepcopy(module)
+        into = {**{name: v.requires_grad_() for name, v in sources.items()}, **dict(module.named_parameters())}
+        if not into or len(sources) != len(floating):
+            return {}, {}
         with torch.enable_grad():
-            output = dict(leaves(copy.deepcopy(module)(*args, **kwargs)))[""]
-        grads = torch.autograd.grad(output, sources, torch.tensor(g), allow_unused=True)
+            output = next(leaves(module(*mapped(args, torch.clone), **mapped(kwargs, torch.clone))))[1]
+            grads = torch.autograd.grad(
+                output, list(into.values()), torch.tensor(g, dtype=output.dtype), allow_unused=True
+            )
+        of_torch = {
+            name: numpy_of(torch.zeros_like(v) if grad is None else grad)
+            for (name, v), grad in zip(into.items(), grads, strict=True)
+        }
+        given = dict(zip(sources, floating.values(), strict=True))
+        of_flax = self._flax_gradients(f, flax, list(floating), given, g)
+        shared = [name for name in of_torch if name in of_flax]
+        laid = {
+            name: self.pair.layout.to_torch(of_flax[name], of_torch[name].shape) if name in sources else of_flax[name]
+            for name in shared
+        }
+        fitting = {name: array for name, array in laid.items() if array is not None}
+        return {name: of_torch[name] for name in fitting}, fitting
 
-        def call(*floating: Any) -> Any:
-            values = dict(zip(of_flax, floating, strict=True))
-            arrays = iter([values.get(i, array) for i, array in enumerate(f.inputs)])
-            args, kwargs = mapped((f.args, f.kwargs), lambda _: next(arrays))
-            layer = nnx.clone(flax) if isinstance(flax, nnx.Module) else flax
-            return dict(leaves(layer(*args, **kwargs)))[""]
+    def _layer(self, match: Match, dtype: str) -> tuple[nn.Module, Any]:
+        """Of both models."""
+        parts = flax_parts(self.pair.flax[dtype].module)
+        flax = next(part for path, part in parts.items() if self.pair.torch_path(path) == match.path)
+        return self.pair.torch[dtype].module.get_submodule(match.path), flax
+
+    def _flax_gradients(
+        self, call: Call, flax: Any, places: list[str], given: Mapping[str, Any], g: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        layer = nnx.clone(flax) if isinstance(flax, nnx.Module) else nnx.Sequential(flax)
+        graph, parameters, rest = nnx.split(layer, nnx.Param, ...)
+
+        def run(parameters: Any, given: Mapping[str, Any]) -> Any:
+            values = dict(zip(places, given.values(), strict=True))
+            arrays = iter([values.get(str(i), array) for i, array in enumerate(call.inputs)])
+            args, kwargs = mapped((call.args, call.kwargs), lambda _: next(arrays))
+            return next(leaves(nnx.merge(graph, parameters, rest, copy=True)(*args, **kwargs)))[1]
 
         with jax.enable_x64(True):
-            outputs, pull = jax.vjp(call, *(f.inputs[i] for i in of_flax))
-            pulled = pull(jnp.asarray(self.pair.layout.to_flax_output(g, outputs.shape), outputs.dtype))
-        if len(of_torch) != len(of_flax):
-            return True
-        for tensor, grad, array in zip(sources, grads, pulled, strict=True):
-            expected = numpy_of(torch.zeros_like(tensor) if grad is None else grad)
-            got = self.pair.layout.to_torch(numpy_of(array), expected.shape)
-            if got is None or error(got, expected, expected, "float64") > MEANING_LIMIT * NOISE_FLOOR:
-                return False
-        return True
+            output, pull = jax.vjp(run, parameters, given)
+            of_parameters, of_inputs = pull(jnp.asarray(self.pair.layout.to_flax_output(g, output.shape), output.dtype))
+            nnx.update(layer, of_parameters)
+            summands = {n: rule.also for n, rule in torch_rules("compare", layer) if rule.variables}
+            arrays = probly_flax.to_arrays(layer)
+            named = {each: arrays[name] for name, also in summands.items() for each in (name, *also)}
+            return {name: numpy_of(array) for name, array in (named | of_inputs).items()}
+
+
+def _cause_in_gradients(module: nn.Module, of_torch: np.ndarray, of_flax: np.ndarray) -> str | None:
+    """Rows of padding learn nothing in torch."""
+    padding = getattr(module, "padding_idx", None)
+    if not isinstance(padding, int):
+        return None
+    without = np.array(of_flax)
+    without[..., padding, :] = 0
+    left = error(without, of_torch, of_torch, "float64") * UNIT_ROUNDOFF["float64"]
+    if left > MEANING_LIMIT * NOISE_FLOOR * UNIT_ROUNDOFF["float64"]:
+        return None
+    return (
+        f"torch padding_idx is {padding}, and the gradient of that row is 0; nnx has no such row; with its gradient set "
+        f"to 0 the gradients agree to {left:.0e}"
+    )
 
 
 def flax_parts(model: nnx.Module) -> dict[str, Any]:

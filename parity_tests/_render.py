@@ -18,7 +18,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from parity_tests.report import KINDS, Comparison, LayerComparison, ParityReport
+from parity_tests.report import KINDS, Comparison, Divergence, LayerComparison, ParityReport
 from parity_tests.standard import UNIT_ROUNDOFF, Verdict
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
 table { border-collapse: collapse; margin: 1em 0; }
 th, td { padding: 0.2em 0.8em; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
 td { overflow-wrap: anywhere; }
+td:last-child { overflow-wrap: normal; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .differs td { background: #fde8df; }
 .verdict { font-size: 1.2em; font-weight: bold; }
@@ -77,7 +78,10 @@ def text(report: RenderableType) -> str:
 def show(report: RenderableType) -> None:
     """On stdout, in colour where that is a terminal."""
     console = Console()
-    (console if console.is_terminal else Console(width=WIDTH)).print(report)
+    if console.is_terminal:
+        console.print(report)
+    else:
+        print(text(report))
 
 
 def lines(report: ParityReport, short: bool = False) -> Iterator[RenderableType]:
@@ -134,13 +138,16 @@ def sentence(comparison: Comparison) -> str:
             f"Remove it from known_gaps: {comparison.name!r}."
         )
     worst = comparison.worst
+    if worst.measured == math.inf and worst.limit == 0:  # no number: shapes that do not fit
+        return f"{_name(comparison)} differs: {worst.rule}"
     times = f", {worst.ratio:.2g} times its limit {worst.limit:.3g}" if math.isfinite(worst.ratio) else ""
-    apart = f", {comparison.ulp:.3g} ULP apart" if comparison.ulp else ""
+    said = f"{_name(comparison)} differs: {worst.rule} is {worst.measured:.3g}{times}"
+    values = comparison.torch, comparison.flax
+    if all(map(math.isnan, values)):
+        return said
     at = f" at {list(comparison.index)}" if comparison.index else ""
-    return (
-        f"{_name(comparison)} differs: {worst.rule} is {worst.measured:.3g}{times};{at} torch has "
-        f"{comparison.torch:.9g} and Flax {comparison.flax:.9g}{apart}"
-    )
+    apart = f", {comparison.ulp:.3g} ULP apart" if all(map(math.isfinite, values)) else ""
+    return f"{said};{at} torch has {values[0]:.9g} and Flax {values[1]:.9g}{apart}"
 
 
 def data(value: Any) -> Any:
@@ -189,8 +196,8 @@ def html_page(heading: str, parts: Sequence[str]) -> str:
 
 
 def figure(report: ParityReport) -> Figure:
-    """The error by depth: layers in forward order, or the tensors of what has none."""
-    points: Sequence[Any] = report.layers or report.comparisons
+    """The error by depth: the innermost layers in forward order, or the tensors of what has none."""
+    points: Sequence[Any] = _innermost(report.layers) or report.comparisons
     labels = [_layer_name(p) if isinstance(p, LayerComparison) else _name(p) for p in points]
     drawing = new_figure()
     axes = drawing.add_subplot()
@@ -214,9 +221,10 @@ def figure(report: ParityReport) -> Figure:
     if beyond:
         axes.plot(beyond, [0.88] * len(beyond), "^", ms=8, c="#a33000", label="infinite or NaN", transform=across)
     first = report.first_divergence
-    place = next((i for i, p in enumerate(points) if first and first.path == getattr(p, "path", None)), None)
-    if first and place is not None:
-        name = f" first divergence: {first.path or 'the whole model'}"
+    place = None if first is None else _place(first, points)
+    if first is not None and place is not None:
+        where = first.path or "the whole model"
+        name = f" first divergence: {where if first.after is None else f'{where}, after {first.after}'}"
         right = place > len(points) / 2
         axes.axvline(place, c="#1a1a1a", lw=1, ls=":")
         side = "right" if right else "left"
@@ -386,6 +394,20 @@ def _html_table(heading: str, columns: Columns, rows: Sequence[Row]) -> str:
         for row in rows
     )
     return f"<h2>{escape(heading)}</h2>\n<table>\n<tr>{head}</tr>\n{body}\n</table>"
+
+
+def _innermost(layers: Sequence[LayerComparison]) -> list[LayerComparison]:
+    """Those with no other in them."""
+    parts = [layer.path.split(".") for layer in layers if layer.path]
+    outer = {""} if parts else set()
+    outer |= {".".join(names[:depth]) for names in parts for depth in range(1, len(names))}
+    return [layer for layer in layers if layer.path not in outer]
+
+
+def _place(first: Divergence, points: Sequence[Any]) -> float | None:
+    """Where a plot marks the first divergence: at its layer, or behind the one after which it is."""
+    places = [i for i, p in enumerate(points) if getattr(p, "path", None) == (first.after or first.path)]
+    return places[0] + (0 if first.after is None else 0.5) if places else None
 
 
 def _worst_in(dtype: str, verdicts: Sequence[Verdict]) -> Verdict | None:

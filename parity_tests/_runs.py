@@ -152,7 +152,9 @@ class FlaxModel:
         self._compiled: dict[str, Any] = {}
         rules = dict(torch_rules("compare", self.module))
         self.parameters = {n: rule.also for n, rule in rules.items() if _all(rule.variables, nnx.Param)}
-        self.statistics = [n for n, rule in rules.items() if n not in self.parameters and _all(rule.variables, nnx.Variable)]
+        self.statistics = [
+            n for n, rule in rules.items() if n not in self.parameters and _all(rule.variables, nnx.Variable)
+        ]
 
     def x64(self) -> AbstractContextManager[Any]:
         """float64 needs JAX to have it; every other dtype runs as the caller has set up JAX."""

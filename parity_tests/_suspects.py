@@ -7,11 +7,13 @@ then agree, and only then: what is named here was measured.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
 
 from parity_tests import (
     _suspects_between,
+    _suspects_formulas,
     _suspects_inputs,
     _suspects_options,
     _suspects_precision,
@@ -24,13 +26,23 @@ from parity_tests._suspects_trial import Court, LayerPair, Suspect, attentions
 __all__ = ["Gap", "LayerPair", "cause_between", "cause_in_layer", "cause_in_precision", "cause_in_statistics"]
 
 
+@contextmanager
+def _settings() -> Iterator[None]:
+    """float64, and the promotions that the layers of nnx rely on."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def cause_in_layer(pair: LayerPair) -> str | None:
     """Why the outputs of a layer differ in float64, and what would make them agree; None if no suspect explains it."""
-    with jax.enable_x64(True):
+    with _settings():
         court = Court(pair)
         cause = court.cause(_suspects(pair))
         matched = court.matched(pair.torch_outputs, pair.flax_outputs)
-        return cause or (_suspects_between.cause(_suspects_between.gap_of(pair, matched)) if matched else None)
+        if cause is None and matched:
+            cause = _suspects_formulas.cause(pair, *matched[0])
+            cause = cause or _suspects_between.cause(_suspects_between.gap_of(pair, matched))
+        return cause
 
 
 def _suspects(pair: LayerPair) -> Iterator[Suspect]:
@@ -46,14 +58,13 @@ def _suspects(pair: LayerPair) -> Iterator[Suspect]:
 
 def cause_in_statistics(pair: LayerPair) -> str | None:
     """Why the statistics of a layer differ after an update, given both layers before it."""
-    with jax.enable_x64(True):
+    with _settings():
         return _suspects_statistics.cause(pair)
 
 
 def cause_in_precision(pair: LayerPair) -> str | None:
     """Why a layer is less precise in float32 than torch's, though they agree in float64; captured in float32."""
-    with jax.enable_x64(True):
-        return _suspects_precision.cause(pair)
+    return _suspects_precision.cause(pair)
 
 
 def cause_between(gap: Gap) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -102,12 +103,14 @@ def _owner(layer: Any, name: str) -> Any:
 
 def _set(layer: Any, name: str, value: Any, torch_layer: Any) -> None:
     """Gives a layer an option, and all that goes with it in nnx."""
-    setattr(_owner(layer, name), name, value)
     if name == "num_groups" and hasattr(layer, "group_size"):
-        layer.group_size = layer.num_features // value
-    elif name == "feature_group_count":  # which is in the shape of the kernel
+        layer.group_size = layer.group_size * layer.num_groups // value
+    setattr(_owner(layer, name), name, value)
+    if name == "feature_group_count":  # which is in the shape of the kernel, so that no weights were loaded
         weight = torch_layer.weight.detach().numpy()
         layer.kernel.set_value(jnp.asarray(weight.transpose(*range(2, weight.ndim), 1, 0)))
+        if layer.bias is not None and torch_layer.bias is not None:
+            layer.bias.set_value(jnp.asarray(torch_layer.bias.detach().numpy()))
     elif name == "num_heads" and isinstance(layer, nnx.MultiHeadAttention):
         heads = (value, layer.qkv_features // value)
         layer.head_dim = heads[1]
@@ -146,8 +149,6 @@ def _modes(pair: LayerPair) -> Iterator[Suspect]:
     yield Suspect(said, f"flax_module.{words[1]}()", lambda trial: _set_everywhere(trial, **wanted), joins=True)
 
     def in_eval_mode(trial: Trial) -> None:  # of which nothing is random
-        import copy
-
         trial.expected = run_torch(copy.deepcopy(pair.torch).eval(), pair.torch_args, pair.torch_kwargs)
 
     if training:

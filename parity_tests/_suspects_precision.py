@@ -147,10 +147,8 @@ def _evaluate(jaxpr: Any, consts: list[Any], arrays: list[Any], wide: str) -> li
             body, own = (inner[0].jaxpr, inner[0].consts) if closed else (inner[0], [])
             results = _evaluate(body, own, taken[-len(body.invars) :] if body.invars else [], wide)
         else:
-            subfuns, params = eqn.primitive.get_bind_params(
-                {name: jnp.dtype(wide) if _is_dtype(v) and _is_below(v, wide) else v for name, v in eqn.params.items()}
-            )
-            result = eqn.primitive.bind(*subfuns, *taken, **params)
+            given = {n: jnp.dtype(wide) if _is_dtype(v) and _is_below(v, wide) else v for n, v in eqn.params.items()}
+            result = eqn.primitive.bind(*taken, **given)
             results = result if eqn.primitive.multiple_results else [result]
         write(eqn.outvars, results)
     return [read(var) for var in jaxpr.outvars]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -89,6 +90,17 @@ class Court:
         self._compiled = any(isinstance(module, nnx.RNN) for _, module in nnx.iter_modules(pair.flax))
         self._forward = jax.jit(_forward, static_argnums=(0, 3))
 
+    @cached_property
+    def noise(self) -> float:
+        """torch's own error in float32, in roundings of it."""
+        pair = self.pair
+        inputs = mapped((pair.torch_args, pair.torch_kwargs), lambda v: v.float() if is_floating(v) else v)
+        try:
+            outputs = run_torch(copy.deepcopy(pair.torch).float(), *inputs)
+        except Exception:  # of a layer that insists on its dtype
+            return NOISE_FLOOR
+        return self.distance(pair.torch_outputs, outputs) * _ROUNDING
+
     def trial(self) -> Trial:
         """A copy of Flax's side, whose attention does not leave float64."""
         layer = nnx.clone(self.pair.flax)
@@ -113,13 +125,13 @@ class Court:
         joining = []
         for suspect in suspects:
             left = self.left(suspect)
-            if explains(left, original):
+            if explains(left, original, self.noise):
                 return sentence(suspect.said, suspect.remedy, left)
             if suspect.joins:
                 joining.append(suspect)
         for a, b in combinations(joining, 2):
             left = self.left(a, b)
-            if explains(left, original):
+            if explains(left, original, self.noise):
                 return sentence(f"{a.said}, and {b.said}", f"{a.remedy} and {b.remedy}", left)
         return None
 
@@ -127,9 +139,10 @@ class Court:
         """The largest of all outputs, in roundings at the scale of torch's."""
         worst = []
         for ours, theirs in self.matched(expected, got):
-            values = to_torch_layout(theirs, ours.shape, self.pair.channels_last)
+            last = self.pair.channels_last and not isinstance(theirs, Tensor)
+            values = to_torch_layout(numpy_of(theirs), ours.shape, last)
             reference = numpy_of(ours)
-            worst.append(float("inf") if values is None else error(numpy_of(values), reference, reference, "float64"))
+            worst.append(float("inf") if values is None else error(values, reference, reference, "float64"))
         return max(worst, default=float("inf"))
 
     def _outputs(self, trial: Trial) -> Any:
@@ -158,10 +171,12 @@ def _forward(graph: Any, state: Any, arrays: list[Any], fixed: tuple[Any, tuple[
     return nnx.merge(graph, state, copy=True)(*args, **kwargs)
 
 
-def explains(left: float, original: float) -> bool:
-    """Whether what is left of a difference is rounding: of float64, or as small beside it as float64's is to float32's."""
-    limit = max(min(MEANING_LIMIT * NOISE_FLOOR, original / MEANING_LIMIT), original * _ROUNDING)
-    return left <= limit if np.isfinite(original) else left <= MEANING_LIMIT * NOISE_FLOOR
+def explains(left: float, original: float, noise: float = NOISE_FLOOR) -> bool:
+    """Whether what is left of a difference is rounding: within the limit of meaning, and well below the difference; or
+    as small beside it as the rounding of float64 is beside that of float32.
+    """
+    limit = MEANING_LIMIT * max(NOISE_FLOOR, noise)
+    return left <= (max(min(limit, original / MEANING_LIMIT), original * _ROUNDING) if np.isfinite(original) else limit)
 
 
 def sentence(said: str, remedy: str, left: float, what: str = "the layers", unit: str = "float64") -> str:

@@ -15,7 +15,8 @@ import torch
 from flax import nnx
 from torch import nn
 
-from parity_tests._suspects_trial import LayerPair, Suspect, Trial, run_torch
+from parity_tests._suspects_trial import Court, LayerPair, Suspect, Trial, run_torch
+from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR
 from probly_flax import load_arrays
 from probly_flax import to_arrays as flax_arrays
 from probly_torch import to_arrays as torch_arrays
@@ -309,17 +310,16 @@ def _lacking(pair: LayerPair) -> Iterator[Suspect]:
     parameters = {n: p for n, p in pair.torch.named_parameters() if "bias" in n or p.ndim == 1}
     names = [[name] for name, value in parameters.items() if not _is_neutral(name, value)]
     biases = [name for (name,) in names if "bias" in name]
-    names += [biases] if len(biases) > 1 else []
-    for each in names:
+    own = [name.split(".")[-1] for name in _weights(pair.flax)]
+    for each in [*names, *([biases] if len(biases) > 1 else [])]:
         shown = " and ".join(each)
-        said, remedy = f"torch has a {shown}, and nnx adds none", f"{shown} left out in torch, too,"
-        if "bias" not in each[0]:
-            said = f"torch multiplies by {shown}, and nnx does not"
-        yield Suspect(said, remedy, partial(_without, pair=pair, names=each), joins="bias" in each[0])
-    own = {n: v for n, v in _weights(pair.flax).items() if n.split(".")[-1] in ("bias", "scale")}
-    for last in ("bias", "scale"):
-        chosen = [n for n in own if n.split(".")[-1] == last]
-        if chosen:
+        bias = "bias" in each[0]
+        said = f"torch {'has a' if bias else 'multiplies by'} {shown}, and nnx {'adds none' if bias else 'does not'}"
+        edit = partial(_without, pair=pair, names=each)
+        yield Suspect(said, f"{shown} left out in torch, too,", edit, joins=bias and "bias" not in own)
+    for last, exists in (("bias", biases), ("scale", [name for (name,) in names if name not in biases])):
+        chosen = [name for name in _weights(pair.flax) if name.split(".")[-1] == last]
+        if chosen and not exists:
             function = jnp.zeros_like if last == "bias" else jnp.ones_like
             edit = partial(_change, names=chosen, function=function)
             yield Suspect(f"nnx has a {' and '.join(chosen)}, and torch none", f"use_{last}=False", edit, joins=True)
@@ -335,7 +335,9 @@ def _without(trial: Trial, pair: LayerPair, names: Sequence[str]) -> None:
         for name, parameter in module.named_parameters():
             if name in names:
                 parameter.fill_(0 if "bias" in name else 1)
-    trial.expected = run_torch(module, pair.torch_args, pair.torch_kwargs)
+    again, trial.expected = (run_torch(each, pair.torch_args, pair.torch_kwargs) for each in (pair.torch, module))
+    if Court(pair).distance(pair.torch_outputs, again) > MEANING_LIMIT * NOISE_FLOOR:
+        raise ValueError("the layer gives something else each time, so that the weights are not what differs")
 
 
 def _offsets(pair: LayerPair) -> Iterator[Suspect]:

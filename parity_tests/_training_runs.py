@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import probly_flax
 from parity_tests._masks import Masks
-from parity_tests._runs import STATISTICS, FlaxModel, Layout, TorchModel
+from parity_tests._runs import _STATISTICS, FlaxModel, Layout, TorchModel
 from parity_tests._trees import is_array, is_floating, leaves, mapped, numpy_of
 from probly_torch._checks import type_name
 
@@ -27,7 +28,6 @@ Key = tuple[str, str]  # loss, gradient, statistic or update; torch's name
 Run = dict[Key, np.ndarray]
 Arrays = dict[str, np.ndarray]
 MakeOptimizer = torch.optim.Optimizer | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-NOT_TRAINED = ("gradient", "trained")  # no tensor has this name
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ def batches_of(batches: Iterable[Any], steps: int | None, dtype: str, seed: int)
     pairs = list(batches if steps is None else islice(batches, steps))
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not list(leaves(pair[0])):
-            raise TypeError(f"{WHAT} expects batches to be pairs of inputs and targets; got {pair!r:.200}. Pass (x, y).")
+            raise TypeError(
+                f"{WHAT} expects batches to be pairs of inputs and targets; got {pair!r:.200}. Pass (x, y)."
+            )
     if not pairs:
         raise ValueError(f"{WHAT} expects at least one batch; got none. Pass [(x, y)].")
 
@@ -127,9 +129,10 @@ class TorchRun:
         own = list(self.parameters.values())
         if isinstance(optimizer, torch.optim.Optimizer):
             memo: dict[int, Any] = {id(p): mine for p, mine in zip(module.parameters(), own, strict=True)}
+            _check_hooks(optimizer)
             self.optimizer = copy.deepcopy(optimizer, memo)
         else:
-            self.optimizer = optimizer(own)
+            self.optimizer = optimizer(own) if callable(optimizer) else optimizer
         _check_optimizer(self.optimizer, own)
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
 
@@ -157,8 +160,8 @@ class TorchRun:
         floating = (name for name in arrays.keys() - self._all_names() if is_floating(arrays[name]))
         return run | {("statistic", name): numpy_of(arrays[name]) for name in floating}
 
-    def step(self, run: Run) -> None:
-        """Of the optimizer, fed the gradients of a run."""
+    def step(self, run: Run) -> float:
+        """Of the optimizer, fed the gradients of a run; returns what its hooks scaled them by."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 grad = torch.tensor(run["gradient", name], dtype=parameter.dtype, device=parameter.device)
@@ -166,6 +169,15 @@ class TorchRun:
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
+        fed = {name: np.abs(run["gradient", name]).max(initial=0.0) for name in self.trained}
+        name = max(fed, key=lambda name: fed[name], default="")
+        grad = self.parameters[name].grad if name else None
+        return float(grad.abs().max()) / fed[name] if grad is not None and fed[name] > 0 else 1.0
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return float(self.optimizer.param_groups[0].get("lr", 0.0))
 
     def weights(self) -> Arrays:
         """Of the parameters, tied ones once."""
@@ -212,64 +224,59 @@ class FlaxRun:
         return new
 
     def to_arrays(self) -> Arrays:
-        arrays = self.model.to_arrays()
-        return {self.torch_names.get(name, name): array for name, array in arrays.items()}
+        return self._arrays(self.model.module)
 
-    def set_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        self.model.set_arrays(self._renamed(arrays))
-
-    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """All of them, or a ValueError that names those that are missing or not expected."""
-        with self.model.x64():
-            probly_flax.load_arrays(
-                self.model.module, self._renamed(arrays), cast=True, flatten=self.model.flatten
-            )
+    def set_arrays(self, arrays: Mapping[str, np.ndarray], strict: bool = False) -> None:
+        """Weights and statistics; under strict a name that only one side has is a ValueError."""
+        self._load(self.model.module, arrays, strict)
 
     def gradients(self, batch: Batch) -> Run:
+        """As torch's."""
         args, kwargs = self.model.given(batch.inputs, self.layout)
         with self.model.x64():
             targets = mapped(batch.targets, self._target)
             key = jax.random.key(batch.seed)
             _, parameters, rest = nnx.split(self.model.module, nnx.Param, ...)
             (value, statistics), grads = self.value_and_grad(parameters, rest, key, args, kwargs, targets)
-            before = nnx.clone(self.model.module)
-            nnx.update(self.model.module, grads)
-            named = self.to_arrays()
-            nnx.update(self.model.module, nnx.state(before, nnx.Param))
             nnx.update(self.model.module, statistics)
-            arrays = self.to_arrays()
+            holder = nnx.clone(self.model.module)
+            nnx.update(holder, grads)
+        arrays, named = self.to_arrays(), self._arrays(holder)
         run: Run = {("loss", "loss"): numpy_of(value)}
-        for name, others in self.model.parameters.items():
-            for each in (name, *others):  # each summand of a sum has its gradient
-                run["gradient", self.torch_names.get(each, each)] = numpy_of(named[self.torch_names.get(name, name)])
-        for name in self.model.statistics:
-            run["statistic", self.torch_names.get(name, name)] = numpy_of(arrays[self.torch_names.get(name, name)])
-        return run
+        for name, *others in self.parameters():
+            run |= {("gradient", each): numpy_of(named[name]) for each in (name, *others)}  # of each summand of a sum
+        floating = (name for name in self.statistics() if is_floating(arrays[name]))
+        return run | {("statistic", name): numpy_of(arrays[name]) for name in floating}
 
     def step(self, run: Run) -> None:
+        """As torch's."""
+        arrays = {name: array for (kind, name), array in run.items() if kind == "gradient"}
+        for _, *others in self.parameters():
+            arrays |= {each: 0 * arrays[each] for each in others}  # whose sum is the gradient of the first
+        holder = nnx.clone(self.model.module)
+        self._load(holder, arrays)
         with self.model.x64():
-            arrays = {name: array for (kind, name), array in run.items() if kind == "gradient"}
-            summands = {each for others in self.model.parameters.values() for each in others}
-            arrays |= {name: 0 * array for name, array in arrays.items() if self.flax_names.get(name, name) in summands}
-            holder = copy.copy(self)
-            holder.model = copy.copy(self.model)
-            holder.model.module = nnx.clone(self.model.module)
-            holder.set_arrays(arrays)
-            self.update(self.model.module, self.optimizer, nnx.state(holder.model.module, nnx.Param))
+            self.update(self.model.module, self.optimizer, nnx.state(holder, nnx.Param))
+
+    def parameters(self) -> list[tuple[str, ...]]:
+        """Their names; those of a sum, which is one parameter here, together."""
+        own = ((name, *others) for name, others in self.model.parameters.items())
+        return [tuple(self.torch_names.get(each, each) for each in names) for names in own]
+
+    def statistics(self) -> list[str]:
+        return [self.torch_names.get(name, name) for name in self.model.statistics]
 
     def weights(self, like: Iterable[str]) -> Arrays:
         """Of the parameters that torch has under these names."""
         arrays = self.to_arrays()
         return {name: numpy_of(arrays[name]) for name in like}
 
-    def sums(self, weights: Mapping[str, np.ndarray]) -> Arrays:
-        """Of those parameters of torch whose sum is one parameter of Flax, under the name of the first."""
+    def summed(self, weights: Mapping[str, np.ndarray]) -> Arrays:
+        """Parameters of torch whose sum is one of Flax are given as their sum, under the name of the first."""
         summed = dict(weights)
-        for name, others in self.model.parameters.items():
-            first, *rest = (self.torch_names.get(each, each) for each in (name, *others))
-            for each in rest:
-                if first in summed and each in summed:
-                    summed[first] = summed[first] + summed.pop(each)
+        for name, *others in self.parameters():
+            for each in others:
+                summed[name] = summed[name] + summed.pop(each)
         return summed
 
     def _loss(
@@ -278,13 +285,21 @@ class FlaxRun:
         model = nnx.merge(self.graph, parameters, rest, copy=True)
         with self.masks.flax(key):
             outputs = model(*args, **kwargs)
-        return self.loss(outputs, targets), nnx.state(model, STATISTICS)
+        return self.loss(outputs, targets), nnx.state(model, _STATISTICS)
 
     def _target(self, array: np.ndarray) -> jax.Array:
         return jnp.asarray(self.layout.to_flax(array), self.model.dtype) if is_floating(array) else jnp.asarray(array)
 
-    def _renamed(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
-        return {self.flax_names.get(name, name): array for name, array in arrays.items()}
+    def _arrays(self, module: nnx.Module) -> Arrays:
+        with self.model.x64():
+            arrays = probly_flax.to_arrays(module, flatten=self.model.flatten)
+        return {self.torch_names.get(name, name): array for name, array in arrays.items()}
+
+    def _load(self, module: nnx.Module, arrays: Mapping[str, np.ndarray], strict: bool = False) -> None:
+        own = {self.flax_names.get(name, name): array for name, array in arrays.items()}
+        with self.model.x64(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            probly_flax.load_arrays(module, own, strict=strict, cast=True, flatten=self.model.flatten)
 
 
 def _update(model: nnx.Module, optimizer: nnx.Optimizer[Any], grads: Any) -> None:
@@ -340,4 +355,13 @@ def _check_optimizer(optimizer: Any, own: Sequence[nn.Parameter]) -> None:
         raise ValueError(
             f"{WHAT} expects an optimizer that has not run yet, as the one in Flax; got one with a state. Pass "
             f"{example}."
+        )
+
+
+def _check_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """A copy would leave them out."""
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise ValueError(
+            f"{WHAT} expects an optimizer without hooks, which belong to its own parameters; got one with hooks. Pass a "
+            f"function that makes it of a list of parameters, and registers them."
         )

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from torch import nn
 
 from parity_tests.report import Comparison
 from parity_tests.standard import Verdict
@@ -61,11 +60,17 @@ def _compared(name: str, a: np.ndarray, b: np.ndarray) -> Comparison:
     return Comparison("weight", name, (verdict,), index, float(a[index]), float(b[index]))
 
 
-def torch_paths(torch_module: nn.Module, rename: Mapping[str, str] | None) -> Callable[[str], str]:
-    """torch's name of a layer, from its name in Flax's twin."""
-    paths = [path for path, _ in torch_module.named_modules() if path]
-    renamed = rename_all("compare", [f"{path}.weight" for path in paths], rename)
-    back = {new.removesuffix(".weight"): old.removesuffix(".weight") for old, new in renamed.items()}
+def torch_paths(names: Mapping[str, str]) -> Callable[[str], str]:
+    """torch's name of a layer, from its name in Flax's twin; from the names of their weights."""
+    found: dict[str, set[str]] = {}
+    for here, there in names.items():
+        a, b = here.rpartition(".")[0], there.rpartition(".")[0]
+        while a and b and a != b:
+            found.setdefault(a, set()).add(b)
+            (a, _, last), (b, _, other) = a.rpartition("."), b.rpartition(".")
+            if last != other:
+                break
+    back = {other: here for here, others in found.items() if len(others) == 1 for other in others}
     return lambda path: back.get(path, path)
 
 
@@ -98,7 +103,10 @@ def fresh_weights(arrays: Arrays) -> list[str]:
     constant = [
         name
         for name, array in arrays.items()
-        if array.dtype.kind not in "iub" and array.size > 1 and (array == array.flat[0]).all() and array.flat[0] in (0, 1)
+        if array.dtype.kind not in "iub"
+        and array.size > 1
+        and (array == array.flat[0]).all()
+        and array.flat[0] in (0, 1)
     ]
     if not constant:
         return []

@@ -16,7 +16,8 @@ import torch
 from rich.progress import Progress, TaskID
 
 from parity_tests.standard import Verdict
-from parity_tests.subjects_all import ALL, Twins
+from parity_tests.subjects_all import ALL
+from parity_tests.twins import DTYPES, Twins
 
 FIRST = 1000  # the suite itself takes the first few
 
@@ -79,7 +80,7 @@ def _measure(twins: Twins, groups: list[range], progress: Progress, task: TaskID
     meaning, precision, alarms, tests = [], [], 0, 0
     for seeds in groups:
         progress.update(task, description=f"{twins.name}, seeds from {seeds[0]}", advance=1)
-        verdicts = twins.bounded(seeds)
+        verdicts = twins.bounded([twins.draw(seed, DTYPES[0]) for seed in seeds])
         broken = [verdict for verdict in verdicts if not verdict.holds]
         for verdict in broken:
             progress.console.print(f"{twins.name}, seeds from {seeds[0]}: {verdict}", soft_wrap=True)

@@ -13,6 +13,7 @@ CACHE = "PARITY_TESTS_CACHE"
 
 def pytest_configure(config):
     """Tests compile many equal programs: JAX keeps them in a folder that the workers of a run share."""
+    config.pluginmanager.import_plugin("parity_tests.plugin")  # where it is not installed
     jax.config.update("jax_num_cpu_devices", 8)  # for sharding
     if CACHE not in os.environ:
         os.environ[CACHE] = tempfile.mkdtemp()

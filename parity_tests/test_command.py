@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 
+import jax
 import pytest
 import torch
 
@@ -56,12 +57,13 @@ BOTH = ("torch_pair:Net", "flax_pair:Net")
 
 @pytest.fixture(autouse=True)
 def _pair(tmp_path, monkeypatch):
-    """Modules of the caller, in the folder where the command runs."""
+    """Modules of the caller, in the folder where the command runs, with JAX's own settings."""
     (tmp_path / "torch_pair.py").write_text(TORCH)
     (tmp_path / "flax_pair.py").write_text(FLAX)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    yield
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
     for name in ("torch_pair", "flax_pair"):
         sys.modules.pop(name, None)
 
@@ -85,7 +87,7 @@ def run(*argv):
 
 def test_parity_is_status_0_and_writes_every_report(tmp_path, capsys):
     options = [part for suffix in ("json", "html", "png") for part in ("--report", f"parity.{suffix}")]
-    assert run(*BOTH, "--input", "7,3", "--seeds", "2", *options) == 0
+    assert run(*BOTH, "--input", "7,3", "--seeds", "1", "--no-gradients", *options) == 0
     out, err = capsys.readouterr()
     assert err == ""
     lines = out.splitlines()
@@ -98,7 +100,7 @@ def test_parity_is_status_0_and_writes_every_report(tmp_path, capsys):
 
 
 def test_no_parity_is_status_1_and_names_the_layer(capsys):
-    assert run("torch_pair:net", "flax_pair:wrong", "--input", "7,3", "--seeds", "2", "--no-gradients") == 1
+    assert run("torch_pair:net", "flax_pair:wrong", "--input", "7,3", "--seeds", "1", "--no-gradients") == 1
     out = capsys.readouterr().out
     assert "First divergence: norm: nnx epsilon is 0.001, torch eps is 1e-05" in out
     assert out.splitlines()[-1].startswith("No parity: ")
@@ -121,7 +123,7 @@ def test_weights_are_loaded_into_both(asked, capsys):
 def test_options_become_arguments_of_compare(asked):
     assert run(*BOTH, "--input", "8,3", "--input", "8,16:1000") == 0
     assert asked["inputs"] == ((8, 3), Integers((8, 16), 1000))
-    defaults = {name: value for name, value in asked.items() if name not in ("models", "inputs", "progress")}
+    defaults = {name: value for name, value in asked.items() if name not in ("models", "inputs", "progress", "layers")}
     assert defaults == {
         "mode": "eval",
         "dtype": "float32",
@@ -140,7 +142,7 @@ def test_options_become_arguments_of_compare(asked):
     options += " --flatten fc1=2,3,5 --no-channels-last --limit 0.5 --seeds 3"
     gaps = ["--known-gap", "norm.*=biased = by design"]
     assert run(*BOTH, "--input", "8,3", *options.split(), *gaps) == 0
-    given = {name: value for name, value in asked.items() if name not in ("models", "inputs", "progress")}
+    given = {name: value for name, value in asked.items() if name not in ("models", "inputs", "progress", "layers")}
     assert given == {
         "mode": "train",
         "dtype": "bfloat16",
@@ -162,7 +164,10 @@ def test_options_become_arguments_of_compare(asked):
     [
         (["torch_pair", BOTH[1]], "expects MODULE:NAME; got 'torch_pair'. Pass mypkg.model:build."),
         (["no_module:Net", BOTH[1]], "torch expects a module that can be imported; got no_module"),
-        (["torch_pair:Nut", BOTH[1]], "It has: Net, with_options."),
+        (
+            ["torch_pair:Nut", BOTH[1]],
+            "got 'Nut': module 'torch_pair' has no attribute 'Nut'. It has: Net, with_options, net.",
+        ),
         (["torch_pair:number", BOTH[1]], "torch expects a function or class that makes a torch module"),
         ([BOTH[0], "torch_pair:Net"], "flax expects a function that returns a flax module"),
         ([*BOTH, "--torch-args", "width=5"], """expects an object of JSON; got 'width=5'. Pass '{"width": 8}'."""),
@@ -206,6 +211,13 @@ def test_what_compare_refuses_is_status_2_and_says_the_options_of_the_command(mo
     err = capsys.readouterr().err
     assert err.startswith("error: compare expects shapes")
     assert "channels_last=False is --no-channels-last." in err
+
+
+@pytest.mark.parametrize("inputs", ["--input 7,4", "--input 7,3 --input 2,3:5"])
+def test_inputs_that_do_not_fit_are_status_2(inputs, capsys):
+    assert run(*BOTH, *inputs.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: compare expects inputs that both models take; got {inputs}, for which one raises")
 
 
 def test_progress_is_for_terminals(asked, capsys):

@@ -18,6 +18,7 @@ import probly_torch as pt
 from parity_tests import standard
 from parity_tests.oracle_attention import batch_ensemble_attention
 from parity_tests.standard import assert_close
+from parity_tests.twins import Twins, assert_special_values
 from probly_flax.layers.attention import BatchEnsembleMultiHeadAttention as FlaxAttention
 from probly_torch.layers.attention import BatchEnsembleMultiHeadAttention as TorchAttention
 
@@ -230,6 +231,12 @@ def verdicts(case, dtypes, run_torch=run_torch, run_flax=run_flax, without=()):
 @pytest.mark.parametrize("name", CASES)
 def test_bounded(name):
     standard.assert_holds(verdicts(CASES[name], ("float32", "float64")))
+
+
+def test_special_values():
+    name = "self"
+    runs = (partial(run, CASES[name]) for run in (run_torch, run_flax, run_oracle))
+    assert_special_values(Twins(name, CASES[name].draw, *runs))
 
 
 @pytest.mark.parametrize("name", ["self-odd", "other features"])

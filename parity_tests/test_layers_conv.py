@@ -17,6 +17,7 @@ from parity_tests import oracle_conv, standard
 from parity_tests.standard import assert_close
 from parity_tests.subject import Subject, run_flax, run_oracle, run_torch, with_cotangent
 from parity_tests.subjects_conv import SUBJECTS, TORCH_CONV, TORCH_CONV_TRANSPOSE, flax_padding, shapes
+from parity_tests.twins import assert_special_values, of_subject
 from probly_flax.functional import conv as flax_functional
 from probly_flax.layers import conv as flax_conv
 from probly_torch.functional import conv as torch_functional
@@ -50,6 +51,11 @@ def test_bounded(subject, dtypes):
         dtypes[0],
     )
     standard.assert_holds(verdicts)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
+def test_special_values(subject):
+    assert_special_values(of_subject(subject))
 
 
 # Options of torch that Flax does not have: torch against the oracle, in the exact tier.

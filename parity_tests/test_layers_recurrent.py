@@ -4,7 +4,7 @@ import copy
 import pickle
 import warnings
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import probly_torch as pt
 from parity_tests import oracle_recurrent, standard
 from parity_tests.standard import assert_close, assert_holds, error
+from parity_tests.twins import Twins, assert_special_values
 from probly_flax.layers import recurrent as flax_layers
 from probly_torch.layers import recurrent as torch_layers
 
@@ -264,6 +265,13 @@ def test_values_and_gradients_of_both_and_the_oracle(case, dtypes):
             [run_oracle(case, a) for a in arrays],
             low,
         )
+    )
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.biases == 2], ids=str)
+def test_special_values(case):
+    assert_special_values(
+        Twins(str(case), case.draw, *(partial(run, case) for run in (run_torch, run_flax, run_oracle)))
     )
 
 

@@ -19,7 +19,7 @@ Net in torch and Twin in Flax, eval mode, float32, under jax.jit
 layer torch / Flax in error limit ratio
 conv1 Conv2d / Conv float32 1.5 32 0.047 agrees
 [bold]norm$_1$ & <b> Conv2d / Conv float64 6.4e+08 64 1e+07 DIFFERS
-the whole model Conv2d / Conv float64 inf 64 inf as do its inputs
+fc (call 1) Conv2d / Conv float64 inf 64 inf as do its inputs
 
 tensors agree worst of them in error limit ratio
 output 0 of 1 output['loss'] float64 nan 64 inf DIFFERS
@@ -61,7 +61,7 @@ def report(layers=(), comparisons=(), **options):
 @pytest.fixture
 def parted():
     """The second of three layers differs, and the last because of it."""
-    layers = [layer("conv1", 0.0), layer("[bold]norm$_1$ & <b>", 6.4e8), layer("", math.inf, False)]
+    layers = [layer("conv1", 0.0), layer("[bold]norm$_1$ & <b>", 6.4e8), layer("fc", math.inf, False, call=1)]
     comparisons = [
         tensor("output['loss']", math.nan, "output"),
         tensor("conv1.weight"),
@@ -80,6 +80,10 @@ def test_text_names_every_layer_what_differs_and_the_verdict(parted):
 def test_verdict_is_the_last_line():
     assert str(report(comparisons=[tensor("a"), tensor("b")])).splitlines()[-1] == "Parity: all 2 tensors agree."
     assert str(report()).splitlines()[-1] == "No parity: nothing was compared."
+
+
+def test_the_whole_model_has_a_name():
+    assert "\nthe whole model  Conv2d / Conv  float32" in str(report([layer("")], [tensor("output")]))
 
 
 def test_known_gap_that_closes_is_said_to():
@@ -114,7 +118,7 @@ def test_colour_only_on_a_terminal(parted, capsys):
     parted.print()
     printed = capsys.readouterr().out
     assert "\x1b" not in printed
-    assert [line.rstrip() for line in printed.splitlines()] == str(parted).splitlines()
+    assert printed.splitlines() == str(parted).splitlines()
     assert "\x1b[1;31mDIFFERS" in "".join(_lines_of_terminal(parted))
 
 
@@ -162,6 +166,16 @@ def test_plot_shows_errors_limits_and_the_first_divergence(parted):
     assert [text.get_text().strip() for text in axes.texts] == ["first divergence: [bold]norm$_1$ & <b>"]
     low, high = axes.get_ylim()
     assert low < _render.FLOOR < 6.4e8 < high
+
+
+def test_plot_is_of_the_innermost_layers_and_marks_what_is_between_them():
+    layers = [layer(name) for name in ("", "block", "block.conv", "block.norm", "fc")]
+    first = Divergence("block", "Block", "Block", after="block.conv", cause="relu in torch, gelu in Flax")
+    axes = _render.figure(report(layers, [tensor("output")], first_divergence=first)).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["block.conv", "block.norm", "fc"]
+    assert [(text.get_text().strip(), text.get_position()[0]) for text in axes.texts] == [
+        ("first divergence: block, after block.conv", 0.5)
+    ]
 
 
 def test_plot_of_many_layers_thins_its_labels(tmp_path):

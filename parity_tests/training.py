@@ -8,19 +8,18 @@ compared. Beside it both train freely, and a twin of torch whose weights moved b
 
 from __future__ import annotations
 
-import copy
+import base64
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from itertools import cycle, islice
+from html import escape
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
@@ -29,11 +28,25 @@ from torch import Tensor, nn
 
 from parity_tests import _render
 from parity_tests._masks import Masks
-from parity_tests._runs import STATISTICS, FlaxModel, Layout, TorchModel, highest_precision
-from parity_tests._training_causes import History, cause_of
-from parity_tests._trees import is_array, is_floating, leaves, mapped, numpy_of
+from parity_tests._runs import FlaxModel, highest_precision
+from parity_tests._training_causes import Fed, History, cause_of_loss, cause_of_statistic, cause_of_update
+from parity_tests._training_runs import (
+    WHAT,
+    Arrays,
+    Batch,
+    FlaxRun,
+    Key,
+    MakeOptimizer,
+    Run,
+    TorchRun,
+    batches_of,
+    flax_loss,
+    layout_of,
+    torch_loss,
+)
+from parity_tests._trees import leaves, numpy_of
 from parity_tests.report import Comparison
-from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, Errors, Verdict
+from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, Errors, Verdict, ulps
 from probly_torch._checks import check_module, type_name
 from probly_torch._checks_weights import rename_all
 
@@ -41,10 +54,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KINDS = ("loss", "gradient", "statistic", "update")
-WHAT = "compare_training"
-Key = tuple[str, str]  # one of KINDS, torch's name
-Run = dict[Key, np.ndarray]
-Arrays = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,8 @@ class TrainingReport:
 
     def __str__(self) -> str:
         """A line for each kind of tensor, the first departure, notes, and the verdict as the last line."""
-        return "\n".join([self._title(), "", *self._table(), "", *self._sentences(), self._verdict()])
+        sentences = (fill(sentence, _render.WIDTH) for sentence in self._sentences())
+        return "\n".join([self._title(), "", *self._table(), "", *sentences, self._verdict()])
 
     def to_json(self) -> str:
         """Valid JSON: what is infinite or NaN is a string that Python's float() reads."""
@@ -147,11 +157,10 @@ class TrainingReport:
         Raises:
             ValueError: for another suffix, or a folder that is not there.
         """
-        title = self._title()
         content = {
             ".json": lambda: self.to_json().encode(),
             ".png": lambda: _render.to_png(self._figure()),
-            ".html": lambda: _render.text_page(title, str(self), self._figure()).encode(),
+            ".html": lambda: self._page().encode(),
         }
         _render.save("TrainingReport.save", path, content)
 
@@ -190,6 +199,11 @@ class TrainingReport:
             return "No parity: nothing was compared."
         return f"No parity: {sum(not c.holds for c in self.comparisons)} of {count} tensors differ."
 
+    def _page(self) -> str:
+        image = base64.b64encode(_render.to_png(self._figure())).decode()
+        parts = [f"<pre>{escape(str(self))}</pre>", f'<img src="data:image/png;base64,{image}" alt="error by step">']
+        return _render.html_page(self._title(), parts)
+
     def _figure(self) -> Figure:
         drawing = _render.new_figure()
         distances = drawing.add_subplot(1, 2, 1)
@@ -216,6 +230,7 @@ class TrainingReport:
         for axes in (distances, errors):
             axes.set_yscale("log")
             axes.set_xlabel("step")
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(axis="y", lw=0.4, c="#cccccc")
             axes.legend(frameon=False)
         drawing.suptitle(f"{self._title()}\n{self._verdict()}", fontsize=10, parse_math=False)
@@ -225,7 +240,7 @@ class TrainingReport:
 def compare_training(
     torch_module: nn.Module,
     flax_module: nnx.Module,
-    torch_optimizer: torch.optim.Optimizer | Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    torch_optimizer: MakeOptimizer,
     optax_transform: optax.GradientTransformation,
     batches: Iterable[tuple[Any, Any]],
     steps: int | None = None,
@@ -280,53 +295,271 @@ def compare_training(
         >>> report.passed, report.first_departure.step, report.first_departure.kind
         (False, 1, 'update')
     """
-    _check(torch_module, flax_module, torch_optimizer, optax_transform, loss, limit)
-    data = _batches(batches, steps, dtype)
-    with highest_precision(), ExitStack() as stack:
-        stack.enter_context(jax.enable_x64(True)) if dtype == "float64" else None
-        masks = Masks(WHAT, channels_last is not False)
-        names = rename_all(WHAT, list(torch_module.state_dict()), rename)
-        torch_loss, flax_loss = loss or (_torch_loss, _flax_loss)
-        torchs = {
-            d: _TorchRun(torch_module, torch_optimizer, torch_scheduler, d, torch_loss, masks)
-            for d in dict.fromkeys(("float64", dtype))
-        }
-        flaxs = {
-            d: _FlaxRun(FlaxModel(flax_module, d, True, jit, flatten), optax_transform, flax_loss, masks, names)
-            for d in torchs
-        }
-        start = torchs["float64"].to_arrays()
-        own = flaxs["float64"].to_arrays()
-        flaxs["float64"].load(start)
-        layout = _layout(torchs["float64"], flaxs["float64"], data[0][0], channels_last)
-        for flax in flaxs.values():
-            flax.layout = layout
-        gaps = {p: reason for p, reason in (known_gaps or {}).items()}
-        comparing = _Comparing(torchs, flaxs, dtype, limit, gaps)
+    _check(torch_module, flax_module, optax_transform, loss, weights, limit)
+    data = batches_of(batches, steps, dtype, seed)
+    names = rename_all(WHAT, list(torch_module.state_dict()), rename)
+    masks = Masks(WHAT, channels_last is not False)
+    of_torch, of_flax = loss or (torch_loss, flax_loss)
+    with highest_precision():
+        dtypes = tuple(dict.fromkeys(("float64", dtype)))
+        torchs = {d: TorchRun(torch_module, torch_optimizer, torch_scheduler, d, of_torch, masks) for d in dtypes}
+        models = {d: FlaxModel(flax_module, d, train=True, jit=jit, flatten=flatten) for d in dtypes}
+        flaxs = {d: FlaxRun(model, optax_transform, of_flax, masks, names) for d, model in models.items()}
+        start, own = torchs["float64"].to_arrays(), flaxs["float64"].to_arrays()
+        flaxs["float64"].set_arrays(start, strict=True)
+        layout = layout_of(torchs["float64"], flaxs["float64"], data[0].inputs, channels_last)
+        for run in flaxs.values():
+            run.layout = layout
+        free_torch, twin = (
+            TorchRun(torch_module, torch_optimizer, torch_scheduler, "float64", of_torch, masks) for _ in range(2)
+        )
+        free = _Free(free_torch, twin, flaxs["float64"].copy(), seed)
+        judged = _Judged(torchs, flaxs, dtype, limit, known_gaps or {})
         if weights == "own":
-            comparing.weights(start, own)
-        free = _Free(torchs["float64"], flaxs["float64"], start, seed)
-        done: list[TrainingStep] = []
+            judged.compare_weights(start, own)
+        done = []
         for number, batch in enumerate(data, 1):
-            step = comparing.step(number, batch, seed + number)
+            step = judged.step(number, batch)
             if step is None:
                 break
-            distances = free.step(batch, seed + number)
-            done.append(replace(step, distance=distances[0], twin_distance=distances[1]))
+            distance, twin_distance = free.step(batch)
+            done.append(replace(step, distance=distance, twin_distance=twin_distance))
             if progress is not None:
-                progress(f"step {number} of {len(data)}: loss {step.loss:.6g}, distance {distances[0]:.2g}")
-        departure, comparisons = comparing.result()
-        notes = [*comparing.notes, *masks.differences]
-        if departure is None and comparisons:
-            notes += free.notes()
-        return TrainingReport(
-            type(torch_module).__name__,
-            type(flax_module).__name__,
-            type(torchs["float64"].optimizer).__name__,
-            dtype,
-            jit,
-            tuple(done),
-            comparisons,
-            departure,
-            tuple(notes),
+                progress(f"step {number} of {len(data)}: loss {step.loss:.6g}")
+        comparisons, departure = judged.result()
+    return TrainingReport(
+        type(torch_module).__name__,
+        type(flax_module).__name__,
+        type(free_torch.optimizer).__name__,
+        dtype,
+        jit,
+        tuple(done),
+        comparisons,
+        departure,
+        (*judged.notes, *masks.differences, *(free.notes(done) if departure is None else ())),
+    )
+
+
+class _Judged:
+    """Steps from equal state, and the worst of every tensor."""
+
+    def __init__(
+        self,
+        torchs: Mapping[str, TorchRun],
+        flaxs: Mapping[str, FlaxRun],
+        dtype: str,
+        limit: float,
+        gaps: Mapping[str, str],
+    ) -> None:
+        self.torchs, self.flaxs, self.dtype, self.limit, self.gaps = torchs, flaxs, dtype, limit, gaps
+        self.errors: dict[Key, list[Errors]] = {}
+        self.worst: dict[Key, Comparison] = {}  # in float64
+        self.scales: dict[Key, float] = {}
+        self.departure: Departure | None = None
+        self.history = History()
+        self.notes: list[str] = []
+
+    def compare_weights(self, ours: Arrays, theirs: Arrays) -> None:
+        """Values are equal before the first step."""
+        for name in ours.keys() & theirs.keys():
+            a, b = numpy_of(ours[name]), numpy_of(theirs[name])
+            verdict = Verdict(name, "inequality of torch and flax", float(not np.array_equal(a, b)), 0.0)
+            self._add(("weight", name), self._comparison(("weight", name), verdict, a, b))
+            if not verdict.holds and self.departure is None and self._gap(name) is None:
+                cause = 'the models have weights of their own; weights="copy" gives those of torch to Flax'
+                self.departure = Departure(0, "weight", name, verdict, cause)
+
+    def step(self, number: int, batch: Batch) -> TrainingStep | None:
+        """None where torch's loss is not finite, after which nothing can be compared."""
+        torch64, flax64 = self.torchs["float64"], self.flaxs["float64"]
+        state = {name: self._rounded(numpy_of(array)) for name, array in torch64.to_arrays().items()}
+        for run in (*self.torchs.values(), *self.flaxs.values()):
+            run.set_arrays(state)
+        theirs = {d: run.gradients(batch) for d, run in self.flaxs.items()}  # first: torch has its masks
+        ours = {d: run.gradients(batch) for d, run in self.torchs.items()}
+        value = float(ours["float64"]["loss", "loss"])
+        if not math.isfinite(value):
+            self.notes.append(f"torch's loss is {value} at step {number}, from which on nothing was compared")
+            return None
+        fed = {key: self._rounded(array) for key, array in ours["float64"].items() if key[0] == "gradient"}
+        rate = torch64.rate
+        scales = [run.step(fed) for run in self.torchs.values()]
+        for flax in self.flaxs.values():
+            flax.step(fed)
+        for d, run in self.torchs.items():
+            weights = run.weights()
+            ours[d] |= _updates(flax64.summed(weights))
+            theirs[d] |= _updates(flax64.summed(self.flaxs[d].weights(weights)))
+        parameters = {name: state[name] for name in torch64.parameters}
+        if self.departure is None:
+            self.history.add(Fed(parameters, {name: array for (_, name), array in fed.items()}, rate, scales[0]))
+        own = self._compared(ours, theirs)
+        broken = [c for c in own.values() if not c.worst.holds and c.gap is None]
+        if broken and self.departure is None:
+            self.departure = self._departure(number, batch, state, broken, ours["float64"], theirs["float64"])
+        known = [max((c for c in own.values() if c.kind == kind and c.gap is None), key=_ratio, default=None) for kind in KINDS]
+        return TrainingStep(number, value, tuple(c for c in known if c is not None), 0.0, 0.0)
+
+    def result(self) -> tuple[tuple[Comparison, ...], Departure | None]:
+        """Every tensor: in float64 at its worst step, in the lower dtype at the one in the middle.
+
+        There, since a relu whose input is next to 0 may take another side in one of the two, at one step.
+        """
+        comparisons = []
+        for key, comparison in self.worst.items():
+            errors = self.errors.get(key, [])
+            precision: list[Verdict] = []
+            if errors and self.dtype != "float64":
+                middle = Errors(*(float(np.median([e[i] for e in errors])) for i in range(2)))
+                precision = [replace(v, limit=self.limit * v.limit) for v in middle.verdicts(key[1], self.dtype)]
+            broken = [v for v in precision if not v.holds]
+            if broken and self.departure is None and comparison.gap is None:
+                ratios = [max(v.ratio for v in e.verdicts(key[1], self.dtype)[:2]) for e in errors]
+                self.departure = Departure(int(np.argmax(ratios)) + 1, *key, broken[0])
+            comparisons.append(replace(comparison, verdicts=(*comparison.verdicts, *precision)))
+        return tuple(comparisons), self.departure
+
+    def _compared(self, ours: Mapping[str, Run], theirs: Mapping[str, Run]) -> dict[Key, Comparison]:
+        found = {}
+        for key, reference in ours["float64"].items():
+            if key not in theirs["float64"]:
+                continue
+            a, b = ({d: run[key] for d, run in runs.items()} for runs in (ours, theirs))
+            errors = self._at_scale(key, Errors.of(a, b, reference, self.dtype), reference)
+            noise = max(NOISE_FLOOR, errors.noise_torch, errors.noise_flax) if self.dtype != "float64" else NOISE_FLOOR
+            verdict = Verdict(
+                key[1],
+                "float64 distance of torch and flax",
+                errors.distance if errors.distance is not None else math.nan,
+                self.limit * MEANING_LIMIT * noise,
+            )
+            found[key] = self._comparison(key, verdict, a["float64"], b["float64"])
+            self.errors.setdefault(key, []).append(errors)
+            self._add(key, found[key])
+        return found
+
+    def _at_scale(self, key: Key, errors: Errors, reference: np.ndarray) -> Errors:
+        """At the largest scale that the tensor had so far.
+
+        Losses and gradients go to zero as training succeeds, and then are differences of larger numbers, of which
+        float32 keeps no digit by which float64 could be judged.
+        """
+        scale = float(np.abs(reference).max(initial=0.0))
+        self.scales[key] = max(scale, self.scales.get(key, 0.0))
+        share = scale / self.scales[key] if scale else 1.0
+        return Errors(*(e * share if e is not None and math.isfinite(e) else e for e in errors))
+
+    def _departure(
+        self, number: int, batch: Batch, state: Arrays, broken: Sequence[Comparison], ours: Run, theirs: Run
+    ) -> Departure:
+        kind = next(kind for kind in KINDS if any(c.kind == kind for c in broken))
+        of_kind = [c for c in broken if c.kind == kind]
+        first = of_kind[-1 if kind == "gradient" else 0]  # gradients run from the last layer to the first
+        torch64 = self.torchs["float64"]
+        key = (kind, first.name)
+        cause = None
+        if kind == "loss":
+            sizes = {"rows": 1, "members": 1, "targets": 1}
+            targets = [array.shape for _, array in leaves(batch.targets)]
+            if targets:
+                sizes = {"rows": targets[0][0] if targets[0] else 1, "targets": math.prod(targets[0])}
+            differences = torch64.masks.differences
+            cause = "; ".join(differences) or cause_of_loss(float(ours[key]), float(theirs[key]), sizes)
+        elif kind == "statistic":
+            cause = cause_of_statistic(first.name, state[first.name], ours[key], theirs[key], torch64.model.module)
+        elif kind == "update":
+            summed = any(first.name in names[:1] and names[1:] for names in self.flaxs["float64"].parameters())
+            cause = cause_of_update(first.name, torch64.optimizer, self.history, ours[key], theirs[key], summed)
+        return Departure(number, kind, first.name, first.worst, cause)
+
+    def _comparison(self, key: Key, verdict: Verdict, ours: np.ndarray, theirs: np.ndarray) -> Comparison:
+        kind, name = key
+        if ours.shape != theirs.shape or not ours.size:
+            return Comparison(kind, name, (verdict,), gap=self._gap(name))
+        with np.errstate(invalid="ignore"):
+            place = np.unravel_index(int(np.argmax(np.abs(ours - theirs))), ours.shape)
+        a, b = (np.asarray(array[place], np.float64) for array in (ours, theirs))
+        index = tuple(map(int, place))
+        return Comparison(kind, name, (verdict,), index, float(a), float(b), float(ulps(a, b)), self._gap(name))
+
+    def _add(self, key: Key, comparison: Comparison) -> None:
+        before = self.worst.get(key)
+        if before is None or comparison.worst.ratio > before.worst.ratio:
+            self.worst[key] = comparison
+
+    def _gap(self, name: str) -> str | None:
+        return next((reason for pattern, reason in self.gaps.items() if fnmatchcase(name, pattern)), None)
+
+    def _rounded(self, array: np.ndarray) -> np.ndarray:
+        return array.astype(jax.numpy.dtype(self.dtype)).astype(np.float64) if array.dtype.kind == "f" else array
+
+
+class _Free:
+    """Both on their own in float64, and a twin of torch whose weights were moved by one ULP."""
+
+    def __init__(self, ours: TorchRun, twin: TorchRun, theirs: FlaxRun, seed: int) -> None:
+        self.ours, self.twin, self.theirs = ours, twin, theirs
+        rng = np.random.default_rng(seed)
+        moved = {name: np.nextafter(w, rng.choice((-np.inf, np.inf), w.shape)) for name, w in twin.weights().items()}
+        with torch.no_grad():
+            for name, parameter in twin.parameters.items():
+                parameter.copy_(torch.from_numpy(moved[name]))
+
+    def step(self, batch: Batch) -> tuple[float, float]:
+        """The distances after it, of Flax and of the twin."""
+        for run in (self.theirs, self.ours, self.twin):
+            run.step(run.gradients(batch))
+        ours = self.ours.weights()
+        pairs = self.theirs.weights(ours), self.twin.weights()
+        distances = [max((_distance(self._sum(w)[n], a) for n, a in self._sum(ours).items()), default=0.0) for w in pairs]
+        return distances[0], distances[1]
+
+    def notes(self, steps: Sequence[TrainingStep]) -> list[str]:
+        """A warning where they part by far more than rounding explains."""
+        floor = UNIT_ROUNDOFF["float64"]
+        for i, step in enumerate(steps):
+            explained = max(floor, *(s.twin_distance for s in steps[: i + 1]))
+            if step.distance > MEANING_LIMIT * NOISE_FLOOR * explained:
+                return [
+                    f"each step agrees, but on their own the two are {step.distance:.2g} of the weights' scale apart "
+                    f"after step {step.number}, where weights that start one ULP apart are {explained:.2g} apart"
+                ]
+        return []
+
+    def _sum(self, weights: Arrays) -> Arrays:
+        return self.theirs.summed(weights)
+
+
+def _updates(weights: Mapping[str, np.ndarray]) -> Run:
+    return {("update", name): array for name, array in weights.items()}
+
+
+def _ratio(comparison: Comparison) -> float:
+    return comparison.worst.ratio
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    scale = float(np.abs(b).max(initial=0.0))
+    difference = float(np.abs(a - b).max(initial=0.0))
+    return difference / scale if scale else difference
+
+
+def _check(
+    torch_module: Any, flax_module: Any, transform: Any, loss: Any, weights: Any, limit: Any
+) -> None:
+    check_module(WHAT, "torch_module", torch_module, nn.Module)
+    check_module(WHAT, "flax_module", flax_module, nnx.Module)
+    if not isinstance(transform, optax.GradientTransformation):
+        raise TypeError(
+            f"{WHAT} expects optax_transform to be what nnx.Optimizer is given; got {type_name(transform)}. Pass "
+            f"optax.sgd(0.1)."
         )
+    if loss is not None and not (isinstance(loss, tuple | list) and len(loss) == 2 and all(map(callable, loss))):
+        raise TypeError(
+            f"{WHAT} expects loss to be one function for each framework, of outputs and targets; got "
+            f"{type_name(loss)}. Pass loss=(torch_loss, flax_loss)."
+        )
+    if weights not in ("copy", "own"):
+        raise ValueError(f"{WHAT} expects weights to be 'copy' or 'own'; got {weights!r}. Leave it out: 'copy'.")
+    if not isinstance(limit, int | float) or not 0 < limit <= 1:
+        raise ValueError(f"{WHAT} expects limit to be a fraction of the bound, above 0 and at most 1; got {limit!r}.")
