@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from parity_tests._inputs import Integers as Integers
     from parity_tests._compare import assert_parity as assert_parity
     from parity_tests._compare import compare as compare
+    from parity_tests._inputs import Integers as Integers
     from parity_tests.report import ParityReport as ParityReport
     from parity_tests.training import TrainingReport as TrainingReport
     from parity_tests.training import compare_training as compare_training

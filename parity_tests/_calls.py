@@ -55,7 +55,7 @@ class Call:
 
 
 def torch_calls(model: TorchModel, inputs: Any, seed: int | None = None) -> list[Call]:
-    """In the order in which they end: inner layers before outer ones. Calls under vmap have no values and are left out."""
+    """In the order in which they end: inner layers before outer ones. Those under vmap have no values and are left out."""
     calls: list[Call] = []
     open_calls: list[tuple[int, Any, Any]] = []
     counts: Counter[str] = Counter()
@@ -190,7 +190,8 @@ def _recording_class(cls: Any) -> Any:
 
 def _functions(model: nnx.Module) -> Iterator[tuple[str, Any, Any, Callable[..., Any]]]:
     """Plain functions in the places of layers: in a Sequential, or an attribute of a module of the user's own."""
-    parts = {path: part for path, part in _parts(model, "") if not isinstance(part, nnx.Module)}
+    others = (nnx.Module, nnx.Variable, type)  # which may be called too, as dtypes may
+    parts = {path: part for path, part in _parts(model, "") if not isinstance(part, others)}
     for path, module in [(path, part) for path, part in _parts(model, "") if isinstance(part, nnx.Module)]:
         prefix = f"{path}." if path else ""
         if isinstance(module, nnx.Sequential):
@@ -201,7 +202,7 @@ def _functions(model: nnx.Module) -> Iterator[tuple[str, Any, Any, Callable[...,
             own = [(name, module, name) for name in vars(module)]
         for key, owner, name in own:
             function = parts.get(f"{prefix}{key}")
-            if function is not None and callable(function):
+            if function is not None:
                 yield f"{prefix}{key}", owner, name, function
 
 

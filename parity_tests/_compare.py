@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-import torch
 from flax import nnx
 from torch import nn
 
@@ -21,7 +20,7 @@ from parity_tests._masks import Masks
 from parity_tests._runs import FlaxModel, Key, Layout, LayoutError, Run, TorchModel, highest_precision
 from parity_tests._trees import leaves, mapped
 from parity_tests._weights import fresh_weights, match_weights, random_weights, torch_paths
-from parity_tests.report import KINDS, Comparison, Divergence, ParityReport
+from parity_tests.report import KINDS, Comparison, ParityReport
 from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, Errors, Verdict, error, ulps
 
 SEEDS = 5
@@ -102,7 +101,7 @@ def compare(
     given = Inputs(inputs, kwargs, low)
     check_inputs("compare", given)
     step("weights")
-    masks = Masks("compare", bool(channels_last)) if mode == "train" else None
+    masks = Masks("compare") if mode == "train" else None
     train = mode == "train"
     torch_low = TorchModel(torch_module, low, train, masks)
     if weights == "random":
@@ -137,8 +136,8 @@ def compare(
                 comparisons += comparison.on_integers(arrays, notes)
         else:
             comparisons.append(Comparison("output", "output", (Verdict("output", misfit, float("inf"), 0.0),)))
-        if pair.layout.ranks:
-            notes.append(f"Flax took its inputs in {pair.layout}")
+        if comparison.pair.layout.ranks:
+            notes.append(f"Flax took its inputs {comparison.pair.layout}")
         comparisons = _with_gaps(comparisons, known_gaps)
         failed = [each for each in comparisons if not each.holds and each.gap is None]
         found: tuple[Any, ...] = ()
@@ -183,7 +182,7 @@ def _check_options(torch_module: Any, flax_module: Any, mode: str, dtype: str, w
     for module, kind, name in ((torch_module, nn.Module, "torch.nn.Module"), (flax_module, nnx.Module, "nnx.Module")):
         if not isinstance(module, kind):
             raise TypeError(
-                f"compare expects a torch.nn.Module and then an nnx.Module; got {type(module).__name__} in place of the "
+                f"compare expects a torch.nn.Module and then an nnx.Module; got {type(module).__name__} for the "
                 f"{name}. Call compare(torch_module, flax_module, (8, 3))."
             )
     for name, value, choices in (
@@ -197,8 +196,9 @@ def _check_options(torch_module: Any, flax_module: Any, mode: str, dtype: str, w
             )
     if not 0 < limit <= 1:
         raise ValueError(
-            f"compare expects limit to be the part of the bounds that is allowed, above 0 and at most 1; got {limit!r}. "
-            f"Pass limit=0.5 for half of it; what is known to differ is named: known_gaps={{'*.running_var': 'reason'}}."
+            f"compare expects limit to be the part of the bounds that is allowed, above 0 and at most 1; got "
+            f"{limit!r}. Pass limit=0.5 for half of them, and name what is known to differ: "
+            f"known_gaps={{'*.running_var': 'reason'}}."
         )
 
 
@@ -239,7 +239,14 @@ class _Comparison:
         """Chooses the layout that fits the shapes; of several, the one with the nearest outputs. Or how none fits."""
         inputs = self.inputs.draw(0)
         torch64, flax64 = self.pair.torch["float64"], self.pair.flax["float64"]
-        outputs = {name: array for (kind, name), array in torch64.run(inputs).items() if kind == "output"}
+        try:
+            run = torch64.run(inputs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"compare expects inputs that the torch model takes; it raised: {' '.join(str(error).split())[:300]} "
+                f"Pass arrays as its forward takes them, or their shapes: (8, 3, 32, 32)."
+            ) from error
+        outputs = {name: array for (kind, name), array in run.items() if kind == "output"}
         self.shapes = {name: array.shape for name, array in outputs.items()}
         ranks = sorted({array.ndim for _, array in leaves(inputs) if array.ndim > 2})
         # Images are channels last more often than not, and sequences (B, T, C) in both.
@@ -267,6 +274,8 @@ class _Comparison:
         if len(fitting) > 1:
             fitting.sort(key=lambda layout: self._distance(flax64.run(inputs, layout, self.shapes), outputs))
         self.pair = replace(self.pair, layout=fitting[0])
+        if flax64.masks is not None:
+            flax64.masks.channels_last = bool(fitting[0].ranks)
         return None
 
     def _distance(self, run: Run, outputs: Mapping[str, np.ndarray]) -> float:
@@ -336,7 +345,8 @@ class _Comparison:
         for name, inputs in self.inputs.special():
             with np.errstate(all="ignore"):
                 torch_run = self.pair.torch["float64"].run(inputs)
-                flax_run = self.pair.flax["float64"].run(inputs, self.pair.layout, self.shapes)
+                # Op by op: under jit, XLA loses NaN where it fuses relu with a sum.
+                flax_run = self.pair.flax["float64"].run(inputs, self.pair.layout, self.shapes, jit=False)
             for key, expected in torch_run.items():
                 if key[0] == "output":
                     tensor = f"{key[1]} where inputs are {name}"
@@ -368,9 +378,16 @@ class _Comparison:
             except ValueError as error:  # masks, or a forward that the absolute values do not fit
                 reason = str(error)
                 break
-            self._set(weights)
+            own = {dtype: model.to_arrays() for dtype, model in self.pair.flax.items()}
+            for torch_model in self.pair.torch.values():
+                torch_model.set_arrays(weights)
+            for flax_model in self.pair.flax.values():
+                flax_model.set_arrays({there: weights[here] for here, there in self.names.items()})
             flax_runs, torch_runs = self._runs(inputs, g if self.gradients else None, 0)
-            self._set(arrays)
+            for torch_model in self.pair.torch.values():
+                torch_model.set_arrays(arrays)
+            for dtype, flax_model in self.pair.flax.items():
+                flax_model.set_arrays(own[dtype])
             notes.append(f"exact on integers up to {largest}")
             for key, expected in torch_runs["float64"].items():
                 runs = {"torch": torch_runs[low], "flax": flax_runs[low], "flax in float64": flax_runs["float64"]}
@@ -398,12 +415,6 @@ class _Comparison:
         finally:
             model.set_arrays(before)
 
-    def _set(self, arrays: Mapping[str, np.ndarray]) -> None:
-        for torch_model in self.pair.torch.values():
-            torch_model.set_arrays(arrays)
-        for flax_model in self.pair.flax.values():
-            flax_model.set_arrays({there: arrays[here] for here, there in self.names.items()})
-
 
 def _place(a: np.ndarray, b: np.ndarray, dtype: str) -> tuple[tuple[int, ...], float, float, float]:
     """Where two arrays differ most, both values, and how many values of the dtype lie between."""
@@ -417,7 +428,7 @@ def _place(a: np.ndarray, b: np.ndarray, dtype: str) -> tuple[tuple[int, ...], f
 
 
 def _with_gaps(comparisons: Sequence[Comparison], known_gaps: Mapping[str, str] | None) -> list[Comparison]:
-    """Each known gap's reason at the tensors that differ; at one that does not, if none does: it has to be taken away."""
+    """Each known gap's reason at the tensors that differ; at one that does not, if none does, so that it fails."""
     marked = list(comparisons)
     for pattern, reason in (known_gaps or {}).items():
         matching = [i for i, each in enumerate(marked) if fnmatchcase(each.name, pattern)]

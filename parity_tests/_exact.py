@@ -12,21 +12,23 @@ from torch.utils._pytree import tree_leaves
 from parity_tests.standard import SIGNIFICANT_BITS
 
 _PRODUCTS = {
-    "mm", "addmm", "bmm", "baddbmm", "mv", "dot", "mul", "addcmul", "convolution", "convolution_backward",
-    "_adaptive_avg_pool2d_backward", "_unsafe_index_put", "linear", "matmul", "pow",
-}  # fmt: skip
+    *("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "mul", "addcmul", "convolution", "convolution_backward", "pow"),
+    *("linear", "matmul"),
+}
 _SUMS = {
-    "add", "sub", "rsub", "sum", "cumsum", "embedding_dense_backward", "index_add", "index_put", "scatter_add",
-    "max_pool2d_with_indices_backward", "slice_backward", "select_backward", "_unsafe_view", "neg", "mean", "div",
-    "avg_pool2d", "avg_pool2d_backward", "_adaptive_avg_pool2d", "repeat",
-}  # fmt: skip
+    *("add", "sub", "rsub", "neg", "sum", "cumsum", "mean", "div", "repeat", "_unsafe_view"),
+    *("avg_pool2d", "avg_pool2d_backward", "_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward"),
+    *("index_add", "index_put", "_unsafe_index_put", "scatter_add", "embedding_dense_backward"),
+    *("slice_backward", "select_backward", "max_pool2d_with_indices_backward"),
+}
 _MOVES = {
-    "relu", "relu_", "threshold_backward", "max_pool2d_with_indices", "max", "amax", "embedding", "index_select", "index",
-    "gather", "cat", "stack", "clone", "copy_", "_to_copy", "where", "zeros", "zeros_like", "ones_like", "new_zeros",
-    "new_empty", "empty_like", "empty", "full_like", "full", "fill_", "zero_", "constant_pad_nd", "masked_fill", "flip",
-    "roll", "arange", "scalar_tensor", "lift_fresh", "detach", "clamp_min", "hardtanh", "new_empty_strided", "empty_strided",
-    "reflection_pad1d", "reflection_pad2d", "upsample_nearest2d", "tril", "triu", "minimum", "maximum", "abs",
-}  # fmt: skip
+    *("relu", "relu_", "threshold_backward", "clamp_min", "hardtanh", "abs", "minimum", "maximum", "max", "amax"),
+    *("embedding", "index_select", "index", "gather", "cat", "stack", "flip", "roll", "tril", "triu"),
+    *("clone", "copy_", "_to_copy", "lift_fresh", "detach", "where", "masked_fill", "scalar_tensor", "arange"),
+    *("zeros", "zeros_like", "ones_like", "new_zeros", "full", "full_like", "fill_", "zero_"),
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    *("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "upsample_nearest2d", "max_pool2d_with_indices"),
+}
 _MOST_BITS = 40  # of a fraction that is still looked for
 
 
@@ -35,7 +37,7 @@ class NotExactError(Exception):
 
 
 class Certificate(TorchDispatchMode):
-    """Runs a graph of torch on absolute values with every minus turned into plus, and follows how large sums can become.
+    """Runs a graph of torch on absolute values, every minus turned into plus, and follows how large sums can become.
 
     Raises:
         NotExactError: at the first operation whose results are rounded, or may be in this dtype.

@@ -1,4 +1,4 @@
-"""What two models are called with: the caller's arrays, or arrays that are drawn for the shapes that the caller names."""
+"""What two models are called with: the caller's arrays, or arrays drawn for the shapes that the caller names."""
 
 from __future__ import annotations
 
@@ -119,11 +119,11 @@ def check_inputs(what: str, inputs: Inputs) -> None:
     arrays = list(leaves(inputs.draw(0)))
     if not arrays:
         raise ValueError(
-            f"{what} expects arrays among the inputs; got {inputs.given!r:.200}. Pass arrays, or shapes: (8, 3, 32, 32)."
+            f"{what} expects arrays among the inputs; got {inputs.given!s:.200}. Pass arrays or shapes: (8, 3, 32, 32)."
         )
     for name, array in arrays:
         if not is_array(array) or array.dtype.kind not in "fiub":
             raise TypeError(
-                f"{what} expects inputs that are real numbers, integers or booleans; got {array.dtype} at inputs{name}. "
-                f"Convert it: array.astype(numpy.float32)."
+                f"{what} expects inputs that are real numbers, integers or booleans; got {array.dtype} at inputs{name}."
+                f" Convert it: array.astype(numpy.float32)."
             )

@@ -15,6 +15,7 @@ from flax import nnx
 from torch import nn
 
 import probly_flax
+import probly_torch
 from parity_tests._calls import Call, flax_calls, torch_calls
 from parity_tests._runs import FlaxModel, Layout, TorchModel
 from parity_tests._suspects import (
@@ -122,11 +123,10 @@ class Calls:
         return found
 
     def layers(self) -> tuple[LayerComparison, ...]:
-        """In the order in which they start."""
+        """In the order in which they end: the whole model is the last."""
         modules = dict(self.pair.torch["float64"].module.named_modules())
         flax_types = self._flax_types()
         found = [match for match in self.matches if match.outputs]
-        found.sort(key=lambda match: match.torch["float64"].start)
         return tuple(
             LayerComparison(
                 match.path,
@@ -180,13 +180,43 @@ class Calls:
     def _of_layer(self, match: Match, precision: bool) -> Divergence:
         dtype = self.pair.low if precision else "float64"
         module, flax = self._layer(match, dtype)
+        if isinstance(module, probly_torch.Ensemble) and isinstance(flax, probly_flax.Ensemble):
+            inner = self._in_member(match, precision)
+            if inner is not None:
+                return inner
         divergence = Divergence(match.path, type(module).__name__, _name(flax), "precision" if precision else "outputs")
         if isinstance(flax, nnx.Module):
             pair = self.layer_pair(match, dtype, module, flax)
-            cause = cause_in_precision(pair) if precision else cause_in_layer(pair)
+            cause = _cause(cause_in_precision if precision else cause_in_layer, pair)
         else:
             cause = self._of_function(match, module)
         return _with(divergence, cause)
+
+    def _in_member(self, match: Match, precision: bool) -> Divergence | None:
+        """The first difference in the first member that has one, as in `model[2].fc1`; members have one batch."""
+        call = match.torch["float64"]
+        if call.kwargs.get("in_axes") is not None:
+            return None
+        inputs = mapped((call.args, call.kwargs), numpy_of)
+        flax_path = next(
+            path for path in flax_parts(self.pair.flax["float64"].module) if self.pair.torch_path(path) == match.path
+        )
+        before, here = (f"{path}." if path else "" for path in (flax_path, match.path))
+        pairs = {dtype: self._layer(match, dtype) for dtype in match.torch}
+        for i in range(len(pairs["float64"][0])):
+            torch_models = {d: TorchModel(pair[0][i], d, self.pair.train) for d, pair in pairs.items()}
+            with jax.enable_x64(True):
+                flax_models = {d: FlaxModel(pair[1][i], d, self.pair.train) for d, pair in pairs.items()}
+            of_member = replace(
+                self.pair,
+                torch=torch_models,
+                flax=flax_models,
+                torch_path=lambda path: self.pair.torch_path(before + path).removeprefix(here),
+            )
+            found = Calls(of_member, inputs).first(precision)
+            if found is not None:
+                return replace(found, path=f"{match.path}[{i}]" + (f".{found.path}" if found.path else ""))
+        return None
 
     def layer_pair(self, match: Match, dtype: str, module: nn.Module, flax: nnx.Module) -> LayerPair:
         """What the suspects are tested on."""
@@ -200,7 +230,8 @@ class Calls:
         before = list(zip(["its input"], t.inputs, f.inputs, strict=False))
         model = self.pair.flax["float64"].module
         last = bool(self.pair.layout.ranks)
-        return cause_between(Gap(match.path, module, model, None, before, t.results[0], f.results[0], None, last))
+        gap = Gap(match.path, module, model, None, before, t.results[0], f.results[0], None, last)
+        return _cause(cause_between, gap)
 
     def _between(self, outer: Match, inner: list[Match], inputs_agree: Callable[[Match], bool]) -> Divergence:
         t, f = outer.torch["float64"], outer.flax["float64"]
@@ -231,7 +262,7 @@ class Calls:
             outer.path, module, flax, after, before, torch_value, flax_value,
             until.path if until else None, bool(self.pair.layout.ranks),
         )  # fmt: skip
-        return _with(divergence, cause_between(gap))
+        return _with(divergence, _cause(cause_between, gap))
 
     def _equal(self, tensor: Any, array: Any) -> bool:
         if not self._fits(tensor, array):
@@ -249,7 +280,7 @@ class Calls:
         divergence = Divergence(match.path, type(module).__name__, _name(flax), "statistics")
         if not isinstance(flax, nnx.Module):
             return divergence
-        return _with(divergence, cause_in_statistics(self.layer_pair(match, "float64", module, flax)))
+        return _with(divergence, _cause(cause_in_statistics, self.layer_pair(match, "float64", module, flax)))
 
     def first_of_gradients(self) -> Divergence | None:
         """The first layer, inner ones first, whose gradients differ on equal inputs and gradients of its outputs."""
@@ -337,14 +368,17 @@ def _cause_in_gradients(module: nn.Module, of_torch: np.ndarray, of_flax: np.nda
     if left > MEANING_LIMIT * NOISE_FLOOR * UNIT_ROUNDOFF["float64"]:
         return None
     return (
-        f"torch padding_idx is {padding}, and the gradient of that row is 0; nnx has no such row; with its gradient set "
-        f"to 0 the gradients agree to {left:.0e}"
+        f"torch padding_idx is {padding}, and the gradient of that row is 0; nnx has no such row; with its gradient "
+        f"set to 0 the gradients agree to {left:.0e}"
     )
 
 
 def flax_parts(model: nnx.Module) -> dict[str, Any]:
-    """What is at each path by the twin's names; the innermost, of several."""
-    return dict(_parts(model, ""))
+    """What is at each path by the twin's names; the outermost, of several."""
+    parts: dict[str, Any] = {}
+    for path, part in _parts(model, ""):
+        parts.setdefault(path, part)
+    return parts
 
 
 def _inside(match: Match, outer: Match) -> bool:
@@ -360,6 +394,14 @@ def _name(part: Any) -> str:
     if isinstance(part, nnx.Module):
         return type(part).__name__
     return str(getattr(part, "__name__", type(part).__name__))
+
+
+def _cause(find: Callable[[Any], str | None], where: LayerPair | Gap) -> str | None:
+    """What was measured is worth more than its explanation, which may not lose it."""
+    try:
+        return find(where)
+    except Exception as error:
+        return f"outputs differ while inputs agree; looking for the cause raised {type(error).__name__}: {error}"
 
 
 def _with(divergence: Divergence, cause: str | None) -> Divergence:

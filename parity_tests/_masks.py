@@ -91,8 +91,14 @@ class Masks:
         Raises:
             ValueError: for masks that Flax does not draw, or draws of other shapes, and for other random numbers.
         """
-        members = {m.num_members for m in module.modules() if isinstance(m, Ensemble)}
-        drawn = _Drawn(self, seed, max(members, default=1))
+        ensembles = [m for m in module.modules() if isinstance(m, Ensemble)]
+        chunks = [m.chunk_size for m in ensembles if m.chunk_size is not None]
+        if self.draws and chunks:  # the backward pass would run them again, in another order
+            raise ValueError(
+                f"{self.what} expects ensembles with dropout to run all members at once; got chunk_size="
+                f"{chunks[0]}. Set it in both models: model.chunk_size = None."
+            )
+        drawn = _Drawn(self, seed, max((m.num_members for m in ensembles), default=1))
         with drawn:
             yield
         if drawn.count not in (len(self.draws), drawn.members * len(self.draws)):
@@ -121,8 +127,8 @@ class _Drawn(TorchDispatchMode):
         attention = name.startswith("_scaled_dot_product")  # tagged as random whatever its rate, which is 0 where fused
         if torch.Tag.nondeterministic_seeded in func.tags and not attention:
             raise ValueError(
-                f"{self.masks.what} expects a forward whose only random numbers are masks of dropout; got torch.{name}, "
-                f"which Flax cannot draw. {ADVICE}."
+                f"{self.masks.what} expects a forward whose only random numbers are masks of dropout; got "
+                f"torch.{name}, which Flax cannot draw. {ADVICE}."
             )
         return func(*args, **kwargs)
 
@@ -134,7 +140,7 @@ class _Drawn(TorchDispatchMode):
             raise ValueError(
                 f"{what} expects as many masks of dropout in torch as in Flax; got {len(draws)} in Flax, and another "
                 f"one in torch, of shape {tuple(shape)}. Dropout at the same places in both models makes them equal; "
-                f"what runs again in the backward pass draws again: pass chunk_size=None."
+                f"a checkpoint, which runs again in the backward pass, draws again."
             )
         i %= len(draws)
         draw = draws[i]

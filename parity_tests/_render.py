@@ -116,18 +116,24 @@ def title(report: ParityReport) -> str:
 
 def verdict(report: ParityReport) -> str:
     """The last line."""
-    count = len(report.comparisons)
+    count, known = len(report.comparisons), sum(_is_known(each) for each in report.comparisons)
     if report.passed:
-        return f"Parity: all {count} tensors agree."
+        but = f"; {known} {'is' if known == 1 else 'are'} known to differ" if known else ""
+        return f"Parity: {count - known} of {count} tensors agree{but}."
     if not count:
         return "No parity: nothing was compared."
-    return f"No parity: {sum(not comparison.holds for comparison in report.comparisons)} of {count} tensors differ."
+    return f"No parity: {sum(not each.holds for each in report.comparisons)} of {count} tensors differ."
 
 
 def all_notes(report: ParityReport) -> list[str]:
-    """The notes, and the tensors that are known to differ."""
-    gaps = [c for c in report.comparisons if c.gap is not None and c.holds]
-    return [*report.notes, *(f"{_name(c)} is known to differ: {c.gap}" for c in gaps)]
+    """The notes, and the tensors that are known to differ, by their reasons."""
+    notes = list(report.notes)
+    known = [each for each in report.comparisons if _is_known(each)]
+    for reason in dict.fromkeys(each.gap for each in known):
+        names = [_name(each) for each in known if each.gap == reason]
+        more = f" and {len(names) - FEW_TENSORS} more" if len(names) > FEW_TENSORS else ""
+        notes.append(f"known to differ: {', '.join(names[:FEW_TENSORS])}{more}: {reason}")
+    return notes
 
 
 def sentence(comparison: Comparison) -> str:
@@ -325,9 +331,14 @@ def _name(comparison: Comparison) -> str:
     return comparison.name if comparison.name.startswith(comparison.kind) else f"{comparison.kind} {comparison.name}"
 
 
+def _is_known(comparison: Comparison) -> bool:
+    """Whether it differs, as it is known to."""
+    return comparison.gap is not None and comparison.holds
+
+
 def _mark(comparison: Comparison) -> str:
     if comparison.gap is not None:
-        return "known to differ" if comparison.holds else "known, but AGREES"
+        return "known to differ" if comparison.holds else "AGREES, unlike known"
     return "agrees" if comparison.holds else "DIFFERS"
 
 

@@ -55,7 +55,7 @@ class Layout:
 
     def __str__(self) -> str:
         """What a report says."""
-        return "channels last: (N, ..., C)" if self.ranks else "torch's layout"
+        return "channels last, (N, ..., C)" if self.ranks else "in torch's layout"
 
 
 @contextmanager
@@ -156,9 +156,14 @@ class FlaxModel:
             n for n, rule in rules.items() if n not in self.parameters and _all(rule.variables, nnx.Variable)
         ]
 
-    def x64(self) -> AbstractContextManager[Any]:
-        """float64 needs JAX to have it; every other dtype runs as the caller has set up JAX."""
-        return jax.enable_x64(True) if self.dtype == "float64" else nullcontext()
+    @contextmanager
+    def x64(self) -> Iterator[None]:
+        """float64 needs JAX to have it, and nnx to promote to it; other dtypes run as the caller has set up JAX."""
+        if self.dtype == "float64":
+            with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+                yield
+        else:
+            yield
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Its weights and statistics by torch's names."""
@@ -167,6 +172,8 @@ class FlaxModel:
 
     def set_arrays(self, arrays: Arrays) -> None:
         """Weights and statistics of the twin; those that are not named stay."""
+        if not arrays:
+            return
         with self.x64(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             probly_flax.load_arrays(self.module, arrays, strict=False, cast=True, flatten=self.flatten)
@@ -187,8 +194,9 @@ class FlaxModel:
         shapes: Mapping[str, Sequence[int]],
         cotangent: Callable[[str, Sequence[int]], np.ndarray] | None = None,
         seed: int = 0,
+        jit: bool = True,
     ) -> Run:
-        """As `TorchModel.run`; `shapes` are those of torch's outputs, and `seed` is that of the masks.
+        """As `TorchModel.run`; `shapes` are those of torch's outputs, `seed` is that of the masks.
 
         Raises:
             LayoutError: if outputs have other shapes, or other places.
@@ -197,7 +205,7 @@ class FlaxModel:
         with self.x64():
             arguments = *self._state, given, jax.random.key(seed)
             if cotangent is None:
-                outputs, statistics = self._called("forward", self._forward, inputs)(*arguments)
+                outputs, statistics = self._called("forward", self._forward, inputs, jit)(*arguments)
                 grads = None
             else:
                 g = {
@@ -205,7 +213,7 @@ class FlaxModel:
                     for name, struct in self.outputs(inputs, layout, shapes).items()
                     if is_floating(struct)
                 }
-                called = self._called("backward", self._backward, inputs)
+                called = self._called("backward", self._backward, inputs, jit)
                 outputs, statistics, *grads = called(*arguments, g)
             run = {("output", n): _in_torch(layout, n, array, shapes) for n, array in outputs.items()}
             arrays = self._named(statistics)
@@ -244,9 +252,9 @@ class FlaxModel:
         """Around a forward: masks of dropout come from the key."""
         return nullcontext() if self.masks is None else self.masks.flax(key)
 
-    def _called(self, what: str, make: Callable[[Any], Any], inputs: Any) -> Any:
+    def _called(self, what: str, make: Callable[[Any], Any], inputs: Any, jit: bool) -> Any:
         """Compiled once, for inputs of one structure."""
-        if not self.jit:
+        if not (self.jit and jit):
             return make(inputs)
         if what not in self._compiled:
             self._compiled[what] = jax.jit(make(inputs))

@@ -31,7 +31,7 @@ def _arrays(pair: LayerPair) -> list[Any]:
 
 def _edit_inputs(trial: Trial, applies: Callable[[Any], bool], function: Function) -> None:
     trial.args, trial.kwargs = mapped(
-        (trial.args, trial.kwargs), lambda leaf: function(leaf) if applies(leaf) else leaf
+        (trial.args, trial.kwargs), lambda leaf: jnp.asarray(function(np.asarray(leaf))) if applies(leaf) else leaf
     )
 
 
@@ -49,14 +49,14 @@ def _masks(pair: LayerPair) -> Iterator[Suspect]:
     )
     for mask in masks:
         same = partial(_is_same, mask)
-        yield Suspect(polarity, "~mask in Flax", partial(_edit_inputs, applies=same, function=jnp.logical_not))
+        yield Suspect(polarity, "~mask in Flax", partial(_edit_inputs, applies=same, function=np.logical_not))
     if len(masks) > 1:
-        yield Suspect(polarity, "~mask in Flax", partial(_edit_inputs, applies=_is_mask, function=jnp.logical_not))
+        yield Suspect(polarity, "~mask in Flax", partial(_edit_inputs, applies=_is_mask, function=np.logical_not))
     if not isinstance(pair.flax, nnx.MultiHeadAttention):
         return
-    shape = pair.flax_args[0].shape if pair.flax_args else ()
+    shape: tuple[int, ...] = pair.flax_args[0].shape if pair.flax_args else ()
     if len(shape) >= 2:
-        causal = jnp.tril(jnp.ones((shape[-2], shape[-2]), bool))[None, None]
+        causal = jnp.asarray(np.tri(shape[-2])[None, None] > 0)
         yield Suspect(
             "torch attends to the past only, nnx to all",
             "mask=nnx.make_causal_mask(x[..., 0])",
@@ -130,18 +130,18 @@ def _axes(pair: LayerPair) -> Iterator[Suspect]:
 
 
 def _moved(array: Any, source: int, target: int) -> Any:
-    return jnp.moveaxis(array, source, target) if array.ndim >= 3 else array
+    return np.moveaxis(array, source, target) if array.ndim >= 3 else array
 
 
 def _swapped(array: Any) -> Any:
-    return jnp.swapaxes(array, 0, 1) if array.ndim >= 3 else array
+    return np.swapaxes(array, 0, 1) if array.ndim >= 3 else array
 
 
 def _around(trial: Trial, into: Function, out: Function) -> None:
     """Other inputs, and outputs put back."""
     _edit_inputs(trial, is_floating, into)
     finish = trial.finish
-    trial.finish = lambda outputs: mapped(finish(outputs), out)
+    trial.finish = lambda outputs: mapped(finish(outputs), lambda leaf: out(np.asarray(leaf)))
 
 
 def _members(pair: LayerPair) -> Iterator[Suspect]:
@@ -165,11 +165,11 @@ def _members(pair: LayerPair) -> Iterator[Suspect]:
 def _around_rows(trial: Trial, into: Function, out: Function) -> None:
     _edit_inputs(trial, lambda leaf: leaf.ndim > 0, into)
     finish = trial.finish
-    trial.finish = lambda outputs: mapped(finish(outputs), out)
+    trial.finish = lambda outputs: mapped(finish(outputs), lambda leaf: out(np.asarray(leaf)))
 
 
 def _rows(array: Any, order: np.ndarray) -> Any:
-    return array[jnp.asarray(order)] if array.shape[:1] == order.shape else array
+    return array[order] if array.shape[:1] == order.shape else array
 
 
 def _tokens(pair: LayerPair) -> Iterator[Suspect]:
@@ -184,4 +184,4 @@ def _is_integer(array: Any) -> bool:
 
 
 def _shift(trial: Trial, step: int) -> None:
-    _edit_inputs(trial, _is_integer, lambda tokens: tokens + jnp.asarray(step, tokens.dtype))
+    _edit_inputs(trial, _is_integer, lambda tokens: tokens + tokens.dtype.type(step))

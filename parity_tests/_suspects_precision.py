@@ -51,8 +51,11 @@ def cause(pair: LayerPair) -> str | None:
 
 
 def _is_below(dtype: Any, wide: str) -> bool:
-    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", str(dtype))
-    return _WIDTHS.get(name, 9) < _WIDTHS[wide]
+    return _WIDTHS.get(_name(dtype), 9) < _WIDTHS[wide]
+
+
+def _name(dtype: Any) -> str:
+    return str(getattr(dtype, "name", getattr(dtype, "__name__", dtype)))
 
 
 def _options(layer: nnx.Module, wide: str) -> dict[str, str]:
@@ -91,7 +94,7 @@ def _narrow(pair: LayerPair, wide: str) -> list[str]:
     except Exception:  # of the user's layer, under a trace
         return []
     found = {str(v.aval.dtype) for each in _jaxprs(jaxpr.jaxpr) for eqn in each.eqns for v in eqn.outvars}
-    return sorted(name for name in found if _is_below(np.dtype(name) if name in _WIDTHS else name, wide))
+    return sorted(name for name in found if _is_below(name, wide))
 
 
 def _jaxprs(jaxpr: Any) -> Iterator[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -51,8 +52,8 @@ def cause(pair: LayerPair) -> str | None:
     for edits in [*((each,) for each in (*weights, *variances)), *product(weights, variances)]:
         remaining = left(*edits)
         if explains(remaining, original):
-            said, remedy = (" and ".join(each[i] for each in edits) for i in (0, 1))
-            return sentence(said, remedy, remaining, "the statistics")
+            said, remedies = " and ".join(each[0] for each in edits), " and ".join(each[1] for each in edits)
+            return sentence(said, remedies, remaining, "the statistics")
     return None
 
 
@@ -99,7 +100,7 @@ def _variances(pair: LayerPair, module: Any) -> Iterator[Edit]:
     for ours, theirs, factor in ((*kinds, n / (n - 1)), (*kinds[::-1], (n - 1) / n)):
         said = f"torch's running variance is the {ours} one, nnx's the {theirs} one, of n = {n}"
         remedy = f"the batch's variance times {'n/(n-1)' if factor > 1 else '(n-1)/n'}"
-        yield said, remedy, lambda layer: None, lambda arrays, factor=factor: _rescaled(arrays, factor)
+        yield said, remedy, lambda layer: None, partial(_rescaled, factor=factor)
 
 
 def _rescaled(arrays: Any, factor: float) -> Arrays:

@@ -8,7 +8,6 @@ from functools import partial
 from itertools import permutations
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from probly_flax import load_arrays
 from probly_flax import to_arrays as flax_arrays
 from probly_torch import to_arrays as torch_arrays
 
-Function = Callable[[jax.Array], jax.Array]
+Function = Callable[[np.ndarray], np.ndarray]
 _MOST_MEMBERS = 4  # of which every order is tried
 
 
@@ -49,7 +48,7 @@ def _weights(layer: nnx.Module) -> dict[str, Any]:
 def _change(trial: Trial, names: Sequence[str], function: Function) -> None:
     variables = _weights(trial.layer)
     for name in names:
-        variables[name].set_value(function(variables[name].get_value()))
+        variables[name].set_value(jnp.asarray(function(np.asarray(variables[name].get_value()))))
 
 
 def _exchange(trial: Trial, names: Sequence[str], others: Sequence[str]) -> None:
@@ -77,11 +76,11 @@ def _transposed(pair: LayerPair) -> Iterator[Suspect]:
                         else f"axes {axes}{name} {shape} lie the other way round in torch"
                     )
                     code = f"{name}.T" if not axes else f"jnp.swapaxes({name}, {a}, {b})"
-                    function = partial(jnp.swapaxes, axis1=a, axis2=b)
+                    function = partial(np.swapaxes, axis1=a, axis2=b)
                     yield Suspect(said, code, partial(_change, names=[name], function=function), joins=True)
         if isinstance(pair.flax, nnx.Conv | nnx.ConvTranspose) and name == "kernel":
             spatial = tuple(range(len(shape) - 2))
-            flip = partial(jnp.flip, axis=spatial)
+            flip = partial(np.flip, axis=spatial)
             said = f"the kernel {shape} is flipped in space, against torch's"
             yield Suspect(
                 said, f"jnp.flip(kernel, {spatial})", partial(_change, names=[name], function=flip), joins=True
@@ -93,8 +92,8 @@ def _transposed(pair: LayerPair) -> Iterator[Suspect]:
                 yield Suspect(said, code, partial(_change, names=[name], function=both))
 
 
-def _flipped_and_swapped(kernel: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return jnp.flip(kernel, axes).swapaxes(-1, -2)
+def _flipped_and_swapped(kernel: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    return np.flip(kernel, axes).swapaxes(-1, -2)
 
 
 _PROJECTIONS = ("query", "key", "value")
@@ -137,17 +136,17 @@ def _inverse(order: Sequence[str]) -> str:
     return ", ".join(_PROJECTIONS[order.index(each)] for each in _PROJECTIONS)
 
 
-def _transposed_flat(kernel: jax.Array) -> jax.Array:
+def _transposed_flat(kernel: np.ndarray) -> np.ndarray:
     """As a matrix, whichever two of its three axes are one in torch; which is square."""
     side = round(kernel.size**0.5)
     return kernel.reshape(side, side).T.reshape(kernel.shape)
 
 
-def _features_first(array: jax.Array) -> jax.Array:
+def _features_first(array: np.ndarray) -> np.ndarray:
     return array.swapaxes(-1, -2).reshape(array.shape)
 
 
-def _heads_first(array: jax.Array) -> jax.Array:
+def _heads_first(array: np.ndarray) -> np.ndarray:
     return array.reshape(*array.shape[:-2], array.shape[-1], array.shape[-2]).swapaxes(-1, -2)
 
 
@@ -180,13 +179,16 @@ def _thirds(pair: LayerPair) -> Iterator[Suspect]:
 
 def _columns(weights: dict[str, Any], columns: np.ndarray, said: str, remedy: str) -> Suspect:
     names = [name for name, variable in weights.items() if variable.shape[-1] == len(columns)]
-    function = partial(jnp.take, indices=jnp.asarray(columns), axis=-1)
+    function = partial(np.take, indices=columns, axis=-1)
     return Suspect(said, remedy, partial(_change, names=names, function=function))
+
+
+_NO_GATES: tuple[tuple[str, ...], ...] = ()
 
 
 def _gates(pair: LayerPair) -> Iterator[Suspect]:
     """Blocks of torch's recurrent layers, in another order."""
-    letters, apart = "", ()
+    letters, apart = "", _NO_GATES
     mode = getattr(pair.torch, "mode", type(pair.torch).__name__)
     if "LSTM" in mode:
         letters, apart = "ifgo", (("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho"))
@@ -203,7 +205,7 @@ def _gates(pair: LayerPair) -> Iterator[Suspect]:
             continue
         if blocks:
             columns = np.concatenate([np.arange(hidden) + hidden * i for i in order])
-            function = partial(jnp.take, indices=jnp.asarray(columns), axis=-1)
+            function = partial(np.take, indices=columns, axis=-1)
             edit: Any = partial(_change, names=blocks, function=function)
         elif single:
             edit = partial(_exchange, names=single, others=[_other(n, order, apart) for n in single])
@@ -258,7 +260,7 @@ def _fast_weights(pair: LayerPair) -> Iterator[Suspect]:
         )
         for order in orders:
             if tuple(order) != tuple(range(count)):
-                function = partial(jnp.take, indices=jnp.asarray(order), axis=0)
+                function = partial(np.take, indices=order, axis=0)
                 shown = tuple(int(i) for i in np.argsort(order))
                 edit = partial(_change, names=named, function=function)
                 yield Suspect(f"nnx's members are torch's in the order {shown}", "members in torch's order", edit)
@@ -266,8 +268,8 @@ def _fast_weights(pair: LayerPair) -> Iterator[Suspect]:
 
 def _scale_bias(trial: Trial, bias: str, s: str, power: float) -> None:
     variables = _weights(trial.layer)
-    factor = variables[s].get_value() ** power
-    variables[bias].set_value(variables[bias].get_value() * factor)
+    factor = np.asarray(variables[s].get_value()) ** power
+    _change(trial, [bias], lambda value: value * factor)
 
 
 def _groups(pair: LayerPair) -> Iterator[Suspect]:
@@ -285,9 +287,9 @@ def _groups(pair: LayerPair) -> Iterator[Suspect]:
 
 def _regroup(trial: Trial, into: np.ndarray, out: np.ndarray) -> None:
     def take(array: Any, order: np.ndarray) -> Any:
-        return jnp.take(array, jnp.asarray(order), axis=-1) if array.shape[-1:] == order.shape else array
+        return np.take(np.asarray(array), order, axis=-1) if array.shape[-1:] == order.shape else array
 
-    trial.args = tuple(take(each, into) if hasattr(each, "shape") else each for each in trial.args)
+    trial.args = tuple(jnp.asarray(take(each, into)) if hasattr(each, "shape") else each for each in trial.args)
     _change(trial, list(_weights(trial.layer)), lambda value: take(value, into))
     trial.finish = lambda outputs: take(outputs, out)
 
@@ -320,7 +322,7 @@ def _lacking(pair: LayerPair) -> Iterator[Suspect]:
     for last, exists in (("bias", biases), ("scale", [name for (name,) in names if name not in biases])):
         chosen = [name for name in _weights(pair.flax) if name.split(".")[-1] == last]
         if chosen and not exists:
-            function = jnp.zeros_like if last == "bias" else jnp.ones_like
+            function = np.zeros_like if last == "bias" else np.ones_like
             edit = partial(_change, names=chosen, function=function)
             yield Suspect(f"nnx has a {' and '.join(chosen)}, and torch none", f"use_{last}=False", edit, joins=True)
 
@@ -345,7 +347,7 @@ def _offsets(pair: LayerPair) -> Iterator[Suspect]:
     for name, variable in _weights(pair.flax).items():
         if len(variable.shape) == 1 and "bias" not in name:
             for step in (1.0, -1.0):
-                edit = partial(_change, names=[name], function=lambda value, step=step: value + step)
+                edit = partial(_change, names=[name], function=partial(np.add, step))
                 here, there = ("weight", "1 + weight") if step > 0 else ("1 + weight", "weight")
                 yield Suspect(f"torch multiplies by {there}, nnx by {here}", f"{name} {step:+g}", edit, joins=True)
 
@@ -356,5 +358,9 @@ def _padding_row(pair: LayerPair) -> Iterator[Suspect]:
         yield Suspect(
             f"torch's padding_idx is {row}, whose row is zero, and nnx has none",
             f"embedding[{row}] = 0",
-            partial(_change, names=list(_weights(pair.flax)), function=lambda table: table.at[row].set(0)),
+            partial(
+                _change,
+                names=list(_weights(pair.flax)),
+                function=lambda table: np.where(np.arange(len(table))[:, None] == row, 0, table),
+            ),
         )

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+import optax  # type: ignore[import-untyped]
 import torch
 
 from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, error
@@ -18,6 +18,7 @@ KEPT = 2**28  # bytes of weights and gradients, for steps that are tried again
 CLIP_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
 OPTIONS = ("lr", "betas", "eps", "alpha", "momentum", "dampening", "nesterov", "weight_decay", "centered", "amsgrad")
 Arrays = Mapping[str, np.ndarray]
+Choice = tuple[str, optax.GradientTransformation]  # how it is written, and the transformation
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def cause_of_loss(torch_loss: float, flax_loss: float, sizes: Mapping[str, int])
     """A sum for a mean, over one of these sizes."""
     for more, less, many, few in (("Flax", "torch", flax_loss, torch_loss), ("torch", "Flax", torch_loss, flax_loss)):
         for name, size in sizes.items():
-            if size > 1 and _agree(np.array(many), np.array(few * size)):
+            if size > 1 and np.isfinite(many) and _agree(np.array(many), np.array(few * size)):
                 return f"the loss of {more} is {size} times that of {less}, the number of {name}: a sum for a mean"
     return None
 
@@ -74,7 +75,7 @@ def cause_of_statistic(name: str, old: np.ndarray, ours: np.ndarray, theirs: np.
 def cause_of_update(
     name: str, optimizer: torch.optim.Optimizer, history: History, ours: np.ndarray, theirs: np.ndarray, summed: bool
 ) -> str | None:
-    """What takes torch's steps in optax, and which steps Flax takes; the last one of the history is that which differs."""
+    """What takes torch's steps in optax, and which steps Flax takes; the last step of the history is in question."""
     if not history.is_whole:
         return None
     old = history.steps[-1].weights[name]
@@ -96,8 +97,8 @@ def _explained(
     largest = [scale * (norm + CLIP_EPSILON) for scale, norm in zip(scales, norms, strict=True)][-1]
     clipped = [min(1.0, largest / norm) for norm in norms]
 
-    def takes(text_and_transform: tuple[str, optax.GradientTransformation], scales: Sequence[float], new: Any) -> bool:
-        return _agree(_step(text_and_transform[1], name, history, scales), new)
+    def takes(choice: Choice, scales: Sequence[float], new: np.ndarray) -> bool:
+        return _agree(_step(choice[1], name, history, scales), new)
 
     described = _described(optimizer)
     twin = choices[0] if choices and takes(choices[0], scales, ours) else None
@@ -117,10 +118,8 @@ def _explained(
     return "; ".join(sentences) or None
 
 
-def _choices(
-    optimizer: torch.optim.Optimizer, rates: Sequence[float]
-) -> Iterator[tuple[str, optax.GradientTransformation]]:
-    """The twin of torch's optimizer first, then what is mistaken for it; none where groups have options of their own."""
+def _choices(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> Iterator[Choice]:
+    """The twin of torch's optimizer first, then what is taken for it; none where groups have options of their own."""
     first, *rest = [{k: v for k, v in group.items() if k in OPTIONS} for group in optimizer.param_groups]
     if any(group != first for group in rest):
         return
@@ -129,24 +128,25 @@ def _choices(
     lr = repr(rates[0]) if constant else "schedule"
     decay = first.get("weight_decay", 0)
 
-    def coupled(text: str, transform: optax.GradientTransformation, w: float) -> Any:
+    def coupled(choice: Choice, w: float) -> Choice:
+        text, transform = choice
         if not w:
-            return text, transform
+            return choice
         decayed = optax.chain(optax.add_decayed_weights(w), transform)
         return f"optax.chain(optax.add_decayed_weights({w!r}), {text})", decayed
 
     if isinstance(optimizer, torch.optim.SGD):
 
-        def sgd(momentum: float, nesterov: bool) -> Any:
+        def sgd(momentum: float, nesterov: bool) -> Choice:
             text = f", momentum={momentum!r}" if momentum else ""
             text += ", nesterov=True" if nesterov else ""
             return f"optax.sgd({lr}{text})", optax.sgd(rate, momentum or None, nesterov)
 
         m, n = first["momentum"], first["nesterov"]
-        yield coupled(*sgd(m, n), decay)
+        yield coupled(sgd(m, n), decay)
         if m:
-            yield coupled(*sgd(m, not n), decay)
-            yield coupled(*sgd(0, False), decay)
+            yield coupled(sgd(m, not n), decay)
+            yield coupled(sgd(0, False), decay)
         if decay:
             yield sgd(m, n)
             text, transform = sgd(m, n)
@@ -157,42 +157,40 @@ def _choices(
         (b1, b2), eps = first["betas"], first["eps"]
         decoupled = optimizer.defaults.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
 
-        def adam(eps: float, root: float = 0.0) -> Any:
+        def adam(eps: float, root: float = 0.0) -> Choice:
             text = f", eps_root={root!r}" if root else ""
             return (
                 f"optax.adam({lr}, b1={b1!r}, b2={b2!r}, eps={eps!r}{text})",
                 optax.adam(rate, b1, b2, eps, root),
             )
 
-        def adamw(w: float, eps: float = eps, root: float = 0.0) -> Any:
+        def adamw(w: float, eps: float = eps, root: float = 0.0) -> Choice:
             text = f", eps_root={root!r}" if root else ""
             return (
                 f"optax.adamw({lr}, b1={b1!r}, b2={b2!r}, eps={eps!r}{text}, weight_decay={w!r})",
                 optax.adamw(rate, b1, b2, eps, root, weight_decay=w),
             )
 
-        yield adamw(decay) if decoupled and decay else coupled(*adam(eps), decay)
+        yield adamw(decay) if decoupled and decay else coupled(adam(eps), decay)
         for other_eps, root in ((0.0, eps), (0.0, eps**2), (eps, eps), (1e-8, 0.0)):
-            yield adamw(decay, other_eps, root) if decoupled and decay else coupled(*adam(other_eps, root), decay)
-        yield coupled(*adam(eps), decay) if decoupled and decay else adamw(decay)
+            yield adamw(decay, other_eps, root) if decoupled and decay else coupled(adam(other_eps, root), decay)
+        yield coupled(adam(eps), decay) if decoupled and decay else adamw(decay)
         yield adamw(1e-4)  # optax's own
         yield adam(eps)
     elif isinstance(optimizer, torch.optim.RMSprop):
         eps, momentum, centered = first["eps"], first["momentum"], first["centered"]
 
-        def rmsprop(alpha: float, in_sqrt: bool) -> Any:
+        def rmsprop(alpha: float, in_sqrt: bool) -> Choice:
             more = (", centered=True" if centered else "") + (f", momentum={momentum!r}" if momentum else "")
             text = f"optax.rmsprop({lr}, decay={alpha!r}, eps={eps!r}, eps_in_sqrt={in_sqrt}{more})"
             options: Any = {"eps_in_sqrt": in_sqrt, "centered": centered, "momentum": momentum or None}
             return text, optax.rmsprop(rate, alpha, eps, **options)
 
         for alpha, in_sqrt in ((first["alpha"], False), (first["alpha"], True), (0.9, False), (0.9, True)):
-            yield coupled(*rmsprop(alpha, in_sqrt), decay)
+            yield coupled(rmsprop(alpha, in_sqrt), decay)
 
 
-def _step(
-    transform: optax.GradientTransformation, name: str, history: History, scales: Sequence[float]
-) -> np.ndarray:
+def _step(transform: optax.GradientTransformation, name: str, history: History, scales: Sequence[float]) -> np.ndarray:
     """New weights of one tensor, after all that was fed before."""
     new = weights = jnp.asarray(history.steps[0].weights[name])
     state = transform.init(weights)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+import optax  # type: ignore[import-untyped]
 import torch
 from flax import nnx
 from torch import Tensor, nn
@@ -171,8 +171,8 @@ class TorchRun:
             self.scheduler.step()
         fed = {name: np.abs(run["gradient", name]).max(initial=0.0) for name in self.trained}
         name = max(fed, key=lambda name: fed[name], default="")
-        grad = self.parameters[name].grad if name else None
-        return float(grad.abs().max()) / fed[name] if grad is not None and fed[name] > 0 else 1.0
+        used = self.parameters[name].grad if name else None
+        return float(used.abs().max()) / fed[name] if used is not None and fed[name] > 0 else 1.0
 
     @property
     def rate(self) -> float:
@@ -207,7 +207,7 @@ class FlaxRun:
     ) -> None:
         self.model, self.transform, self.loss, self.masks = model, transform, loss, masks
         self.flax_names, self.torch_names = names, {flax: name for name, flax in names.items()}
-        with model.x64():
+        with jax.enable_x64(True):
             self.optimizer = nnx.Optimizer(model.module, transform, wrt=nnx.Param)
         self.graph = nnx.split(model.module, nnx.Param, ...)[0]
         value_and_grad = jax.value_and_grad(self._loss, has_aux=True)
@@ -219,7 +219,7 @@ class FlaxRun:
         new = copy.copy(self)
         new.model = copy.copy(self.model)
         new.model.module = nnx.clone(self.model.module)
-        with new.model.x64():
+        with jax.enable_x64(True):
             new.optimizer = nnx.Optimizer(new.model.module, self.transform, wrt=nnx.Param)
         return new
 
@@ -236,8 +236,8 @@ class FlaxRun:
         with self.model.x64():
             targets = mapped(batch.targets, self._target)
             key = jax.random.key(batch.seed)
-            _, parameters, rest = nnx.split(self.model.module, nnx.Param, ...)
-            (value, statistics), grads = self.value_and_grad(parameters, rest, key, args, kwargs, targets)
+            state: Any = nnx.split(self.model.module, nnx.Param, ...)[1:]
+            (value, statistics), grads = self.value_and_grad(*state, key, args, kwargs, targets)
             nnx.update(self.model.module, statistics)
             holder = nnx.clone(self.model.module)
             nnx.update(holder, grads)
@@ -255,7 +255,7 @@ class FlaxRun:
             arrays |= {each: 0 * arrays[each] for each in others}  # whose sum is the gradient of the first
         holder = nnx.clone(self.model.module)
         self._load(holder, arrays)
-        with self.model.x64():
+        with jax.enable_x64(True):  # without it optax takes Adam's bias correction in float32, which is 1e-5 off
             self.update(self.model.module, self.optimizer, nnx.state(holder, nnx.Param))
 
     def parameters(self) -> list[tuple[str, ...]]:
@@ -327,8 +327,8 @@ def layout_of(torch_run: TorchRun, flax_run: FlaxRun, inputs: Any, channels_last
         except Exception as error:  # whatever a model raises for inputs in another layout
             failure = failure or error
     raise ValueError(
-        f"{WHAT} expects a Flax model that takes torch's inputs, images as (N, ..., C) or as torch has them, and returns "
-        f"outputs of torch's shapes {list(shapes.values())}; got {type(failure).__name__}: {failure}. Pass "
+        f"{WHAT} expects a Flax model that takes torch's inputs, images as (N, ..., C) or as torch has them, and "
+        f"returns outputs of torch's shapes {list(shapes.values())}; got {type(failure).__name__}: {failure}. Pass "
         f"channels_last=True or False to see its own error."
     )
 
@@ -362,6 +362,6 @@ def _check_hooks(optimizer: torch.optim.Optimizer) -> None:
     """A copy would leave them out."""
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise ValueError(
-            f"{WHAT} expects an optimizer without hooks, which belong to its own parameters; got one with hooks. Pass a "
-            f"function that makes it of a list of parameters, and registers them."
+            f"{WHAT} expects an optimizer without hooks, which belong to its own parameters; got one with hooks. Pass "
+            f"a function that makes it of a list of parameters, and registers them."
         )

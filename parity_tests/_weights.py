@@ -57,7 +57,7 @@ def _compared(name: str, a: np.ndarray, b: np.ndarray) -> Comparison:
         return Comparison("weight", name, (verdict,))
     distance = np.where(unequal, np.abs(np.nan_to_num(a - b, nan=math.inf)), 0)
     index = tuple(int(i) for i in np.unravel_index(distance.argmax(), a.shape))
-    return Comparison("weight", name, (verdict,), index, float(a[index]), float(b[index]))
+    return Comparison("weight", name, (verdict,), index, float(a[index]), float(b[index]), math.nan)
 
 
 def torch_paths(names: Mapping[str, str]) -> Callable[[str], str]:

@@ -1,30 +1,41 @@
 """Settings that every comparison needs: float64 in JAX, one thread and one seed in torch, no silent promotion."""
 
 import os
-import shutil
 import tempfile
 
 import jax
 import pytest
 import torch
 
-CACHE = "PARITY_TESTS_CACHE"
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+# XLA unrolls the short loops of small arrays, which takes it as long as all else; draws are bit for bit the same.
+ROLLED = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=true"
 
 
 def pytest_configure(config):
-    """Tests compile many equal programs: JAX keeps them in a folder that the workers of a run share."""
-    config.pluginmanager.import_plugin("parity_tests.plugin")  # where it is not installed
+    """Tests compile many equal programs: JAX keeps them in pytest's cache, for workers, subprocesses and later runs."""
     jax.config.update("jax_num_cpu_devices", 8)  # for sharding
+    if ROLLED not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} {ROLLED}"
     if CACHE not in os.environ:
-        os.environ[CACHE] = tempfile.mkdtemp()
+        os.environ[CACHE] = str(config.cache.mkdir("jax") if hasattr(config, "cache") else tempfile.mkdtemp())
+    for option, value in (("MIN_COMPILE_TIME_SECS", "0"), ("MIN_ENTRY_SIZE_BYTES", "-1")):
+        os.environ.setdefault(f"JAX_PERSISTENT_CACHE_{option}", value)
     jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def pytest_unconfigure(config):
-    if not hasattr(config, "workerinput"):
-        shutil.rmtree(os.environ.pop(CACHE), ignore_errors=True)
+def pytest_terminal_summary(terminalreporter):
+    """The share of the planted faults that the suite sees: test_faults.py plants each in a test of its own."""
+    seen = {}
+    for report in (r for outcome in ("passed", "failed", "error") for r in terminalreporter.getreports(outcome)):
+        module, _, test = report.nodeid.rpartition("::")
+        if module.endswith("test_faults.py") and "_sees[" in test:
+            name = test.partition("[")[2]
+            seen[name] = report.passed and seen.get(name, True)
+    if seen:
+        terminalreporter.write_line(f"planted faults: {sum(seen.values())} of {len(seen)} seen")
 
 
 @pytest.fixture(autouse=True)

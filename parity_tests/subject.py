@@ -169,7 +169,7 @@ def run_flax(subject: Subject, arrays: Arrays, dtype: str, compiled: bool = Fals
 
 @cache
 def _flax_call(subject: Subject, dtype: str, compiled: bool) -> tuple[Any, Callable[..., Any]]:
-    model = subject.flax(jnp.dtype(dtype)) if subject.model else None
+    model = without_draws(lambda: subject.flax(jnp.dtype(dtype))) if subject.model else None
 
     def forward(*leaves: Any, **integers: jax.Array) -> jax.Array:
         if model is None:
@@ -183,3 +183,14 @@ def _flax_call(subject: Subject, dtype: str, compiled: bool) -> tuple[Any, Calla
         return output, backward(g)
 
     return model, jax.jit(forward_and_backward) if compiled else forward_and_backward
+
+
+def without_draws(make: Callable[[], Any]) -> Any:
+    """A Flax model with zeros for weights, where others are loaded: JAX takes half a second to compile each draw."""
+
+    def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.key(0) if is_key else jnp.asarray(np.zeros(leaf.shape, leaf.dtype))
+
+    graph, state = nnx.split(nnx.eval_shape(make))
+    return nnx.merge(graph, jax.tree.map(zeros, state))

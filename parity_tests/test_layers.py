@@ -45,6 +45,10 @@ def test_one_seed_gives_one_layer_bit_for_bit(dtype, options):
         np.testing.assert_array_equal(a[name], b[name])
 
 
+def test_parameters_of_a_new_layer_are_contiguous():
+    assert all(parameter.is_contiguous() for parameter in pair()[0].parameters())
+
+
 def test_random_sign_is_a_sign_and_independent_of_x64():
     expected = pair(init="random_sign")[0].r
     assert set(expected.detach().flatten().tolist()) == {-1.0, 1.0}

@@ -18,7 +18,8 @@ import probly_torch as pt
 from parity_tests import standard
 from parity_tests.oracle_attention import batch_ensemble_attention
 from parity_tests.standard import assert_close
-from parity_tests.twins import Twins, assert_special_values
+from parity_tests.subject import without_draws
+from parity_tests.twins import Twins, assert_same_steps, assert_special_values
 from probly_flax.layers.attention import BatchEnsembleMultiHeadAttention as FlaxAttention
 from probly_torch.layers.attention import BatchEnsembleMultiHeadAttention as TorchAttention
 
@@ -197,8 +198,8 @@ def run_flax(case, arrays, dtype, **options):
 
 @cache
 def _flax_call(case, dtype, sow=True, compiled=True, dropout_rate=0.1):
-    base = case.flax(dtype, dropout_rate=dropout_rate, kernel_init=nnx.initializers.zeros)
-    layer = FlaxAttention(base, num_members=case.num_members, use_base_weights=True)
+    base = partial(case.flax, dtype, dropout_rate=dropout_rate)
+    layer = without_draws(lambda: FlaxAttention(base(), num_members=case.num_members))
     hidden = case.hidden()
     mask = jnp.asarray(~hidden) if hidden.any() else None
     graph, _, rest = nnx.split(layer, nnx.Param, ...)
@@ -233,10 +234,17 @@ def test_bounded(name):
     standard.assert_holds(verdicts(CASES[name], ("float32", "float64")))
 
 
+def twins(name):
+    return Twins(name, CASES[name].draw, *(partial(run, CASES[name]) for run in (run_torch, run_flax, run_oracle)))
+
+
 def test_special_values():
-    name = "self"
-    runs = (partial(run, CASES[name]) for run in (run_torch, run_flax, run_oracle))
-    assert_special_values(Twins(name, CASES[name].draw, *runs))
+    assert_special_values(twins("self"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_of_training(name):
+    assert_same_steps(twins(name))
 
 
 @pytest.mark.parametrize("name", ["self-odd", "other features"])

@@ -17,7 +17,7 @@ from parity_tests import oracle_conv, standard
 from parity_tests.standard import assert_close
 from parity_tests.subject import Subject, run_flax, run_oracle, run_torch, with_cotangent
 from parity_tests.subjects_conv import SUBJECTS, TORCH_CONV, TORCH_CONV_TRANSPOSE, flax_padding, shapes
-from parity_tests.twins import assert_special_values, of_subject
+from parity_tests.twins import assert_same_steps, assert_special_values, of_subject
 from probly_flax.functional import conv as flax_functional
 from probly_flax.layers import conv as flax_conv
 from probly_torch.functional import conv as torch_functional
@@ -56,6 +56,11 @@ def test_bounded(subject, dtypes):
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
 def test_special_values(subject):
     assert_special_values(of_subject(subject))
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
+def test_steps_of_training(subject):
+    assert_same_steps(of_subject(subject))
 
 
 # Options of torch that Flax does not have: torch against the oracle, in the exact tier.

@@ -18,7 +18,7 @@ from parity_tests import oracle_norm, standard
 from parity_tests.standard import assert_close
 from parity_tests.subject import each_run, run_flax, run_oracle, run_torch, with_cotangent
 from parity_tests.subjects_norm import SUBJECTS, with_arrays, with_tensors
-from parity_tests.twins import assert_special_values, of_subject
+from parity_tests.twins import assert_same_steps, assert_special_values, of_subject
 from probly_flax.layers.embed import BatchEnsembleEmbed as FlaxEmbed
 from probly_flax.layers.norm import BatchEnsembleBatchNorm as FlaxBatchNorm
 from probly_flax.layers.norm import BatchEnsembleGroupNorm as FlaxGroupNorm
@@ -71,6 +71,11 @@ def test_bounded(subject, dtypes, flax_compiled):
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
 def test_special_values(subject):
     assert_special_values(of_subject(subject))
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
+def test_steps_of_training(subject):
+    assert_same_steps(of_subject(subject))
 
 
 # Embeddings

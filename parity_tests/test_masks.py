@@ -190,11 +190,11 @@ def test_what_cannot_be_equal_is_an_error(layer, said):
         run_torch(masks, layer, x)
 
 
-def test_members_in_chunks_that_run_again_are_an_error():
+def test_members_in_chunks_are_an_error():
     masks = Masks("compare")
     dropped(masks, 0.3, shape=(4, 3))
     ours = pt.ensemble(nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.3)).double(), 2, chunk_size=1)
-    with pytest.raises(ValueError, match="pass chunk_size=None"), masks.torch(3, ours):
+    with pytest.raises(ValueError, match="got chunk_size=1"), masks.torch(3, ours):
         ours(torch.from_numpy(draw(4, 5))).sum().backward()
 
 

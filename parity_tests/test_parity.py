@@ -7,7 +7,7 @@ import pytest
 from parity_tests import standard
 from parity_tests.subject import each_run, run_flax, run_oracle, run_torch, with_cotangent
 from parity_tests.subjects import EXACT_SUBJECTS, SUBJECTS
-from parity_tests.twins import assert_special_values, of_subject
+from parity_tests.twins import assert_same_steps, assert_special_values, of_subject
 
 SEEDS = range(5)
 DTYPES = ("float32", "float64", "bfloat16")
@@ -63,6 +63,11 @@ def test_bounded(subject, dtypes, flax_compiled):
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
 def test_special_values(subject):
     assert_special_values(of_subject(subject))
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
+def test_steps_of_training(subject):
+    assert_same_steps(of_subject(subject))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is none")

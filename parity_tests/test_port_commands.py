@@ -14,7 +14,6 @@ from flax import nnx
 
 import probly_flax
 import probly_torch
-from parity_tests.conftest import CACHE
 from parity_tests.port_networks import randomized
 from parity_tests.standard import assert_close
 from probly_flax.port import __main__ as to_checkpoint
@@ -154,11 +153,7 @@ def refused(capsys, main, *arguments):
 
 def run(folder, *arguments):
     """The command line as people have it, in the folder of their modules."""
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(probly_torch.__file__).parents[1]),
-        "JAX_COMPILATION_CACHE_DIR": os.environ[CACHE],
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    environment = os.environ | {"PYTHONPATH": str(Path(probly_torch.__file__).parents[1])}
     command = [sys.executable, "-m", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -127,6 +127,8 @@ def test_default_dtypes_without_x64():
 
 def test_rngs_gives_the_keys_of_nnx():
     ours, theirs = random.Rngs(0, params=3), nnx.Rngs(0, params=3)
+    assert isinstance(ours.params, random.RngStream)
+    assert isinstance(theirs.params, nnx.RngStream)
     assert list(ours) == list(theirs) == ["params", "default"]
     assert len(ours) == 2
     assert "params" in ours

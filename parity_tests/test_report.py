@@ -34,7 +34,7 @@ times its limit 64; at [3, 0] torch has 0.5 and Flax 0.25, 7 ULP apart
 
 First divergence: [bold]norm$_1$ & <b>: nnx epsilon is 1e-06
 Note: the exact tier does not apply
-Note: statistic running_var is known to differ: nnx keeps the biased variance
+Note: known to differ: statistic running_var: nnx keeps the biased variance
 No parity: 2 of 4 tensors differ.
 """
 
@@ -78,12 +78,20 @@ def test_text_names_every_layer_what_differs_and_the_verdict(parted):
 
 
 def test_verdict_is_the_last_line():
-    assert str(report(comparisons=[tensor("a"), tensor("b")])).splitlines()[-1] == "Parity: all 2 tensors agree."
+    assert str(report(comparisons=[tensor("a"), tensor("b")])).splitlines()[-1] == "Parity: 2 of 2 tensors agree."
     assert str(report()).splitlines()[-1] == "No parity: nothing was compared."
 
 
 def test_the_whole_model_has_a_name():
     assert "\nthe whole model  Conv2d / Conv  float32" in str(report([layer("")], [tensor("output")]))
+
+
+def test_known_gaps_are_told_apart_from_what_agrees():
+    gaps = [tensor(f"norm{i}.running_var", 1e3, "statistic", "biased") for i in range(9)]
+    lines = str(report(comparisons=[tensor("output", kind="output"), *gaps])).splitlines()
+    assert lines[-1] == "Parity: 1 of 10 tensors agree; 9 are known to differ."
+    assert "statistic norm3.running_var and 5 more: biased" in " ".join(lines[-3:-1])
+    assert [line.split()[1:4] for line in lines if line.startswith("statistic ")] == [["0", "of", "9"]]
 
 
 def test_known_gap_that_closes_is_said_to():

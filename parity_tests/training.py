@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
-import optax
+import optax  # type: ignore[import-untyped]
 import torch
 from flax import nnx
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ from parity_tests._training_runs import (
 )
 from parity_tests._trees import leaves, numpy_of
 from parity_tests.report import Comparison
-from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, Errors, Verdict, ulps
+from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, Errors, Verdict, error, ulps
 from probly_torch._checks import check_module, type_name
 from probly_torch._checks_weights import rename_all
 
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KINDS = ("loss", "gradient", "statistic", "update")
+LOSS = ("loss", "loss")
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,13 @@ class Departure:
     def __str__(self) -> str:
         """A sentence: what differs where, by how much, and why."""
         name = self.kind if self.kind == self.tensor else f"{self.kind} of {self.tensor}"
-        why = "" if self.cause is None else f": {self.cause}"
+        found = 'compare(torch_module, flax_module, inputs, mode="train") names the layer'
+        why = self.cause or (
+            found if self.kind in ("loss", "gradient", "statistic") else "no usual suspect explains it"
+        )
         return (
             f"{name} at step {self.step}: {self.verdict.rule} is {self.verdict.measured:.3g}, above its limit "
-            f"{self.verdict.limit:.3g}{why}"
+            f"{self.verdict.limit:.3g}: {why}"
         )
 
 
@@ -132,7 +136,7 @@ class TrainingReport:
     @property
     def passed(self) -> bool:
         """Whether every tensor holds at every step."""
-        return bool(self.comparisons) and all(comparison.holds for comparison in self.comparisons)
+        return bool(self.steps) and all(comparison.holds for comparison in self.comparisons)
 
     def __bool__(self) -> bool:
         """`passed`."""
@@ -195,7 +199,7 @@ class TrainingReport:
         count = len(self.comparisons)
         if self.passed:
             return f"Parity: all {count} tensors agree at all {len(self.steps)} steps."
-        if not count:
+        if all(c.holds for c in self.comparisons):
             return "No parity: nothing was compared."
         return f"No parity: {sum(not c.holds for c in self.comparisons)} of {count} tensors differ."
 
@@ -230,7 +234,7 @@ class TrainingReport:
         for axes in (distances, errors):
             axes.set_yscale("log")
             axes.set_xlabel("step")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.set_xticks(sorted({*numbers[:: 1 + len(numbers) // 10], *numbers[-1:]}))
             axes.grid(axis="y", lw=0.4, c="#cccccc")
             axes.legend(frameon=False)
         drawing.suptitle(f"{self._title()}\n{self._verdict()}", fontsize=10, parse_math=False)
@@ -260,7 +264,8 @@ def compare_training(
 ) -> TrainingReport:
     """Trains two models side by side, in train mode, and says at which step and tensor they leave the bound.
 
-    Neither model, nor the optimizer, is changed. Masks of dropout are equal in both.
+    Neither model, nor the optimizer, is changed. Masks of dropout are equal in both. optax runs under jax_enable_x64
+    in float32 too: without it, Adam's bias correction is up to 1e-5 off.
 
     Args:
         torch_module: the model in torch.
@@ -273,7 +278,7 @@ def compare_training(
         loss: (torch's, Flax's), each a function of outputs and targets. By default cross-entropy for integer targets
             and the mean squared error for others; for member outputs [E, B, ...] the mean of the members' losses.
         torch_scheduler: makes a learning-rate schedule of the optimizer; it takes a step after each step.
-        dtype: whose precision is judged, beside float64.
+        dtype: whose precision is judged, beside the meaning in float64; `float64` judges that alone.
         jit: whether Flax runs under jax.jit.
         weights: `copy` gives torch's weights to Flax; `own` reports those that differ before.
         rename: regular expressions, and what replaces them in torch's names to have Flax's.
@@ -295,26 +300,28 @@ def compare_training(
         >>> report.passed, report.first_departure.step, report.first_departure.kind
         (False, 1, 'update')
     """
-    _check(torch_module, flax_module, optax_transform, loss, weights, limit)
-    data = batches_of(batches, steps, dtype, seed)
+    _check(torch_module, flax_module, optax_transform, loss, dtype, weights, limit)
+    low = "float32" if dtype == "float64" else dtype  # whose rounding says what that of float64 may be
+    data = batches_of(batches, steps, low, seed)
     names = rename_all(WHAT, list(torch_module.state_dict()), rename)
-    masks = Masks(WHAT, channels_last is not False)
+    masks = Masks(WHAT)
     of_torch, of_flax = loss or (torch_loss, flax_loss)
     with highest_precision():
-        dtypes = tuple(dict.fromkeys(("float64", dtype)))
+        dtypes = ("float64", low)
         torchs = {d: TorchRun(torch_module, torch_optimizer, torch_scheduler, d, of_torch, masks) for d in dtypes}
         models = {d: FlaxModel(flax_module, d, train=True, jit=jit, flatten=flatten) for d in dtypes}
         flaxs = {d: FlaxRun(model, optax_transform, of_flax, masks, names) for d, model in models.items()}
         start, own = torchs["float64"].to_arrays(), flaxs["float64"].to_arrays()
         flaxs["float64"].set_arrays(start, strict=True)
         layout = layout_of(torchs["float64"], flaxs["float64"], data[0].inputs, channels_last)
+        masks.channels_last = bool(layout.ranks)
         for run in flaxs.values():
             run.layout = layout
         free_torch, twin = (
             TorchRun(torch_module, torch_optimizer, torch_scheduler, "float64", of_torch, masks) for _ in range(2)
         )
         free = _Free(free_torch, twin, flaxs["float64"].copy(), seed)
-        judged = _Judged(torchs, flaxs, dtype, limit, known_gaps or {})
+        judged = _Judged(torchs, flaxs, low, limit, known_gaps or {}, precision=dtype != "float64")
         if weights == "own":
             judged.compare_weights(start, own)
         done = []
@@ -347,11 +354,13 @@ class _Judged:
         self,
         torchs: Mapping[str, TorchRun],
         flaxs: Mapping[str, FlaxRun],
-        dtype: str,
+        low: str,
         limit: float,
         gaps: Mapping[str, str],
+        precision: bool,
     ) -> None:
-        self.torchs, self.flaxs, self.dtype, self.limit, self.gaps = torchs, flaxs, dtype, limit, gaps
+        self.torchs, self.flaxs, self.low, self.precision = torchs, flaxs, low, precision
+        self.limit, self.gaps = limit, gaps
         self.errors: dict[Key, list[Errors]] = {}
         self.worst: dict[Key, Comparison] = {}  # in float64
         self.scales: dict[Key, float] = {}
@@ -373,13 +382,16 @@ class _Judged:
         """None where torch's loss is not finite, after which nothing can be compared."""
         torch64, flax64 = self.torchs["float64"], self.flaxs["float64"]
         state = {name: self._rounded(numpy_of(array)) for name, array in torch64.to_arrays().items()}
-        for run in (*self.torchs.values(), *self.flaxs.values()):
-            run.set_arrays(state)
+        for d in self.torchs:
+            self.torchs[d].set_arrays(state)
+            self.flaxs[d].set_arrays(state)
         theirs = {d: run.gradients(batch) for d, run in self.flaxs.items()}  # first: torch has its masks
         ours = {d: run.gradients(batch) for d, run in self.torchs.items()}
-        value = float(ours["float64"]["loss", "loss"])
+        value = float(ours["float64"][LOSS])
         if not math.isfinite(value):
-            self.notes.append(f"torch's loss is {value} at step {number}, from which on nothing was compared")
+            ours, theirs = ({d: {LOSS: run[LOSS]} for d, run in runs.items()} for runs in (ours, theirs))
+            self._judge(number, batch, state, ours, theirs)
+            self.notes.append(f"torch's loss is {value} at step {number}, after which nothing was compared")
             return None
         fed = {key: self._rounded(array) for key, array in ours["float64"].items() if key[0] == "gradient"}
         rate = torch64.rate
@@ -390,15 +402,13 @@ class _Judged:
             weights = run.weights()
             ours[d] |= _updates(flax64.summed(weights))
             theirs[d] |= _updates(flax64.summed(self.flaxs[d].weights(weights)))
-        parameters = {name: state[name] for name in torch64.parameters}
+        parameters = flax64.summed({name: state[name] for name in torch64.parameters})
         if self.departure is None:
             self.history.add(Fed(parameters, {name: array for (_, name), array in fed.items()}, rate, scales[0]))
-        own = self._compared(ours, theirs)
-        broken = [c for c in own.values() if not c.worst.holds and c.gap is None]
-        if broken and self.departure is None:
-            self.departure = self._departure(number, batch, state, broken, ours["float64"], theirs["float64"])
-        known = [max((c for c in own.values() if c.kind == kind and c.gap is None), key=_ratio, default=None) for kind in KINDS]
-        return TrainingStep(number, value, tuple(c for c in known if c is not None), 0.0, 0.0)
+        own = self._judge(number, batch, state, ours, theirs)
+        judged = [[c for c in own.values() if c.kind == kind and c.gap is None] for kind in KINDS]
+        worst = tuple(max(of_kind, key=lambda c: c.worst.ratio) for of_kind in judged if of_kind)
+        return TrainingStep(number, value, worst, 0.0, 0.0)
 
     def result(self) -> tuple[tuple[Comparison, ...], Departure | None]:
         """Every tensor: in float64 at its worst step, in the lower dtype at the one in the middle.
@@ -409,24 +419,26 @@ class _Judged:
         for key, comparison in self.worst.items():
             errors = self.errors.get(key, [])
             precision: list[Verdict] = []
-            if errors and self.dtype != "float64":
+            if errors and self.precision:
                 middle = Errors(*(float(np.median([e[i] for e in errors])) for i in range(2)))
-                precision = [replace(v, limit=self.limit * v.limit) for v in middle.verdicts(key[1], self.dtype)]
+                precision = [replace(v, limit=self.limit * v.limit) for v in middle.verdicts(key[1], self.low)]
             broken = [v for v in precision if not v.holds]
             if broken and self.departure is None and comparison.gap is None:
-                ratios = [max(v.ratio for v in e.verdicts(key[1], self.dtype)[:2]) for e in errors]
+                ratios = [max(v.ratio for v in e.verdicts(key[1], self.low)[:2]) for e in errors]
                 self.departure = Departure(int(np.argmax(ratios)) + 1, *key, broken[0])
-            comparisons.append(replace(comparison, verdicts=(*comparison.verdicts, *precision)))
-        return tuple(comparisons), self.departure
+            comparisons.append(replace(comparison, verdicts=(*comparison.verdicts, *precision), gap=None))
+        return tuple(_with_gaps(WHAT, comparisons, self.gaps) if comparisons else ()), self.departure
 
-    def _compared(self, ours: Mapping[str, Run], theirs: Mapping[str, Run]) -> dict[Key, Comparison]:
+    def _judge(
+        self, number: int, batch: Batch, state: Arrays, ours: Mapping[str, Run], theirs: Mapping[str, Run]
+    ) -> dict[Key, Comparison]:
         found = {}
         for key, reference in ours["float64"].items():
             if key not in theirs["float64"]:
                 continue
             a, b = ({d: run[key] for d, run in runs.items()} for runs in (ours, theirs))
-            errors = self._at_scale(key, Errors.of(a, b, reference, self.dtype), reference)
-            noise = max(NOISE_FLOOR, errors.noise_torch, errors.noise_flax) if self.dtype != "float64" else NOISE_FLOOR
+            errors = self._at_scale(key, Errors.of(a, b, reference, self.low), reference)
+            noise = max(NOISE_FLOOR, errors.noise_torch, errors.noise_flax)
             verdict = Verdict(
                 key[1],
                 "float64 distance of torch and flax",
@@ -436,6 +448,9 @@ class _Judged:
             found[key] = self._comparison(key, verdict, a["float64"], b["float64"])
             self.errors.setdefault(key, []).append(errors)
             self._add(key, found[key])
+        broken = [c for c in found.values() if not c.worst.holds and c.gap is None]
+        if broken and self.departure is None:
+            self.departure = self._departure(number, batch, state, broken, ours["float64"], theirs["float64"])
         return found
 
     def _at_scale(self, key: Key, errors: Errors, reference: np.ndarray) -> Errors:
@@ -444,10 +459,10 @@ class _Judged:
         Losses and gradients go to zero as training succeeds, and then are differences of larger numbers, of which
         float32 keeps no digit by which float64 could be judged.
         """
-        scale = float(np.abs(reference).max(initial=0.0))
+        scale = float(np.abs(reference).max(initial=0.0, where=np.isfinite(reference)))
         self.scales[key] = max(scale, self.scales.get(key, 0.0))
         share = scale / self.scales[key] if scale else 1.0
-        return Errors(*(e * share if e is not None and math.isfinite(e) else e for e in errors))
+        return Errors._make(e * share if e is not None and math.isfinite(e) else e for e in errors)
 
     def _departure(
         self, number: int, batch: Batch, state: Arrays, broken: Sequence[Comparison], ours: Run, theirs: Run
@@ -491,7 +506,7 @@ class _Judged:
         return next((reason for pattern, reason in self.gaps.items() if fnmatchcase(name, pattern)), None)
 
     def _rounded(self, array: np.ndarray) -> np.ndarray:
-        return array.astype(jax.numpy.dtype(self.dtype)).astype(np.float64) if array.dtype.kind == "f" else array
+        return array.astype(jax.numpy.dtype(self.low)).astype(np.float64) if array.dtype.kind == "f" else array
 
 
 class _Free:
@@ -510,9 +525,7 @@ class _Free:
         for run in (self.theirs, self.ours, self.twin):
             run.step(run.gradients(batch))
         ours = self.ours.weights()
-        pairs = self.theirs.weights(ours), self.twin.weights()
-        distances = [max((_distance(self._sum(w)[n], a) for n, a in self._sum(ours).items()), default=0.0) for w in pairs]
-        return distances[0], distances[1]
+        return self._distance(self.theirs.weights(ours), ours), self._distance(self.twin.weights(), ours)
 
     def notes(self, steps: Sequence[TrainingStep]) -> list[str]:
         """A warning where they part by far more than rounding explains."""
@@ -526,26 +539,35 @@ class _Free:
                 ]
         return []
 
-    def _sum(self, weights: Arrays) -> Arrays:
-        return self.theirs.summed(weights)
+    def _distance(self, weights: Arrays, reference: Arrays) -> float:
+        """The largest of all tensors, each at its scale."""
+        weights, reference = self.theirs.summed(weights), self.theirs.summed(reference)
+        roundings = (error(weights[name], array, array, "float64") for name, array in reference.items())
+        return UNIT_ROUNDOFF["float64"] * max(roundings, default=0.0)
+
+
+def _with_gaps(what: str, comparisons: Sequence[Comparison], known_gaps: Mapping[str, str]) -> list[Comparison]:
+    """Each known gap's reason at the tensors that differ; at one that does not, if none does, so that it fails."""
+    marked = list(comparisons)
+    for pattern, reason in known_gaps.items():
+        matching = [i for i, each in enumerate(marked) if fnmatchcase(each.name, pattern)]
+        if not matching:
+            raise ValueError(
+                f"{what} expects known_gaps to name tensors of the report; got {pattern!r}, which none has: "
+                f"{', '.join(sorted({each.name for each in marked}))[:300]}. Leave it out."
+            )
+        differing = [i for i in matching if not all(verdict.holds for verdict in marked[i].verdicts)]
+        for i in differing or matching[:1]:
+            marked[i] = replace(marked[i], gap=reason)
+    return marked
 
 
 def _updates(weights: Mapping[str, np.ndarray]) -> Run:
     return {("update", name): array for name, array in weights.items()}
 
 
-def _ratio(comparison: Comparison) -> float:
-    return comparison.worst.ratio
-
-
-def _distance(a: np.ndarray, b: np.ndarray) -> float:
-    scale = float(np.abs(b).max(initial=0.0))
-    difference = float(np.abs(a - b).max(initial=0.0))
-    return difference / scale if scale else difference
-
-
 def _check(
-    torch_module: Any, flax_module: Any, transform: Any, loss: Any, weights: Any, limit: Any
+    torch_module: Any, flax_module: Any, transform: Any, loss: Any, dtype: Any, weights: Any, limit: Any
 ) -> None:
     check_module(WHAT, "torch_module", torch_module, nn.Module)
     check_module(WHAT, "flax_module", flax_module, nnx.Module)
@@ -559,6 +581,8 @@ def _check(
             f"{WHAT} expects loss to be one function for each framework, of outputs and targets; got "
             f"{type_name(loss)}. Pass loss=(torch_loss, flax_loss)."
         )
+    if dtype not in UNIT_ROUNDOFF:
+        raise ValueError(f"{WHAT} expects dtype to be one of {', '.join(UNIT_ROUNDOFF)}; got {dtype!r}. Leave it out.")
     if weights not in ("copy", "own"):
         raise ValueError(f"{WHAT} expects weights to be 'copy' or 'own'; got {weights!r}. Leave it out: 'copy'.")
     if not isinstance(limit, int | float) or not 0 < limit <= 1:

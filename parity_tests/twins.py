@@ -22,6 +22,8 @@ EXTREME = (
     1e15,
 )  # the last has a square that is finite: how sums overflow depends on their order
 
+STEPS, RATE = 3, 0.01
+
 
 @dataclass(frozen=True)
 class Twins:
@@ -60,10 +62,10 @@ class Twins:
         return self.bounded([drawn | {name: _with(drawn[name], *SMALL) for name in _inputs(drawn)}])
 
     def extreme(self) -> dict[str, list[str]]:
-        """The outputs that differ, by what they differ at: NaN, infinities and large numbers in any input, NaN in r, s, b.
+        """The outputs that differ, by what they differ at: NaN, infinities and a large number in inputs, NaN in r, s.
 
-        Left out are infinities in weights, where it depends on the order of scaling and adding whether two of them meet,
-        and NaN in a kernel, whose product with the zeros of padding one may compute and the other leave out.
+        Left out are infinities in weights, where the order of scaling and adding decides whether two of them meet, and
+        NaN in a kernel, whose product with the zeros of padding one may compute and the other leave out.
         """
         drawn, found = self.draw(0, DTYPES[0]), {}
         inputs, floats = _inputs(drawn), [name for name, array in drawn.items() if array.dtype.kind == "f"]
@@ -76,6 +78,22 @@ class Twins:
             if differ := [result for result in outputs if not _agree(ours[result], theirs[result])]:
                 found[f"{name}: {value}"] = differ
         return found
+
+
+def assert_same_steps(twins: Twins) -> None:
+    """Gradient descent on everything that has a gradient goes the same way in both, each by its own gradients."""
+    start = twins.draw(0, "float64")
+    ends = []
+    for run in (twins.torch, twins.flax):
+        arrays = dict(start)
+        for _ in range(STEPS):
+            results = run(arrays, "float64")
+            leaves = [name for name in arrays if f"gradient by {name}" in results]
+            arrays |= {name: arrays[name] - RATE * results[f"gradient by {name}"] for name in leaves}
+        ends.append({name: arrays[name] for name in leaves})
+    assert any(np.any(ends[0][name] != start[name]) for name in ends[0])
+    for name in ends[0]:
+        standard.assert_same_trajectory(ends[1][name], ends[0][name])
 
 
 def assert_special_values(twins: Twins) -> None:

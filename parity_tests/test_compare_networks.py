@@ -1,0 +1,176 @@
+"""compare on whole networks, and on the pairs of the examples: it passes, and after a slip in one layer it names that
+layer and the cause."""
+
+from functools import cache
+
+import jax
+import pytest
+import torch
+from flax import nnx
+
+import probly_flax
+import probly_torch
+from examples import port_and_resume, port_resnet, two_moons
+from parity_tests import compare
+from parity_tests._localize import flax_parts
+from parity_tests.port_networks import NETWORKS, randomized
+from probly_torch import port as ports
+from probly_torch.port._proof import load
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run():
+    """Layers of nnx promote dtypes, which the suite forbids elsewhere."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), jax.enable_x64(False):
+        yield
+
+
+@cache
+def ported(name):
+    """A network and its twin with equal weights, what both are called with, and the names of stacked layers."""
+    make, x = NETWORKS[name]
+    network = randomized(make()).eval()
+    twin = ports._twin("port", network, (x,))
+    return network, load(network, twin), (tuple(x.shape) if x.is_floating_point() else x), twin.rename
+
+
+def report_of(name, model=None, **options):
+    """Op by op, where nothing has to be compiled as a whole."""
+    network, twin, x, rename = ported(name)
+    options = {"gradients": False, "exact": False, "seeds": 1, "jit": False} | options
+    return compare(network, model or twin, x, rename=rename, **options)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_agrees_with_its_twin(name):
+    report = report_of(name)
+    assert report.passed, str(report)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("LeNet", 5), ("ViT", 25), ("BERT", 24), ("stacked LSTM", 4)])
+def test_layers_of_networks_agree(name, layers):
+    report = report_of(name, layers=True)
+    assert len(report.layers) == layers
+    assert all(layer.holds and layer.inputs_agree for layer in report.layers)
+
+
+@pytest.mark.parametrize("name", ["MLP", "LeNet", "GRU"])
+def test_gradients_of_networks_agree(name):
+    report = report_of(name, gradients=True, jit=True)
+    assert report.passed, str(report)
+    assert {each.kind for each in report.comparisons} >= {"output", "parameter gradient"}
+
+
+def option(**values):
+    """Other options of a layer."""
+
+    def edit(layer):
+        for name, value in values.items():
+            assert getattr(layer, name) != value
+            setattr(layer, name, value)
+
+    return edit
+
+
+def function(path, wrong):
+    """Another function in the place of a layer."""
+
+    def edit(model):
+        owner, _, name = path.rpartition(".")
+        part = flax_parts(model)[owner]
+        if isinstance(part, nnx.Sequential):
+            part.layers[int(name)] = wrong
+        else:
+            setattr(part, name, wrong)
+
+    return edit
+
+
+def weight(name, edit):
+    """Other values of a weight."""
+
+    def edit_layer(layer):
+        variable = layer
+        for part in name.split("."):
+            variable = getattr(variable, part)
+        variable.set_value(edit(variable.get_value()))
+
+    return edit_layer
+
+
+def no_bias(layer):
+    layer.bias = None
+    layer.use_bias = False
+
+
+def gates(*order):
+    """Blocks of the last axis in another order."""
+    return lambda kernel: kernel.reshape(*kernel.shape[:-1], len(order), -1)[..., list(order), :].reshape(kernel.shape)
+
+
+SLIPS = {  # of one layer: in which network, where, what, and words of the cause
+    "epsilon": ("BERT", "encoder.layers.1.norm1", option(epsilon=1e-6), "epsilon is 1e-06, torch eps is 1e-05"),
+    "epsilon of statistics": ("VGG", "features.1", option(epsilon=1e-3), "epsilon is 0.001, torch eps is 1e-05"),
+    "padding": ("ResNet-18", "layer3.0.conv1", option(padding="SAME"), "padding is 'SAME', torch padding is (1, 1)"),
+    "dilation": ("VGG", "features.4", option(kernel_dilation=(2, 2), padding=2), "dilation"),
+    "missing bias": ("LeNet", "fc1", no_bias, "bias"),
+}
+WEIGHTS = {  # of one layer, which were not copied as they should have been
+    "square kernel": ("MLP", "2", weight("kernel", lambda kernel: kernel.T), "transpose"),
+    "axes of a convolution": ("LeNet", "conv2", weight("kernel", lambda kernel: kernel.swapaxes(0, 1)), "kernel"),
+    "order of gates": ("GRU", "rnn", weight("forward_rnn.cell.dense_i.kernel", gates(1, 0, 2)), "gate"),
+}
+
+
+@pytest.mark.parametrize("slip", [*SLIPS, *WEIGHTS])
+def test_a_slip_in_one_layer_is_named_with_its_cause(slip):
+    name, path, edit, words = (SLIPS | WEIGHTS)[slip]
+    model = nnx.clone(ported(name)[1])
+    edit(flax_parts(model)[path])
+    report = report_of(name, model, weights="own" if slip in WEIGHTS else "copy")
+    assert not report.passed
+    assert report.first_divergence.path == path, str(report)
+    assert words in str(report.first_divergence)
+
+
+def test_a_wrong_function_in_the_place_of_a_layer_is_named():
+    model = nnx.clone(ported("MobileNet")[1])
+    function("blocks.1.conv.2", nnx.relu)(model)
+    divergence = report_of("MobileNet", model).first_divergence
+    assert divergence.path == "blocks.1.conv.2"
+    assert "relu6" in str(divergence)
+
+
+# The examples
+
+
+def pairs_of_examples():
+    """By name: both models, what they are called with, and options."""
+    torch.manual_seed(0)
+    moons = two_moons.TorchMLP(), two_moons.FlaxMLP(nnx.Rngs(0))
+    for package in ("ensemble", "batchensemble"):
+        of_torch, of_flax = (getattr(p, package)(m, 3) for p, m in zip((probly_torch, probly_flax), moons, strict=True))
+        yield f"two_moons, {package}", (of_torch, of_flax, (5, 2), {})
+    digits = port_and_resume.TorchNet(), port_and_resume.FlaxNet("float32")
+    yield "port_and_resume", (*digits, (3, 1, 8, 8), {"flatten": {"fc1": (16, 4, 4)}})
+    resnet = port_resnet.ResNet18(width=4, num_classes=7)
+    x = torch.zeros(2, 3, 32, 32)
+    options = {"jit": False, "gradients": False}
+    yield "port_resnet", (resnet.eval(), ports.port(resnet.eval(), x), tuple(x.shape), options)
+
+
+@pytest.mark.parametrize("name", ["two_moons, ensemble", "two_moons, batchensemble", "port_and_resume", "port_resnet"])
+def test_pairs_of_the_examples_agree(name):
+    of_torch, of_flax, shape, options = dict(pairs_of_examples())[name]
+    report = compare(of_torch, of_flax, shape, **{"weights": "random", "seeds": 2} | options)
+    assert report.passed, str(report)
+
+
+def test_a_slip_in_one_member_of_an_ensemble_is_named():
+    of_torch, of_flax, shape, _ = dict(pairs_of_examples())["two_moons, ensemble"]
+    probly_flax.load_arrays(of_flax, probly_torch.to_arrays(of_torch))
+    kernel = of_flax.stacked.net.layers[2].kernel
+    kernel.set_value(kernel[...].at[1].set(kernel[1].T))
+    report = compare(of_torch, of_flax, shape, weights="own", seeds=1, gradients=False, exact=False)
+    assert report.first_divergence.path == "[1].net.2"
+    assert "transpose" in str(report.first_divergence)
