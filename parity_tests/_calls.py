@@ -55,7 +55,7 @@ class Call:
 
 
 def torch_calls(model: TorchModel, inputs: Any, seed: int | None = None) -> list[Call]:
-    """In the order in which they end: inner layers before outer ones. Those under vmap have no values and are left out."""
+    """In the order in which they end: inner layers before outer ones. Calls under vmap have no values: left out."""
     calls: list[Call] = []
     open_calls: list[tuple[int, Any, Any]] = []
     counts: Counter[str] = Counter()

@@ -111,8 +111,9 @@ def _explained(
     sentences = []
     if twin is not None:
         off = error(_step(twin[1], name, history, scales), ours, ours, "float64") * UNIT_ROUNDOFF["float64"]
+        to = f"to {off:.0e}" if off else "exactly"
         before = "" if scales[-1] == 1 else f", after gradients are scaled by {scales[-1]:.6g},"
-        sentences.append(f"torch's {described}{before} is {twin[0]}, which agrees to {off:.0e}")
+        sentences.append(f"torch's {described}{before} is {twin[0]}, which agrees {to}")
     if other is not None and other is not twin:
         sentences.append(f"Flax takes the step of {other[0]}" + ("" if twin else f", torch that of {described}"))
     return "; ".join(sentences) or None

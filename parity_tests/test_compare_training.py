@@ -93,13 +93,13 @@ FAULTS = {
         partial(SGD, lr=0.1),
         optax.sgd(0.1 * (1 + 1e-6)),
         1,
-        "torch's SGD(lr=0.1) is optax.sgd(0.1), which agrees to",
+        "torch's SGD(lr=0.1) is optax.sgd(0.1), which agrees",
     ),
     "epsilon inside": (
         partial(ADAM, lr=0.01),
         optax.adam(0.01, eps=0.0, eps_root=1e-8),
         1,
-        "is optax.adam(0.01, b1=0.9, b2=0.999, eps=1e-08), which agrees to",
+        "is optax.adam(0.01, b1=0.9, b2=0.999, eps=1e-08), which agrees",
     ),
     "dampening": (
         partial(SGD, lr=0.1, momentum=0.9, dampening=0.1),
@@ -125,7 +125,7 @@ FAULTS = {
         partial(SGD, lr=0.1),
         optax.sgd(lambda count: 0.1 * 0.5**count),
         2,
-        "is optax.sgd(0.1), which agrees to",
+        "is optax.sgd(0.1), which agrees",
     ),
 }
 

@@ -186,6 +186,12 @@ class TrainingReport:
                 yield f"{kind:<10} {agree:>9}   {v.measured:.3g} / {v.limit:.3g} = {v.ratio:.2g}  {worst.name}"
 
     def _sentences(self) -> Iterator[str]:
+        if self.steps:
+            last = self.steps[-1]
+            yield (
+                f"On their own, torch and Flax are {last.distance:.1g} of the weights' scale apart after the last step; "
+                f"torch and torch that starts one ULP away, {last.twin_distance:.1g}."
+            )
         if self.first_departure is not None:
             yield f"First departure: {self.first_departure}"
         for c in self.comparisons:
