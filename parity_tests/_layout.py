@@ -3,24 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Which arrays torch has as (N, C, ...) and Flax as (N, ..., C): those with one of these numbers of axes."""
+
+    ranks: frozenset[int] = frozenset()
+
+    def to_flax(self, array: np.ndarray) -> np.ndarray:
+        """An input."""
+        return np.moveaxis(array, 1, -1) if array.ndim in self.ranks else array
+
+    def to_torch(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray | None:
+        """An output that has this shape in torch, or None; member outputs have their channels one axis later."""
+        moved = [np.moveaxis(array, -1, axis) for axis in (1, 2) if array.ndim > axis + 1]
+        order = [*moved, array] if array.ndim in self.ranks else [array, *moved]
+        return next((each for each in order if each.shape == tuple(shape)), None)
+
+    def to_flax_output(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+        """The gradient of an output that has this shape in Flax."""
+        moved = [np.moveaxis(array, axis, -1) for axis in (1, 2) if array.ndim > axis + 1]
+        order = [*moved, array] if array.ndim in self.ranks else [array, *moved]
+        return next(each for each in order if each.shape == tuple(shape))
+
+    def to_torch_input(self, array: np.ndarray) -> np.ndarray:
+        """The gradient of an input."""
+        return np.moveaxis(array, -1, 1) if array.ndim in self.ranks else array
+
+    def __str__(self) -> str:
+        """What a report says."""
+        return "channels last, (N, ..., C)" if self.ranks else "in torch's layout"
+
+
 def to_torch_layout(array: Any, shape: Sequence[int], channels_last: bool) -> np.ndarray | None:
-    """Flax's array as torch's of this shape; None if it is of another shape in either layout.
-
-    Sequences (B, T, C) are the same in both, so that three axes are moved only if the shape asks for it.
-    """
-    values = np.asarray(array)
-    layouts = [values, np.moveaxis(values, -1, 1)] if values.ndim >= 3 else [values]
-    if channels_last and values.ndim >= 4:
-        layouts.reverse()
-    return next((each for each in layouts if each.shape == tuple(shape)), None)
+    """Flax's array as torch's of this shape; None if it is of another shape in either layout."""
+    return _images(channels_last).to_torch(np.asarray(array), shape)
 
 
-def to_flax_layout(array: Any, channels_last: bool, image_rank: int = 4) -> np.ndarray:
-    """torch's array as Flax takes it: images, which have at least so many axes, with their channels last."""
-    values = np.asarray(array)
-    return np.moveaxis(values, 1, -1) if channels_last and values.ndim >= image_rank else values
+def to_flax_layout(array: Any, channels_last: bool) -> np.ndarray:
+    """torch's array as Flax takes it."""
+    return _images(channels_last).to_flax(np.asarray(array))
+
+
+def _images(channels_last: bool) -> Layout:
+    """Sequences (B, T, C) are the same in both."""
+    return Layout(frozenset((4, 5) if channels_last else ()))

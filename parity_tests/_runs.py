@@ -6,7 +6,6 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 import probly_flax
 import probly_torch
+from parity_tests._layout import Layout
 from parity_tests._masks import Masks
 from parity_tests._trees import is_floating, leaves, mapped, numpy_of
 from probly_flax._torch_names import torch_rules
@@ -25,37 +25,6 @@ from probly_flax._torch_names import torch_rules
 Key = tuple[str, str]  # kind of tensor, name
 Run = dict[Key, np.ndarray]
 Arrays = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which arrays torch has as (N, C, ...) and Flax as (N, ..., C): those with one of these numbers of axes."""
-
-    ranks: frozenset[int] = frozenset()
-
-    def to_flax(self, array: np.ndarray) -> np.ndarray:
-        """An input."""
-        return np.moveaxis(array, 1, -1) if array.ndim in self.ranks else array
-
-    def to_torch(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray | None:
-        """An output that has this shape in torch, or None; member outputs have their channels one axis later."""
-        moved = [np.moveaxis(array, -1, axis) for axis in (1, 2) if array.ndim > axis + 1]
-        order = [*moved, array] if array.ndim in self.ranks else [array, *moved]
-        return next((each for each in order if each.shape == tuple(shape)), None)
-
-    def to_flax_output(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-        """The gradient of an output that has this shape in Flax."""
-        moved = [np.moveaxis(array, axis, -1) for axis in (1, 2) if array.ndim > axis + 1]
-        order = [*moved, array] if array.ndim in self.ranks else [array, *moved]
-        return next(each for each in order if each.shape == tuple(shape))
-
-    def to_torch_input(self, array: np.ndarray) -> np.ndarray:
-        """The gradient of an input."""
-        return np.moveaxis(array, -1, 1) if array.ndim in self.ranks else array
-
-    def __str__(self) -> str:
-        """What a report says."""
-        return "channels last, (N, ..., C)" if self.ranks else "in torch's layout"
 
 
 @contextmanager

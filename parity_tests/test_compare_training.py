@@ -264,6 +264,33 @@ def test_members_agree(wrapper):
     assert report.steps[0].loss > 0.5
 
 
+class TorchRecurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(FEATURES, CLASSES, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(x)[0][:, -1]
+
+
+class FlaxRecurrent(nnx.Module):
+    def __init__(self):
+        self.rnn = nnx.RNN(nnx.OptimizedLSTMCell(FEATURES, CLASSES, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.rnn(x)[:, -1]
+
+
+def test_two_biases_move_twice_as_far():
+    """torch trains both of a sum; their gradients and all else agree."""
+    models = {"ours": TorchRecurrent(), "theirs": FlaxRecurrent()}
+    report = train(partial(SGD, lr=0.1), optax.sgd(0.1), 1, data=batches(1, (4, FEATURES)), jit=True, **models)
+    first = report.first_departure
+    assert (first.step, first.kind, first.tensor) == (1, "update", "rnn.bias_ih_l0")
+    assert "two biases, whose sum is one parameter in Flax" in first.cause
+    assert [(c.kind, c.name) for c in report.comparisons if not c.holds] == [("update", "rnn.bias_ih_l0")]
+
+
 def test_schedules_agree():
     def halved(optimizer):
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)

@@ -535,7 +535,7 @@ def drawn_alike() -> None:
 
 
 def random_bits() -> None:
-    test_random.test_uniform("float32", (0.0, 1.0))
+    test_random.test_bits(1)
 
 
 def disagreement() -> None:

@@ -19,7 +19,7 @@ import probly_torch as pt
 from parity_tests import oracle_recurrent, standard
 from parity_tests.standard import assert_close, assert_holds, error
 from parity_tests.subject import without_draws
-from parity_tests.twins import Twins, assert_special_values
+from parity_tests.twins import Twins, assert_same_steps, assert_special_values
 from probly_flax.layers import recurrent as flax_layers
 from probly_torch.layers import recurrent as torch_layers
 
@@ -269,11 +269,18 @@ def test_values_and_gradients_of_both_and_the_oracle(case, dtypes):
     )
 
 
+def twins(case):
+    return Twins(str(case), case.draw, *(partial(run, case) for run in (run_torch, run_flax, run_oracle)))
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.biases == 2], ids=str)
 def test_special_values(case):
-    assert_special_values(
-        Twins(str(case), case.draw, *(partial(run, case) for run in (run_torch, run_flax, run_oracle)))
-    )
+    assert_special_values(twins(case))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_steps_of_training(case):
+    assert_same_steps(twins(case))
 
 
 def random_(layer, seed=0):

@@ -23,7 +23,7 @@ from parity_tests._suspects import (
     cause_in_precision,
     cause_in_statistics,
 )
-from parity_tests._suspects_trial import run_flax, run_torch
+from parity_tests._suspects.trial import run_flax, run_torch
 from parity_tests._trees import mapped
 
 
@@ -110,7 +110,7 @@ def test_epsilon():
     agrees(cause)
 
 
-def test_two_suspects_together():
+def test_twotogether():
     norm = randomised(nn.LayerNorm(7))
     flax_norm = loaded(made(nnx.LayerNorm, 7, use_fast_variance=False), norm)
     flax_norm.bias = None
@@ -668,4 +668,3 @@ def test_layouts():
     np.testing.assert_array_equal(to_torch_layout(cube, cube.shape, False), cube)
     assert to_torch_layout(images, (2, 5, 4, 3), False) is None
     assert to_flax_layout(sequence, True).shape == (2, 3, 5)
-    assert to_flax_layout(sequence, True, image_rank=3).shape == (2, 5, 3)

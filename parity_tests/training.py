@@ -189,8 +189,8 @@ class TrainingReport:
         if self.steps:
             last = self.steps[-1]
             yield (
-                f"On their own, torch and Flax are {last.distance:.1g} of the weights' scale apart after the last step; "
-                f"torch and torch that starts one ULP away, {last.twin_distance:.1g}."
+                f"On their own, torch and Flax are {last.distance:.1g} of the weights' scale apart after the last "
+                f"step; torch and a twin that started one ULP away, {last.twin_distance:.1g}."
             )
         if self.first_departure is not None:
             yield f"First departure: {self.first_departure}"
@@ -242,7 +242,7 @@ class TrainingReport:
             axes.set_xlabel("step")
             axes.set_xticks(sorted({*numbers[:: 1 + len(numbers) // 10], *numbers[-1:]}))
             axes.grid(axis="y", lw=0.4, c="#cccccc")
-            axes.legend(frameon=False)
+            axes.legend()
         drawing.suptitle(f"{self._title()}\n{self._verdict()}", fontsize=10, parse_math=False)
         return drawing
 

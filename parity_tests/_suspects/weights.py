@@ -14,7 +14,7 @@ import torch
 from flax import nnx
 from torch import nn
 
-from parity_tests._suspects_trial import Court, LayerPair, Suspect, Trial, run_torch
+from parity_tests._suspects.trial import Court, LayerPair, Suspect, Trial, run_torch
 from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR
 from probly_flax import load_arrays
 from probly_flax import to_arrays as flax_arrays
@@ -128,7 +128,7 @@ def _heads(pair: LayerPair) -> Iterator[Suspect]:
         (_features_first, "(features, heads)", "reshape(..., heads, features)"),
         (_heads_first, "(heads, features), then swapped,", "no swap of heads and features"),
     ):
-        edit = partial(_split_heads, names=inner, function=split)
+        edit = partial(_change, names=inner, function=split)
         yield Suspect(f"nnx splits query, key and value as {said}, torch as (heads, features)", code, edit)
 
 
@@ -148,10 +148,6 @@ def _features_first(array: np.ndarray) -> np.ndarray:
 
 def _heads_first(array: np.ndarray) -> np.ndarray:
     return array.reshape(*array.shape[:-2], array.shape[-1], array.shape[-2]).swapaxes(-1, -2)
-
-
-def _split_heads(trial: Trial, names: Sequence[str], function: Function) -> None:
-    _change(trial, names, function)
 
 
 def _thirds(pair: LayerPair) -> Iterator[Suspect]:
@@ -183,15 +179,15 @@ def _columns(weights: dict[str, Any], columns: np.ndarray, said: str, remedy: st
     return Suspect(said, remedy, partial(_change, names=names, function=function))
 
 
-_NO_GATES: tuple[tuple[str, ...], ...] = ()
+_APART = (("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho"))  # of an nnx.LSTMCell
 
 
 def _gates(pair: LayerPair) -> Iterator[Suspect]:
     """Blocks of torch's recurrent layers, in another order."""
-    letters, apart = "", _NO_GATES
+    letters = ""
     mode = getattr(pair.torch, "mode", type(pair.torch).__name__)
     if "LSTM" in mode:
-        letters, apart = "ifgo", (("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho"))
+        letters = "ifgo"
     elif "GRU" in mode:
         letters = "rzn"
     hidden = getattr(pair.torch, "hidden_size", None)
@@ -199,7 +195,7 @@ def _gates(pair: LayerPair) -> Iterator[Suspect]:
         return
     weights = _weights(pair.flax)
     blocks = [n for n, v in weights.items() if v.shape[-1] == len(letters) * hidden]
-    single = [n for n in weights for each in apart if set(each) & set(n.split("."))]
+    single = [n for n in weights for each in _APART if set(each) & set(n.split("."))]
     for order in permutations(range(len(letters))):
         if order == tuple(range(len(letters))):
             continue
@@ -208,16 +204,16 @@ def _gates(pair: LayerPair) -> Iterator[Suspect]:
             function = partial(np.take, indices=columns, axis=-1)
             edit: Any = partial(_change, names=blocks, function=function)
         elif single:
-            edit = partial(_exchange, names=single, others=[_other(n, order, apart) for n in single])
+            edit = partial(_exchange, names=single, others=[_other(n, order) for n in single])
         else:
             return
         ours, own = ", ".join(letters), ", ".join(letters[i] for i in np.argsort(order))
         yield Suspect(f"the gates of nnx lie as ({own}), torch's as ({ours})", f"the gates as ({ours})", edit)
 
 
-def _other(name: str, order: Sequence[int], apart: Sequence[Sequence[str]]) -> str:
+def _other(name: str, order: Sequence[int]) -> str:
     parts = name.split(".")
-    renamed = {each: group[order[i]] for group in apart for i, each in enumerate(group)}
+    renamed = {each: group[order[i]] for group in _APART for i, each in enumerate(group)}
     return ".".join(renamed.get(part, part) for part in parts)
 
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from parity_tests._suspects_options import fast_variance
-from parity_tests._suspects_trial import Court, LayerPair, Suspect, Trial, run_torch, sentence
+from parity_tests._suspects.options import fast_variance
+from parity_tests._suspects.trial import Court, LayerPair, Suspect, Trial, run_torch, sentence
 from parity_tests._trees import is_array, is_floating, mapped
 from parity_tests.standard import NOISE_FLOOR, PRECISION_LIMIT, UNIT_ROUNDOFF
 

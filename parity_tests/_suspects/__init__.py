@@ -11,17 +11,17 @@ from contextlib import contextmanager
 
 import jax
 
-from parity_tests import (
-    _suspects_between,
-    _suspects_formulas,
-    _suspects_inputs,
-    _suspects_options,
-    _suspects_precision,
-    _suspects_statistics,
-    _suspects_weights,
+from parity_tests._suspects import (
+    between,
+    formulas,
+    inputs,
+    options,
+    precision,
+    statistics,
+    weights,
 )
-from parity_tests._suspects_between import Gap
-from parity_tests._suspects_trial import Court, LayerPair, Suspect, attentions
+from parity_tests._suspects.between import Gap
+from parity_tests._suspects.trial import Court, LayerPair, Suspect, attentions
 
 __all__ = ["Gap", "LayerPair", "cause_between", "cause_in_layer", "cause_in_precision", "cause_in_statistics"]
 
@@ -40,8 +40,8 @@ def cause_in_layer(pair: LayerPair) -> str | None:
         cause = court.cause(_suspects(pair))
         matched = court.matched(pair.torch_outputs, pair.flax_outputs)
         if cause is None and matched:
-            cause = _suspects_formulas.cause(pair, *matched[0])
-            cause = cause or _suspects_between.cause(_suspects_between.gap_of(pair, matched))
+            cause = formulas.cause(pair, *matched[0])
+            cause = cause or between.cause(between.gap_of(pair, matched))
         return cause
 
 
@@ -50,23 +50,23 @@ def _suspects(pair: LayerPair) -> Iterator[Suspect]:
     if attentions(pair.flax):  # which every trial replaces
         said = "nnx.dot_product_attention takes its softmax in float32, whatever the dtype"
         yield Suspect(said, "a softmax in float64", lambda trial: None)
-    yield from _suspects_options.suspects(pair)
-    yield from _suspects_inputs.suspects(pair)
-    yield from _suspects_weights.suspects(pair)
-    yield from _suspects_precision.suspects(pair, "float64")
+    yield from options.suspects(pair)
+    yield from inputs.suspects(pair)
+    yield from weights.suspects(pair)
+    yield from precision.suspects(pair, "float64")
 
 
 def cause_in_statistics(pair: LayerPair) -> str | None:
     """Why the statistics of a layer differ after an update, given both layers before it."""
     with _settings():
-        return _suspects_statistics.cause(pair)
+        return statistics.cause(pair)
 
 
 def cause_in_precision(pair: LayerPair) -> str | None:
     """Why a layer is less precise in float32 than torch's, though they agree in float64; captured in float32."""
-    return _suspects_precision.cause(pair)
+    return precision.cause(pair)
 
 
 def cause_between(gap: Gap) -> str | None:
     """What a module computes between its layers on either side, where that differs and is recognised."""
-    return _suspects_between.cause(gap)
+    return between.cause(gap)

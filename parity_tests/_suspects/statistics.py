@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from parity_tests._suspects_trial import LayerPair, explains, sentence
+from parity_tests._suspects.trial import LayerPair, explains, sentence
 from parity_tests._trees import is_floating, leaves, mapped
 from parity_tests.standard import error
 from probly_flax import to_arrays as flax_arrays

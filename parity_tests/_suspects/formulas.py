@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from parity_tests._layout import to_torch_layout
-from parity_tests._suspects_trial import LayerPair, sentence
+from parity_tests._suspects.trial import LayerPair, sentence
 from parity_tests._trees import is_floating, leaves, numpy_of
 from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, error
 

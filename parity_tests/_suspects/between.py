@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from parity_tests._layout import to_torch_layout
-from parity_tests._suspects_trial import LayerPair, explains, sentence
+from parity_tests._suspects.trial import LayerPair, explains, sentence
 from parity_tests._trees import is_floating, leaves, numpy_of
 from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, error
 

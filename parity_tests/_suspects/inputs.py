@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from torch import nn
 
-from parity_tests._suspects_trial import LayerPair, Suspect, Trial, exact_attention
+from parity_tests._suspects.trial import LayerPair, Suspect, Trial, exact_attention
 from parity_tests._trees import is_array, is_floating, leaves, mapped, numpy_of
 
 Function = Callable[[Any], Any]

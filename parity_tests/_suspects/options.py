@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from parity_tests._suspects_trial import LayerPair, Suspect, Trial, run_torch
+from parity_tests._suspects.trial import LayerPair, Suspect, Trial, run_torch
 from probly_flax import _options as flax_options
 from probly_flax._checks_options import Missing, Text
 from probly_torch import _options as torch_options
@@ -24,12 +24,6 @@ _NAMES = (
     ("num_heads", "heads", "n_heads", "nhead"),
     ("num_groups", "groups"),
 )
-_ATTRIBUTES = {
-    "eps": ("eps",),
-    "groups": ("groups",),
-    "axes": ("normalized_shape",),
-    "feature_axes": ("normalized_shape",),
-}
 
 
 def suspects(pair: LayerPair) -> Iterator[Suspect]:
@@ -65,16 +59,11 @@ def _number(layer: Any, names: tuple[str, ...]) -> str | None:
 
 
 def _option(pair: LayerPair, name: str, value: Any, torch_name: str) -> Suspect:
-    theirs = next((getattr(pair.torch, n) for n in (torch_name,) if hasattr(pair.torch, n)), value)
-    own = (
-        getattr(pair.flax, name, None) if not isinstance(pair.flax, nnx.RNN) else getattr(_owner(pair.flax, name), name)
-    )
-    shown = f"nnx {name} is {_shown(own)}, torch {torch_name} is {_shown(value if theirs is None else theirs)}"
-
-    def edit(trial: Trial) -> None:
-        _set(trial.layer, name, value, pair.torch)
-
-    return Suspect(shown, f"{name}={_shown(value)}", edit, joins=True)
+    """Another value of one of Flax's attributes, beside torch's as torch has it."""
+    own, theirs = getattr(_owner(pair.flax, name), name, None), getattr(pair.torch, torch_name, None)
+    said = f"nnx {name} is {_shown(own)}, torch {torch_name} is {_shown(value if theirs is None else theirs)}"
+    edit = partial(_set, name=name, value=value, torch_layer=pair.torch)
+    return Suspect(said, f"{name}={_shown(value)}", lambda trial: edit(trial.layer), joins=True)
 
 
 def _shown(value: Any) -> str:
