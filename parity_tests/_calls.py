@@ -116,7 +116,7 @@ def flax_calls(
 
     with model.x64():
         arrays = iter((jax.jit(forward) if model.jit else forward)(state, given, jax.random.key(seed)))
-        calls = []
+        calls: list[Call] = []
         for path, index, trees, start in recorder.calls:
             args, kwargs, outputs = mapped(trees, lambda _: next(arrays))
             calls.append(Call(torch_path(path), index, args, kwargs, outputs, start, len(calls)))
@@ -194,6 +194,7 @@ def _functions(model: nnx.Module) -> Iterator[tuple[str, Any, Any, Callable[...,
     parts = {path: part for path, part in _parts(model, "") if not isinstance(part, others)}
     for path, module in [(path, part) for path, part in _parts(model, "") if isinstance(part, nnx.Module)]:
         prefix = f"{path}." if path else ""
+        own: list[tuple[Any, Any, Any]]
         if isinstance(module, nnx.Sequential):
             own = [(i, module.layers, i) for i in range(len(module.layers))]
         elif type(module).__module__.partition(".")[0] in ("flax", "probly_flax"):

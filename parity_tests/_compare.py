@@ -293,8 +293,8 @@ class _Comparison:
             reference |= {("output", name): np.asarray(array) for name, array in leaves(outputs, "output")}
         for key, expected in reference.items():
             if all(key in run for run in flax_runs.values()):
-                of = ({dtype: run[key] for dtype, run in runs.items()} for runs in (torch_runs, flax_runs))
-                self._add(key, *of, expected)
+                a, b = ({dtype: run[key] for dtype, run in runs.items()} for runs in (torch_runs, flax_runs))
+                self._add(key, a, b, expected)
 
     def _runs(self, inputs: Any, g: Any, seed: int) -> tuple[dict[str, Run], dict[str, Run]]:
         """Flax's first, since torch's masks of dropout are matched with its masks."""

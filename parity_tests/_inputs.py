@@ -61,14 +61,14 @@ class Inputs:
     def draw(self, seed: int) -> Any:
         """(args, kwargs) as NumPy arrays: floating ones in float64, standard normal where they are drawn."""
         rng = np.random.default_rng(seed)
-        return self._replaced(lambda shape: self.rounded(rng.standard_normal(shape)), rng)
+        return self._replaced(lambda shape: self.rounded(np.asarray(rng.standard_normal(shape))), rng)
 
     def dyadic(self, seed: int, largest: int) -> Any:
         """Integers from -largest to largest in place of all floating values."""
         rng = np.random.default_rng(seed)
 
         def integers(shape: tuple[int, ...]) -> np.ndarray:
-            return rng.integers(-largest, largest + 1, shape).astype(np.float64)
+            return np.asarray(rng.integers(-largest, largest + 1, shape), np.float64)
 
         return mapped(self._replaced(integers, rng), lambda a: integers(a.shape) if is_floating(a) else a)
 

@@ -202,7 +202,7 @@ class Calls:
             path for path in flax_parts(self.pair.flax["float64"].module) if self.pair.torch_path(path) == match.path
         )
         before, here = (f"{path}." if path else "" for path in (flax_path, match.path))
-        pairs = {dtype: self._layer(match, dtype) for dtype in match.torch}
+        pairs: dict[str, tuple[Any, Any]] = {dtype: self._layer(match, dtype) for dtype in match.torch}
         for i in range(len(pairs["float64"][0])):
             torch_models = {d: TorchModel(pair[0][i], d, self.pair.train) for d, pair in pairs.items()}
             with jax.enable_x64(True):
@@ -339,7 +339,8 @@ class Calls:
         self, call: Call, flax: Any, places: list[str], given: Mapping[str, Any], g: np.ndarray
     ) -> dict[str, np.ndarray]:
         layer = nnx.clone(flax) if isinstance(flax, nnx.Module) else nnx.Sequential(flax)
-        graph, parameters, rest = nnx.split(layer, nnx.Param, ...)
+        graph, *states = nnx.split(layer, nnx.Param, ...)
+        parameters, rest = states
 
         def run(parameters: Any, given: Mapping[str, Any]) -> Any:
             values = dict(zip(places, given.values(), strict=True))

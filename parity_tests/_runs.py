@@ -85,11 +85,10 @@ class TorchModel:
             of = {name: t for name, t in outputs.items() if t.is_floating_point() and t.requires_grad}
             into = {("input gradient", _input_name(name)): t for name, t in sources.items()}
             into |= {("parameter gradient", name): p for name, p in self.module.named_parameters(remove_duplicate=True)}
+            grads: tuple[Tensor | None, ...] = (None,) * len(into)
             if of:
                 g = [self._tensor(cotangent(name, t.shape)) for name, t in of.items()]
                 grads = torch.autograd.grad(list(of.values()), list(into.values()), g, allow_unused=True)
-            else:
-                grads = (None,) * len(into)
             for (key, tensor), grad in zip(into.items(), grads, strict=True):
                 run[key] = numpy_of(torch.zeros_like(tensor) if grad is None else grad)
         with torch.no_grad():
@@ -215,7 +214,8 @@ class FlaxModel:
 
     @property
     def _state(self) -> tuple[Any, Any]:
-        return nnx.split(self.module, nnx.Param, ...)[1:]
+        _, *states = nnx.split(self.module, nnx.Param, ...)
+        return states[0], states[1]
 
     def masked(self, key: Any) -> AbstractContextManager[Any]:
         """Around a forward: masks of dropout come from the key."""

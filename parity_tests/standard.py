@@ -120,7 +120,7 @@ class Errors(NamedTuple):
 
     def worse(self, other: Errors) -> Errors:
         """The larger of each."""
-        return Errors(*(a if b is None else max(a, b) for a, b in zip(self, other, strict=True)))  # type: ignore[type-var]
+        return Errors(*(a if b is None else max(a, b) for a, b in zip(self, other, strict=True)))  # type: ignore
 
     def verdicts(self, tensor: str, low: str) -> list[Verdict]:
         """Precision in the lower dtype, then meaning in float64."""
