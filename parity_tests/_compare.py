@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from itertools import product
 from typing import Any, Literal
 
@@ -138,7 +137,7 @@ def compare(
             comparisons.append(Comparison("output", "output", (Verdict("output", misfit, float("inf"), 0.0),)))
         if comparison.pair.layout.ranks:
             notes.append(f"Flax took its inputs {comparison.pair.layout}")
-        comparisons = _with_gaps(comparisons, known_gaps)
+        comparisons = with_gaps("compare", comparisons, known_gaps or {})
         failed = [each for each in comparisons if not each.holds and each.gap is None]
         found: tuple[Any, ...] = ()
         divergence = None
@@ -425,19 +424,3 @@ def _place(a: np.ndarray, b: np.ndarray, dtype: str) -> tuple[tuple[int, ...], f
     index = tuple(int(i) for i in np.unravel_index(np.nan_to_num(difference, nan=np.inf).argmax(), a.shape))
     pair = [np.asarray([array[index]]).astype(jnp.dtype(dtype)) for array in (a, b)]
     return index, float(a[index]), float(b[index]), float(ulps(*pair)[0])
-
-
-def _with_gaps(comparisons: Sequence[Comparison], known_gaps: Mapping[str, str] | None) -> list[Comparison]:
-    """Each known gap's reason at the tensors that differ; at one that does not, if none does, so that it fails."""
-    marked = list(comparisons)
-    for pattern, reason in (known_gaps or {}).items():
-        matching = [i for i, each in enumerate(marked) if fnmatchcase(each.name, pattern)]
-        if not matching:
-            raise ValueError(
-                f"compare expects known_gaps to name tensors of the report; got {pattern!r}, which none has: "
-                f"{', '.join(sorted({each.name for each in marked}))[:300]}. Leave it out."
-            )
-        differing = [i for i in matching if not all(verdict.holds for verdict in marked[i].verdicts)]
-        for i in differing or matching[:1]:
-            marked[i] = replace(marked[i], gap=reason)
-    return marked

@@ -78,24 +78,32 @@ class TorchModel:
             tensor.requires_grad_(cotangent is not None)
         with self.masked(seed), torch.set_grad_enabled(cotangent is not None):
             outputs = dict(leaves(self.module(*args, **kwargs), "output"))
-        run: Run = {("output", name): numpy_of(t) for name, t in outputs.items()}
-        buffers = dict(self.module.named_buffers())
-        run |= {("statistic", n): numpy_of(buffers[n]) for n in self.module.state_dict() if n in buffers}
-        if cotangent is not None:
-            of = {name: t for name, t in outputs.items() if t.is_floating_point() and t.requires_grad}
-            into = {("input gradient", _input_name(name)): t for name, t in sources.items()}
-            into |= {("parameter gradient", name): p for name, p in self.module.named_parameters(remove_duplicate=True)}
-            grads: tuple[Tensor | None, ...] = (None,) * len(into)
-            if of:
-                g = [self._tensor(cotangent(name, t.shape)) for name, t in of.items()]
-                grads = torch.autograd.grad(list(of.values()), list(into.values()), g, allow_unused=True)
-            for (key, tensor), grad in zip(into.items(), grads, strict=True):
-                run[key] = numpy_of(torch.zeros_like(tensor) if grad is None else grad)
+            run: Run = {("output", name): numpy_of(t) for name, t in outputs.items()}
+            buffers = dict(self.module.named_buffers())
+            run |= {("statistic", n): numpy_of(buffers[n]) for n in self.module.state_dict() if n in buffers}
+            if cotangent is not None:
+                run |= self._gradients(outputs, sources, cotangent)
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():
                 if name in before:
                     buffer.copy_(before[name])
         return run
+
+    def _gradients(
+        self,
+        outputs: Mapping[str, Tensor],
+        sources: Mapping[str, Tensor],
+        cotangent: Callable[[str, Sequence[int]], np.ndarray],
+    ) -> Run:
+        of = {name: t for name, t in outputs.items() if t.is_floating_point() and t.requires_grad}
+        into = {("input gradient", _input_name(name)): t for name, t in sources.items()}
+        into |= {("parameter gradient", name): parameter for name, parameter in self.module.named_parameters()}
+        grads: tuple[Tensor | None, ...] = (None,) * len(into)
+        if of:
+            g = [self._tensor(cotangent(name, t.shape)) for name, t in of.items()]
+            grads = torch.autograd.grad(list(of.values()), list(into.values()), g, allow_unused=True)
+        pairs = zip(into.items(), grads, strict=True)
+        return {key: numpy_of(torch.zeros_like(t) if grad is None else grad) for (key, t), grad in pairs}
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         floating = np.issubdtype(array.dtype, np.floating)

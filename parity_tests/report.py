@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from parity_tests.standard import Verdict
@@ -203,3 +204,19 @@ class ParityReport:
         from parity_tests import _render
 
         _render.save("ParityReport.save", path, _render.writers(self))
+
+
+def with_gaps(what: str, comparisons: Sequence[Comparison], known_gaps: Mapping[str, str]) -> list[Comparison]:
+    """Each known gap's reason at the tensors that differ; at one that does not, if none does, so that it fails."""
+    marked = list(comparisons)
+    for pattern, reason in known_gaps.items():
+        matching = [i for i, each in enumerate(marked) if fnmatchcase(each.name, pattern)]
+        if not matching:
+            raise ValueError(
+                f"{what} expects known_gaps to name tensors of the report; got {pattern!r}, which none has: "
+                f"{', '.join(sorted({each.name for each in marked}))[:300]}. Leave it out."
+            )
+        differing = [i for i in matching if not all(verdict.holds for verdict in marked[i].verdicts)]
+        for i in differing or matching[:1]:
+            marked[i] = replace(marked[i], gap=reason)
+    return marked

@@ -189,13 +189,13 @@ SUBJECTS = [
     *_embed("E1", 1, (2, 3, 2), 3, 2),
     *(
         _batch_norm(shape, num_members, train)
-        for shape, num_members in (((15, 4), 3), ((8, 3, 5), 2), ((6, 5, 3, 2), 3), ((4, 2, 3, 2, 3), 1))
+        for shape, num_members in (((15, 4), 3), ((8, 3, 5), 2), ((6, 5, 3, 2), 3), ((4, 7, 3, 2, 3), 1))
         for train in (True, False)
     ),
     _layer_norm((6, 7), 3),
-    _layer_norm((6, 3, 4), 2),
+    _layer_norm((6, 3, 11), 2),
     _layer_norm((4, 2, 3, 5), 2, axes=2),
-    _group_norm((6, 6), 3, 2),
+    _group_norm((6, 14), 3, 2),
     _group_norm((4, 6, 3, 5), 2, 3),
-    _group_norm((4, 4, 3), 1, 4),
+    _group_norm((4, 4, 11), 1, 4),
 ]

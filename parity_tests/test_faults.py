@@ -388,7 +388,7 @@ EMBED_AND_NORM = [
         torch_norm._scaled,
         "members, weight)",
         "members, weight[:1])",
-        "BatchEnsembleLayerNorm-6x3x4",
+        "BatchEnsembleLayerNorm-6x3x11",
     ),
     Fault(
         "channels of one group apart",

@@ -45,7 +45,7 @@ from parity_tests._training_runs import (
     torch_loss,
 )
 from parity_tests._trees import leaves, numpy_of
-from parity_tests.report import Comparison
+from parity_tests.report import Comparison, with_gaps
 from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, Errors, Verdict, error, ulps
 from probly_torch._checks import check_module, type_name
 from probly_torch._checks_weights import rename_all
@@ -433,7 +433,7 @@ class _Judged:
                 ratios = [max(v.ratio for v in e.verdicts(key[1], self.low)[:2]) for e in errors]
                 self.departure = Departure(int(np.argmax(ratios)) + 1, *key, broken[0])
             comparisons.append(replace(comparison, verdicts=(*comparison.verdicts, *precision), gap=None))
-        return tuple(_with_gaps(WHAT, comparisons, self.gaps) if comparisons else ()), self.departure
+        return tuple(with_gaps(WHAT, comparisons, self.gaps) if comparisons else ()), self.departure
 
     def _judge(
         self, number: int, batch: Batch, state: Arrays, ours: Mapping[str, Run], theirs: Mapping[str, Run]
@@ -550,22 +550,6 @@ class _Free:
         weights, reference = self.theirs.summed(weights), self.theirs.summed(reference)
         roundings = (error(weights[name], array, array, "float64") for name, array in reference.items())
         return UNIT_ROUNDOFF["float64"] * max(roundings, default=0.0)
-
-
-def _with_gaps(what: str, comparisons: Sequence[Comparison], known_gaps: Mapping[str, str]) -> list[Comparison]:
-    """Each known gap's reason at the tensors that differ; at one that does not, if none does, so that it fails."""
-    marked = list(comparisons)
-    for pattern, reason in known_gaps.items():
-        matching = [i for i, each in enumerate(marked) if fnmatchcase(each.name, pattern)]
-        if not matching:
-            raise ValueError(
-                f"{what} expects known_gaps to name tensors of the report; got {pattern!r}, which none has: "
-                f"{', '.join(sorted({each.name for each in marked}))[:300]}. Leave it out."
-            )
-        differing = [i for i in matching if not all(verdict.holds for verdict in marked[i].verdicts)]
-        for i in differing or matching[:1]:
-            marked[i] = replace(marked[i], gap=reason)
-    return marked
 
 
 def _updates(weights: Mapping[str, np.ndarray]) -> Run:
