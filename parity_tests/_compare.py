@@ -19,7 +19,7 @@ from parity_tests._masks import Masks
 from parity_tests._runs import FlaxModel, Key, Layout, LayoutError, Run, TorchModel, highest_precision
 from parity_tests._trees import leaves, mapped
 from parity_tests._weights import fresh_weights, match_weights, random_weights, torch_paths
-from parity_tests.report import KINDS, Comparison, ParityReport
+from parity_tests.report import KINDS, Comparison, ParityReport, with_gaps
 from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, Errors, Verdict, error, ulps
 
 SEEDS = 5
