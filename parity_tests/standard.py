@@ -8,6 +8,7 @@ which explodes at cancellation.
 - Bounded, meaning: float64 results agree to 16 times the rounding noise that float32 shows, in float64 units.
   Rounding shrinks by 2**29 from float32 to float64; a wrong formula does not.
 - Bounded, precision: neither framework is more than 8 times less accurate than the other.
+  Over several draws the scale is the largest of theirs: a gradient that cancels in one of them has lost digits there.
 - Trajectory: after the same training steps in float64, weights agree to 1e-12 of their scale.
 """
 
@@ -100,14 +101,16 @@ class Errors(NamedTuple):
     distance: float | None = None  # in float64, of torch and Flax
     torch: float = 0.0  # in float64, from the oracle
     flax: float = 0.0
+    scale: float = 0.0  # max|reference|, which these are measured by
 
     @classmethod
     def of(cls, torch_runs: Arrays, flax_runs: Arrays, reference: np.ndarray, low: str) -> Errors:
         """From a tensor's values by dtype."""
         a, b = torch_runs[low], flax_runs[low]
         lows = error(a, reference, reference, low), error(b, reference, reference, low)
+        scale = float(np.abs(reference).max(initial=0.0, where=np.isfinite(reference)))
         if "float64" not in torch_runs:
-            return cls(*lows)
+            return cls(*lows, scale=scale)
         a64, b64 = torch_runs["float64"], flax_runs["float64"]
         return cls(
             *lows,
@@ -116,11 +119,20 @@ class Errors(NamedTuple):
             error(a64, b64, reference, "float64"),
             error(a64, reference, reference, "float64"),
             error(b64, reference, reference, "float64"),
+            scale,
         )
 
+    def at_scale(self, scale: float) -> Errors:
+        """The same distances, measured by a larger scale."""
+        share = self.scale / scale if self.scale > 0 else 1.0
+        scaled = (None if each is None else each * share for each in self[:-1])
+        return Errors._make((*scaled, scale))
+
     def worse(self, other: Errors) -> Errors:
-        """The larger of each."""
-        return Errors(*(a if b is None else max(a, b) for a, b in zip(self, other, strict=True)))  # type: ignore
+        """The larger of each, at the larger scale: a draw whose values cancel says little by itself."""
+        scale = max(self.scale, other.scale)
+        pairs = zip(self.at_scale(scale), other.at_scale(scale), strict=True)
+        return Errors(*(a if a is None or b is None else max(a, b) for a, b in pairs))  # type: ignore[arg-type]
 
     def verdicts(self, tensor: str, low: str) -> list[Verdict]:
         """Precision in the lower dtype, then meaning in float64."""

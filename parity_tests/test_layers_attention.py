@@ -113,7 +113,7 @@ class Case:
         for name, shape in shapes.items():
             center = 1.0 if name[-2:] in ("_r", "_s", ".r", ".s") else 0.0
             # A softmax of scores that are too large is constant, of too small ones flat: its gradients cancel in both.
-            scale = 0.5 if center or name.endswith("weight") else 1.0
+            scale = 0.4 if center or name.endswith("weight") else 1.0
             values = center + scale * rng.standard_normal(shape)
             arrays[name] = values.astype(jnp.dtype(dtype)).astype(np.float64)
         return arrays

@@ -443,7 +443,7 @@ class _Judged:
             if key not in theirs["float64"]:
                 continue
             a, b = ({d: run[key] for d, run in runs.items()} for runs in (ours, theirs))
-            errors = self._at_scale(key, Errors.of(a, b, reference, self.low), reference)
+            errors = self._at_scale(key, Errors.of(a, b, reference, self.low))
             noise = max(NOISE_FLOOR, errors.noise_torch, errors.noise_flax)
             verdict = Verdict(
                 key[1],
@@ -459,16 +459,14 @@ class _Judged:
             self.departure = self._departure(number, batch, state, broken, ours["float64"], theirs["float64"])
         return found
 
-    def _at_scale(self, key: Key, errors: Errors, reference: np.ndarray) -> Errors:
+    def _at_scale(self, key: Key, errors: Errors) -> Errors:
         """At the largest scale that the tensor had so far.
 
         Losses and gradients go to zero as training succeeds, and then are differences of larger numbers, of which
         float32 keeps no digit by which float64 could be judged.
         """
-        scale = float(np.abs(reference).max(initial=0.0, where=np.isfinite(reference)))
-        self.scales[key] = max(scale, self.scales.get(key, 0.0))
-        share = scale / self.scales[key] if scale else 1.0
-        return Errors._make(e * share if e is not None and math.isfinite(e) else e for e in errors)
+        self.scales[key] = max(errors.scale, self.scales.get(key, 0.0))
+        return errors.at_scale(self.scales[key])
 
     def _departure(
         self, number: int, batch: Batch, state: Arrays, broken: Sequence[Comparison], ours: Run, theirs: Run
