@@ -16,7 +16,7 @@ def pytest_configure(config):
     """Tests compile many equal programs: JAX keeps them in pytest's cache, for workers, subprocesses and later runs."""
     jax.config.update("jax_num_cpu_devices", 8)  # for sharding
     if ROLLED not in (flags := os.environ.get("XLA_FLAGS", "")):
-        os.environ["XLA_FLAGS"] = f"{flags} {ROLLED}"
+        os.environ["XLA_FLAGS"] = f"{flags} {ROLLED}".strip()
     if CACHE not in os.environ:
         os.environ[CACHE] = str(config.cache.mkdir("jax") if hasattr(config, "cache") else tempfile.mkdtemp())
     for option, value in (("MIN_COMPILE_TIME_SECS", "0"), ("MIN_ENTRY_SIZE_BYTES", "-1")):
