@@ -51,8 +51,8 @@ class Match:
 
     torch: Mapping[str, Call]
     flax: Mapping[str, Call]
-    inputs: tuple[list[Verdict], ...]
-    outputs: list[Verdict] | None  # None if they could not be put side by side
+    inputs: list[list[Verdict]]
+    outputs: list[list[Verdict]] | None  # None if they could not be put side by side
 
     @property
     def path(self) -> str:
@@ -81,37 +81,28 @@ class Calls:
         t, f = ({dtype: call.inputs for dtype, call in calls.items()} for calls in (of_torch, of_flax))
         inputs, free = [], list(range(len(f["float64"])))
         for i, tensor in enumerate(t["float64"]):
-            for j in free:
-                if self._fits(tensor, f["float64"][j]):
-                    inputs.append(
-                        self._verdicts(*({d: arrays[k] for d, arrays in c.items()} for c, k in ((t, i), (f, j))))
-                    )
-                    free.remove(j)
-                    break
+            j = next((j for j in free if self._fits(tensor, f["float64"][j])), None)
+            if j is not None:
+                free.remove(j)
+                inputs.append(self._verdicts(_each(t, i), _each(f, j)))
         t, f = ({dtype: call.results for dtype, call in calls.items()} for calls in (of_torch, of_flax))
         pairs = list(zip(t["float64"], f["float64"], strict=False))
-        outputs: list[Verdict] | None = None
+        outputs = None
         if pairs and all(self._fits(a, b) for a, b in pairs):
-            outputs = []
-            for i in range(len(pairs)):
-                outputs += self._verdicts({d: c[i] for d, c in t.items()}, {d: c[i] for d, c in f.items()})
-        return Match(of_torch, of_flax, tuple(inputs), outputs)
+            outputs = [self._verdicts(_each(t, i), _each(f, i)) for i in range(len(pairs))]
+        return Match(of_torch, of_flax, inputs, outputs)
 
     def _fits(self, tensor: Any, array: Any) -> bool:
-        same_kind = is_floating(tensor) == is_floating(array)
-        return (
-            same_kind and self.pair.layout.to_torch(np.broadcast_to(np.int8(0), array.shape), tensor.shape) is not None
-        )
+        if is_floating(tensor) != is_floating(array):
+            return False
+        return self.pair.layout.to_torch(np.broadcast_to(np.int8(0), array.shape), tensor.shape) is not None
 
     def _verdicts(self, tensors: Mapping[str, Any], arrays: Mapping[str, Any]) -> list[Verdict]:
         t = {dtype: numpy_of(tensor) for dtype, tensor in tensors.items()}
         f = {dtype: self._nearest(numpy_of(array), t["float64"]) for dtype, array in arrays.items()}
         if not is_floating(tensors["float64"]):
-            return [
-                Verdict(
-                    "values", "inequality of torch and flax", float(not np.array_equal(t["float64"], f["float64"])), 0.0
-                )
-            ]
+            unequal = float((t["float64"] != f["float64"]).sum())
+            return [Verdict("values", "number of elements that differ between torch and Flax", unequal, 0.0)]
         return Errors.of(t, f, t["float64"], self.pair.low).verdicts("values", self.pair.low)[:3]
 
     def _nearest(self, array: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -134,7 +125,7 @@ class Calls:
                 type(modules[match.path]).__name__,
                 flax_types.get(match.path, ""),
                 _agree(match.inputs, 1),
-                tuple(match.outputs or ()),
+                tuple(verdict for verdicts in match.outputs or () for verdict in verdicts),
             )
             for match in found
         )
@@ -165,9 +156,7 @@ class Calls:
             return bool(match.inputs) and all(map(holds, match.inputs))
 
         def differs(match: Match) -> bool:
-            return match.outputs is None or not all(
-                holds(match.outputs[i : i + 3]) for i in range(0, len(match.outputs), 3)
-            )
+            return match.outputs is None or not all(map(holds, match.outputs))
 
         culprit = next((m for m in self.matches if inputs_agree(m) and differs(m)), None)
         if culprit is None:
@@ -372,6 +361,10 @@ def _cause_in_gradients(module: nn.Module, of_torch: np.ndarray, of_flax: np.nda
         f"torch padding_idx is {padding}, and the gradient of that row is 0; nnx has no such row; with its gradient "
         f"set to 0 the gradients agree to {left:.0e}"
     )
+
+
+def _each(arrays: Mapping[str, Sequence[Any]], i: int) -> dict[str, Any]:
+    return {dtype: own[i] for dtype, own in arrays.items()}
 
 
 def flax_parts(model: nnx.Module) -> dict[str, Any]:
