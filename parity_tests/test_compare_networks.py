@@ -41,15 +41,12 @@ def report_of(name, model=None, **options):
     return compare(network, model or twin, x, rename=rename, **options)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_agrees_with_its_twin(name):
-    report = report_of(name)
-    assert report.passed, str(report)
-
-
-@pytest.mark.parametrize(("name", "layers"), [("LeNet", 5), ("ViT", 40), ("BERT", 24), ("stacked LSTM", 4)])
-def test_layers_of_networks_agree(name, layers):
+@pytest.mark.parametrize(
+    ("name", "layers"), [("LeNet", 5), ("MobileNet", 40), ("ViT", 40), ("BERT", 24), ("stacked LSTM", 4), ("RNN", 4)]
+)
+def test_networks_agree_layer_by_layer(name, layers):
     report = report_of(name, layers=True)
+    assert report.passed, str(report)
     assert len(report.layers) == layers
     assert all(layer.holds and layer.inputs_agree for layer in report.layers)
 
@@ -150,30 +147,38 @@ def test_a_wrong_function_in_the_place_of_a_layer_is_named():
 # The examples
 
 
-def pairs_of_examples():
-    """By name: both models, what they are called with, and options."""
-    torch.manual_seed(0)
-    moons = two_moons.TorchMLP(), two_moons.FlaxMLP(nnx.Rngs(0))
-    for package in ("ensemble", "batchensemble"):
-        of_torch, of_flax = (getattr(p, package)(m, 3) for p, m in zip((probly_torch, probly_flax), moons, strict=True))
-        yield f"two_moons, {package}", (of_torch, of_flax, (5, 2), {})
-    digits = port_and_resume.TorchNet(), port_and_resume.FlaxNet("float32")
-    yield "port_and_resume", (*digits, (3, 1, 8, 8), {"flatten": {"fc1": (16, 4, 4)}})
-    resnet = port_resnet.ResNet18(width=4, num_classes=7)
-    x = torch.zeros(2, 3, 32, 32)
-    options = {"jit": False, "gradients": False}
-    yield "port_resnet", (resnet.eval(), ports.port(resnet.eval(), x), tuple(x.shape), options)
+def moons(package):
+    pair = two_moons.TorchMLP(), two_moons.FlaxMLP(nnx.Rngs(0))
+    return *(getattr(p, package)(m, 3) for p, m in zip((probly_torch, probly_flax), pair, strict=True)), (5, 2), {}
 
 
-@pytest.mark.parametrize("name", ["two_moons, ensemble", "two_moons, batchensemble", "port_and_resume", "port_resnet"])
-def test_pairs_of_the_examples_agree(name):
-    of_torch, of_flax, shape, options = dict(pairs_of_examples())[name]
-    report = compare(of_torch, of_flax, shape, **{"weights": "random", "seeds": 2} | options)
+def resnet():
+    network, x = port_resnet.ResNet18(width=4, num_classes=7).eval(), torch.zeros(2, 3, 32, 32)
+    return network, ports.port(network, x), tuple(x.shape), {"jit": False, "gradients": False}
+
+
+PAIRS = {  # both models, what they are called with, and options
+    "two_moons, ensemble": lambda: moons("ensemble"),
+    "two_moons, batchensemble": lambda: moons("batchensemble"),
+    "port_and_resume": lambda: (
+        port_and_resume.TorchNet(),
+        port_and_resume.FlaxNet("float32"),
+        (3, 1, 8, 8),
+        {"flatten": {"fc1": (16, 4, 4)}},
+    ),
+    "port_resnet": resnet,
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_pairs_of_the_examples_agree(pair):
+    of_torch, of_flax, shape, options = PAIRS[pair]()
+    report = compare(of_torch, of_flax, shape, weights="random", seeds=2, **options)
     assert report.passed, str(report)
 
 
 def test_a_slip_in_one_member_of_an_ensemble_is_named():
-    of_torch, of_flax, shape, _ = dict(pairs_of_examples())["two_moons, ensemble"]
+    of_torch, of_flax, shape, _ = moons("ensemble")
     probly_flax.load_arrays(of_flax, probly_torch.to_arrays(of_torch))
     kernel = of_flax.stacked.net.layers[2].kernel
     kernel.set_value(kernel[...].at[1].set(kernel[1].T))

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from torch import nn
 import probly_flax as pf
 import probly_torch as pt
 from parity_tests.standard import assert_same_trajectory
+from parity_tests.subject import without_draws
 from probly_flax import optimizers as flax_optimizers
 from probly_torch import optimizers as torch_optimizers
 
@@ -92,6 +93,16 @@ def train_torch(model, optimizer, first, count):
         optimizer.step()
 
 
+@cache
+def drawn_linear(*sizes):
+    return nnx.Linear(*sizes, rngs=nnx.Rngs(0))
+
+
+def flax_linear(*sizes):
+    """A layer of its own, with the draws of all, which JAX takes long to compile for each shape."""
+    return nnx.clone(drawn_linear(*sizes))
+
+
 @nnx.jit
 def flax_grads(model, x, y):
     return nnx.grad(lambda model: jnp.square(model(x) - y).mean())(model)
@@ -137,7 +148,7 @@ def in_torch(make, dtype=torch.float64):
 
 
 def in_flax(tx, dtype=jnp.float64):
-    model = FlaxNet(dtype)
+    model = without_draws(lambda: FlaxNet(dtype))
     return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 
@@ -233,15 +244,19 @@ def test_a_state_moves_bit_for_bit(twins, dtype, tmp_path):
 def test_members_keep_their_moments(wrapper):
     ours = getattr(pt, wrapper)(nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 3)), 4, rngs=0)
     arrays = torch_optimizers.optimizer_to_arrays(ours, filled(ADAM(ours.parameters())))
-    layers = (nnx.Linear(*sizes, rngs=nnx.Rngs(0)) for sizes in ((5, 3), (3, 3)))
-    theirs = getattr(pf, wrapper)(nnx.Sequential(next(layers), nnx.tanh, next(layers)), 4, rngs=0)
+
+    def twin():
+        layers = (nnx.Linear(*sizes, rngs=nnx.Rngs(0)) for sizes in ((5, 3), (3, 3)))
+        return getattr(pf, wrapper)(nnx.Sequential(next(layers), nnx.tanh, next(layers)), 4, rngs=0)
+
+    theirs = without_draws(twin)
     optimizer = nnx.Optimizer(theirs, optax.adam(1e-3), wrt=nnx.Param)
     flax_optimizers.load_optimizer_arrays(theirs, optimizer, arrays)
     assert_equal(arrays, flax_optimizers.optimizer_to_arrays(theirs, optimizer))
 
 
 def linear_pair(make, tx, out_features=2):
-    ours, theirs = nn.Linear(3, out_features), nnx.Linear(3, out_features, rngs=nnx.Rngs(0))
+    ours, theirs = nn.Linear(3, out_features), flax_linear(3, out_features)
     return (ours, make(ours.parameters())), (theirs, nnx.Optimizer(theirs, tx, wrt=nnx.Param))
 
 
@@ -454,7 +469,7 @@ def test_another_model_is_refused():
 
 
 def test_a_part_of_packed_weights_is_refused():
-    model = FlaxNet()
+    model = without_draws(FlaxNet)
     only_query = optax.masked(optax.adam(1e-3), lambda tree: nnx.map_state(lambda path, _: "query" in path, tree))
     with pytest.raises(ValueError, match=r"some parts of attention\.in_proj_weight, attention\.in_proj_bias"):
         flax_optimizers.optimizer_to_arrays(model, nnx.Optimizer(model, only_query, wrt=nnx.Param))
@@ -462,13 +477,17 @@ def test_a_part_of_packed_weights_is_refused():
 
 def test_a_state_of_optax_alone_is_no_optimizer():
     with pytest.raises(TypeError, match=r"Pass nnx\.Optimizer\(model, optax\.adamw\(1e-3\), wrt=nnx\.Param\)"):
-        flax_optimizers.optimizer_to_arrays(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), optax.adam(1e-3).init({}))
+        flax_optimizers.optimizer_to_arrays(flax_linear(3, 2), optax.adam(1e-3).init({}))
+
+
+def flax_conv():
+    return nnx.Conv(1, 2, (3, 3), kernel_init=nnx.initializers.ones_init(), rngs=nnx.Rngs(0))
 
 
 def test_moments_follow_the_rows_of_a_layer_that_reads_a_flattened_convolution(tmp_path):
     flatten, path = {"fc": (2, 3, 5)}, tmp_path / "state.safetensors"
     ours = nn.ModuleDict({"fc": nn.Linear(30, 3)})
-    theirs = nnx.Dict({"fc": nnx.Linear(30, 3, rngs=nnx.Rngs(0))})
+    theirs = nnx.Dict({"fc": flax_linear(30, 3)})
     pair = ours, filled(ADAM(ours.parameters()))
     other = theirs, nnx.Optimizer(theirs, optax.adam(1e-3), wrt=nnx.Param)
     torch_optimizers.save_optimizer(*pair, path, flatten=flatten)
@@ -486,8 +505,7 @@ def test_moments_follow_the_rows_of_a_layer_that_reads_a_flattened_convolution(t
 
 def test_a_flattened_convolution_of_unknown_shape_is_refused(tmp_path):
     ours = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(30, 3))
-    layers = nnx.Conv(1, 2, (3, 3), rngs=nnx.Rngs(0)), lambda x: x, nnx.Linear(30, 3, rngs=nnx.Rngs(0))
-    theirs = nnx.Sequential(*layers)
+    theirs = nnx.Sequential(flax_conv(), lambda x: x, flax_linear(30, 3))
     path = tmp_path / "state.safetensors"
     torch_optimizers.save_optimizer(ours, ADAM(ours.parameters()), path)
     optimizer = nnx.Optimizer(theirs, optax.adam(1e-3), wrt=nnx.Param)
@@ -498,8 +516,7 @@ def test_a_flattened_convolution_of_unknown_shape_is_refused(tmp_path):
 
 def test_a_state_from_flax_says_whether_its_rows_are_in_torchs_order(tmp_path):
     ours = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(30, 3))
-    layers = nnx.Conv(1, 2, (3, 3), rngs=nnx.Rngs(0)), lambda x: x, nnx.Linear(30, 3, rngs=nnx.Rngs(0))
-    theirs = nnx.Sequential(*layers)
+    theirs = nnx.Sequential(flax_conv(), lambda x: x, flax_linear(30, 3))
     pair = theirs, nnx.Optimizer(theirs, optax.adam(1e-3), wrt=nnx.Param)
     path, optimizer = tmp_path / "state.safetensors", ADAM(ours.parameters())
     flax_optimizers.save_optimizer(*pair, path)
@@ -515,7 +532,7 @@ def test_a_state_from_flax_says_whether_its_rows_are_in_torchs_order(tmp_path):
 
 def test_groups_of_parameters_are_told_by_their_paths():
     """Labels by path mask what is in a Variable, where labels by Variable mask it itself."""
-    model = nnx.Dict({"a": nnx.Linear(3, 2, rngs=nnx.Rngs(0)), "b": nnx.Linear(2, 5, rngs=nnx.Rngs(0))})
+    model = nnx.Dict({"a": flax_linear(3, 2), "b": flax_linear(2, 5)})
     label = partial(jax.tree.map_with_path, lambda path, _: path[0].key)
     tx = optax.multi_transform({"a": optax.adam(1e-2), "b": optax.adam(1e-3)}, label)
     source, target = (nnx.Optimizer(model, tx, wrt=nnx.Param) for _ in range(2))
@@ -529,7 +546,7 @@ def test_groups_of_parameters_are_told_by_their_paths():
 
 def test_moments_of_a_masked_kernel(tmp_path):
     mask = jnp.asarray([[[1.0, 0.0]], [[0.0, 1.0]]], "float32")
-    model = nnx.Conv(1, 2, (2,), mask=mask, rngs=nnx.Rngs(0))
+    model = nnx.Conv(1, 2, (2,), mask=mask, kernel_init=nnx.initializers.ones_init(), rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
     arrays = flax_optimizers.optimizer_to_arrays(model, optimizer)
     ones = {name: np.ones_like(array) for name, array in arrays.items()}
@@ -540,7 +557,7 @@ def test_moments_of_a_masked_kernel(tmp_path):
 
 
 def test_two_biases_that_are_one_in_flax_start_anew():
-    model = nnx.RNN(nnx.OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(0)))
+    model = without_draws(lambda: nnx.RNN(nnx.OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(0))))
     with pytest.raises(ValueError, match="got bias_ih_l0, of which torch trains two"):
         flax_optimizers.optimizer_to_arrays(model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param))
 
