@@ -221,7 +221,7 @@ class _Rules:
 class _Tensor:
     """What the runs so far have shown of one tensor."""
 
-    errors: Errors
+    errors: Errors | None  # None for integers, of which `worst` counts those that differ
     place: tuple[tuple[int, ...], float, float, float] = ((), 0.0, 0.0, 0.0)
     worst: float = -1.0
 
@@ -232,6 +232,7 @@ class _Comparison:
     def __init__(self, pair: Pair, inputs: Inputs, names: Mapping[str, str], rules: _Rules, gradients: bool) -> None:
         self.pair, self.inputs, self.names, self.rules, self.gradients = pair, inputs, names, rules, gradients
         self.found: dict[Key, _Tensor] = {}
+        self.lacking: dict[Key, Verdict] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def find_layout(self, channels_last: bool | None) -> str | None:
@@ -288,12 +289,21 @@ class _Comparison:
         reference = dict(torch_runs["float64"])
         if self.rules.oracle is not None:
             args, kwargs = inputs
-            outputs = self.rules.oracle(self.pair.torch["float64"].to_arrays(), *args, **kwargs)
-            reference |= {("output", name): np.asarray(array) for name, array in leaves(outputs, "output")}
+            outputs = dict(leaves(self.rules.oracle(self.pair.torch["float64"].to_arrays(), *args, **kwargs), "output"))
+            if list(outputs) != list(self.shapes):
+                raise ValueError(
+                    f"compare expects an oracle that returns arrays at {', '.join(self.shapes)}, as torch does; got "
+                    f"{', '.join(outputs) or 'none'}. Return NumPy arrays: oracle=lambda weights, x: np.tanh(x)."
+                )
+            reference |= {("output", name): np.asarray(array) for name, array in outputs.items()}
         for key, expected in reference.items():
             if all(key in run for run in flax_runs.values()):
                 a, b = ({dtype: run[key] for dtype, run in runs.items()} for runs in (torch_runs, flax_runs))
                 self._add(key, a, b, expected)
+            elif key[1] in self.names and not key[1].endswith(
+                "num_batches_tracked"
+            ):  # such as a parameter that Flax has as a variable of another type
+                self.lacking[key] = Verdict(key[1], f"no {key[0]} in Flax", float("inf"), 0.0)
 
     def _runs(self, inputs: Any, g: Any, seed: int) -> tuple[dict[str, Run], dict[str, Run]]:
         """Flax's first, since torch's masks of dropout are matched with its masks."""
@@ -313,31 +323,44 @@ class _Comparison:
     def _add(
         self, key: Key, of_torch: Mapping[str, np.ndarray], of_flax: Mapping[str, np.ndarray], expected: np.ndarray
     ) -> None:
+        known, dtype = self.found.get(key), self.rules.dtype
+        a, b = of_torch[dtype], of_flax[dtype]
         if expected.dtype.kind in "iub":
             unequal = float((of_torch["float64"] != of_flax["float64"]).sum())
-            errors = Errors(unequal, unequal, distance=unequal)
-        else:
-            errors = Errors.of(of_torch, of_flax, expected, self.rules.low)
-        known = self.found.get(key)
-        tensor = self.found[key] = _Tensor(errors if known is None else errors.worse(known.errors))
-        a, b = of_torch[self.rules.dtype], of_flax[self.rules.dtype]
-        worst = error(a, b, expected, self.rules.dtype)
+            self.found[key] = _Tensor(None, _place(a, b, dtype), unequal + (known.worst if known else 0.0))
+            return
+        if expected.size and not np.isfinite(expected).any():
+            self.lacking[key] = Verdict(key[1], "no finite number to compare", float("inf"), 0.0)
+        errors = Errors.of(of_torch, of_flax, expected, self.rules.low)
+        worse = errors if known is None or known.errors is None else errors.worse(known.errors)
+        tensor = self.found[key] = _Tensor(worse)
+        worst = error(a, b, expected, dtype)
         if known is not None and known.worst >= worst:
             tensor.place, tensor.worst = known.place, known.worst
         else:
-            tensor.place, tensor.worst = _place(a, b, self.rules.dtype), worst
+            tensor.place, tensor.worst = _place(a, b, dtype), worst
 
     def tensors(self) -> list[Comparison]:
         """Of all runs."""
-        return [
-            Comparison(kind, name, self.rules.verdicts(name, tensor.errors), *tensor.place)
-            for (kind, name), tensor in self.found.items()
-        ]
+        found = []
+        for (kind, name), tensor in self.found.items():
+            if tensor.errors is None:
+                verdicts: tuple[Verdict, ...] = (Verdict(name, "number of elements that differ", tensor.worst, 0.0),)
+            else:
+                verdicts = self.rules.verdicts(name, tensor.errors)
+            lacking = self.lacking.get((kind, name))
+            found.append(Comparison(kind, name, verdicts if lacking is None else (*verdicts, lacking), *tensor.place))
+        missing = {key: verdict for key, verdict in self.lacking.items() if key not in self.found}
+        return found + [Comparison(kind, name, (verdict,)) for (kind, name), verdict in missing.items()]
 
     def special(self) -> Iterator[Comparison]:
         """Outputs in float64 where inputs are zero, infinite, NaN, denormal or large."""
         noise = max(
-            (max(t.errors.noise_torch, t.errors.noise_flax) for (kind, _), t in self.found.items() if kind == "output"),
+            (
+                max(tensor.errors.noise_torch, tensor.errors.noise_flax)
+                for (kind, _), tensor in self.found.items()
+                if kind == "output" and tensor.errors is not None
+            ),
             default=0.0,
         )
         limit = self.rules.limit * MEANING_LIMIT * max(NOISE_FLOOR, noise)
@@ -347,7 +370,7 @@ class _Comparison:
                 # Op by op: under jit, XLA loses NaN where it fuses relu with a sum.
                 flax_run = self.pair.flax["float64"].run(inputs, self.pair.layout, self.shapes, jit=False)
             for key, expected in torch_run.items():
-                if key[0] == "output":
+                if key[0] == "output" and expected.dtype.kind == "f":
                     tensor = f"{key[1]} where inputs are {name}"
                     distance = error(flax_run[key], expected, expected, "float64")
                     verdict = Verdict(tensor, "float64 distance of torch and flax", distance, limit)

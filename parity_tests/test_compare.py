@@ -123,6 +123,31 @@ def test_trees_keyword_arguments_and_integer_outputs():
     assert any("channels last" in note for note in report.notes)
 
 
+def test_one_integer_that_differs_is_seen():
+    class Most(nnx.Linear):
+        def __call__(self, x):
+            y = super().__call__(x).argmax(-1)
+            return y.at[0].set(1 - y[0])
+
+    class TorchMost(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).argmax(-1)
+
+    report = compare(TorchMost(3, 2), Most(3, 2, rngs=nnx.Rngs(0)), (50, 3), **QUICK)
+    assert failing(report) == [("output", "output")]
+    assert report.comparisons[0].worst.measured == 1
+
+
+def test_what_cannot_be_compared_does_not_pass():
+    ours, theirs = nn.Linear(3, 2), linear()
+    theirs.bias = nnx.BatchStat(theirs.bias[...])  # which no optimizer would train
+    report = compare(ours, theirs, X, **QUICK | {"gradients": True})
+    assert ("parameter gradient", "bias") in failing(report)
+    nan = nn.Linear(3, 2)
+    nn.init.constant_(nan.bias, torch.nan)
+    assert failing(compare(nan, linear(), X, **QUICK)) == [("output", "output")]
+
+
 def test_statistics_and_equal_masks_in_train_mode():
     gaps = {"bn.running_var": "nnx keeps the biased variance"}
     report = compare(TorchBlock(), FlaxBlock(), (3, 3, 4, 4), mode="train", weights="random", known_gaps=gaps, seeds=2)
@@ -165,6 +190,8 @@ def test_an_oracle_judges_both():
     assert compare(nn.Linear(3, 2), linear(), X, oracle=oracle, **QUICK)
     report = compare(nn.Linear(3, 2), linear(), X, oracle=lambda weights, x: oracle(weights, x) * (1 + 1e-9), **QUICK)
     broken = [verdict.rule for each in report.comparisons for verdict in each.verdicts if not verdict.holds]
+    with pytest.raises(ValueError, match="expects an oracle that returns arrays at output, as torch does; got none"):
+        compare(nn.Linear(3, 2), linear(), X, oracle=lambda weights, x: None, **QUICK)
     assert broken == ["float64 distance of torch and the oracle", "float64 distance of flax and the oracle"]
 
 
