@@ -300,9 +300,8 @@ class _Comparison:
             if all(key in run for run in flax_runs.values()):
                 a, b = ({dtype: run[key] for dtype, run in runs.items()} for runs in (torch_runs, flax_runs))
                 self._add(key, a, b, expected)
-            elif key[1] in self.names and not key[1].endswith(
-                "num_batches_tracked"
-            ):  # such as a parameter that Flax has as a variable of another type
+            elif key[1] in self.names and not key[1].endswith("num_batches_tracked"):
+                # As the gradient of a parameter that is no nnx.Param; and nnx counts no batches.
                 self.lacking[key] = Verdict(key[1], f"no {key[0]} in Flax", float("inf"), 0.0)
 
     def _runs(self, inputs: Any, g: Any, seed: int) -> tuple[dict[str, Run], dict[str, Run]]:

@@ -164,6 +164,24 @@ def _division_by_a_number() -> bool:
     return bool((torch.tensor(x) / 3.0).numpy().tolist() != (jnp.asarray(x) / 3.0).tolist())
 
 
+def _hardsigmoid() -> bool:
+    x = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    (ours,) = torch.autograd.grad(functional.hardsigmoid(x), x)
+    theirs = jax.grad(jax.nn.hard_sigmoid)(jnp.float64(1.0))
+    return _beyond_rounding(ours.numpy(), np.asarray(1 / 6)) and not _beyond_rounding(
+        np.asarray(theirs), np.asarray(1 / 6)
+    )
+
+
+def _padding() -> bool:
+    layer, tokens = nn.Embedding(3, 2, padding_idx=0), torch.tensor([0])
+    layer(tokens).sum().backward()
+    twin = nnx.Embed(3, 2, rngs=nnx.Rngs(0))
+    grads = nnx.grad(lambda twin: twin(jnp.array([0])).sum())(twin)
+    assert layer.weight.grad is not None
+    return not np.array_equal(layer.weight.grad.numpy(), np.asarray(grads.embedding[...]))
+
+
 KNOWN_GAPS = (
     KnownGap("denormal numbers", "XLA takes those of any dtype for 0 and torch computes with them", _denormals),
     KnownGap(
@@ -195,6 +213,16 @@ KNOWN_GAPS = (
         "the gradient of leaky_relu at 0",
         "it is 1 in JAX and the slope in torch",
         lambda: _grads_differ(functional.leaky_relu, jax.nn.leaky_relu, 0.0),
+    ),
+    KnownGap(
+        "the gradient of hardsigmoid in float64",
+        "torch multiplies by the float32 nearest to 1/6",
+        _hardsigmoid,
+    ),
+    KnownGap(
+        "rows of padding",
+        "the gradient of torch's padding_idx is 0, and nnx.Embed has none; zero it before each step",
+        _padding,
     ),
     KnownGap("softplus beyond 20", "torch returns x there; jax.nn.softplus has no threshold", _softplus),
     KnownGap(
