@@ -231,7 +231,7 @@ def figure(report: ParityReport) -> Figure:
     if first is not None and place is not None:
         where = first.path or "the whole model"
         name = f" first divergence: {where if first.after is None else f'{where}, after {first.after}'}"
-        right = place > len(points) / 2
+        right = place > (len(points) - 1) / 2
         axes.axvline(place, c="#1a1a1a", lw=1, ls=":")
         side = "right" if right else "left"
         axes.text(place, 0.95, f"{name} ", ha=side, va="center", parse_math=False, transform=across)
