@@ -17,6 +17,7 @@ from torch import nn
 import probly_flax as pf
 import probly_torch as pt
 from parity_tests.standard import assert_close
+from parity_tests.subject import without_draws
 
 
 class TorchNet(nn.Module):
@@ -57,6 +58,7 @@ class FlaxNet(nnx.Module):
 
 
 TOKENS = np.arange(10).reshape(2, 5)
+jitted = nnx.jit(lambda network, *inputs: network(*inputs))  # one program for all members of a structure
 
 
 def torch_outputs(model, **options):
@@ -79,12 +81,12 @@ def test_a_call_equals_the_loop_over_members(chunk_size):
         assert_close(y[i].detach(), alone.detach(), "float32")
         assert_close(extra["pooled"][i].detach(), alone_extra["pooled"].detach(), "float32")
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        model = pf.ensemble(FlaxNet(nnx.Rngs(0)), 5, chunk_size=chunk_size)
-        y, extra = flax_outputs(model)
+        model = pf.ensemble(without_draws(lambda: FlaxNet(nnx.Rngs(0))), 5, chunk_size=chunk_size)
+        y, extra = flax_outputs(partial(jitted, model))
         assert y.shape == (5, 2, 5, 11)
         for i, member in enumerate(model):
             assert type(member) is FlaxNet
-            alone, alone_extra = flax_outputs(member)
+            alone, alone_extra = flax_outputs(partial(jitted, member))
             assert_close(y[i], alone, "float32")
             assert_close(extra["pooled"][i], alone_extra["pooled"], "float32")
 
@@ -126,8 +128,8 @@ def test_torch_members_never_share_a_draw(name):
 
 @pytest.mark.parametrize("name", FLAX_ARCHITECTURES)
 def test_flax_members_never_share_a_draw(name):
-    base = FLAX_ARCHITECTURES[name](nnx.Rngs(9))
-    networks = [base, *pf.ensemble(base, 3), *pf.ensemble(FLAX_ARCHITECTURES[name], 2, rngs=1)]
+    base = pf.ensemble(FLAX_ARCHITECTURES[name], 3, rngs=9)[0]
+    networks = [base, *pf.ensemble(base, 3), *pf.ensemble(FLAX_ARCHITECTURES[name], 3, rngs=1)]
     leaves = [jax.tree.leaves(nnx.state(network, nnx.Param)) for network in networks]
     assert_no_draw_is_shared([[np.asarray(leaf) for leaf in network] for network in leaves])
 
@@ -151,19 +153,19 @@ def test_members_in_two_modes_are_refused():
 @pytest.mark.parametrize(
     ("make", "parameter"),
     [
-        (lambda rngs: nnx.Linear(6, 4, rngs=rngs), "kernel"),
+        (lambda rngs: nnx.Linear(4, 8, rngs=rngs), "kernel"),
         (lambda rngs: nnx.LinearGeneral((2, 3), (4, 5), axis=(-2, -1), rngs=rngs), "kernel"),
         (lambda rngs: nnx.Conv(4, 6, (3, 3), feature_group_count=2, rngs=rngs), "kernel"),
-        (lambda rngs: nnx.ConvTranspose(4, 6, (3, 3), rngs=rngs), "kernel"),
-        (lambda rngs: nnx.Embed(7, 5, rngs=rngs), "embedding"),
+        (lambda rngs: nnx.ConvTranspose(3, 8, (3, 3), rngs=rngs), "kernel"),
+        (lambda rngs: nnx.Embed(7, 4, rngs=rngs), "embedding"),
         (lambda rngs: nnx.Einsum("bi,io->bo", (4, 3), (3,), rngs=rngs), "kernel"),
         (lambda rngs: nnx.LayerNorm(4, rngs=rngs), "scale"),
         (lambda rngs: nnx.PReLU(), "negative_slope"),
     ],
 )
 def test_flax_reset_draws_what_a_new_layer_draws(make, parameter):
-    copied = pf.ensemble(make(nnx.Rngs(9)), 2, rngs=4)
-    built = nnx.split_rngs(splits=2)(nnx.vmap(make))(nnx.Rngs(4))
+    copied = pf.ensemble(without_draws(lambda: make(nnx.Rngs(9))), 3, rngs=4)
+    built = nnx.split_rngs(splits=3)(nnx.vmap(make))(nnx.Rngs(4))
     np.testing.assert_array_equal(getattr(copied.stacked, parameter)[...], getattr(built, parameter)[...])
 
 
@@ -343,8 +345,7 @@ def test_running_statistics_are_each_members_own():
             assert_close(model.get_buffer(f"1.{name}")[i], member.get_buffer(f"1.{name}"), "float32")
     assert not torch.equal(*model.get_buffer("1.running_mean")[:2])
     with jax.numpy_rank_promotion("allow"):
-        rngs = nnx.Rngs(0)
-        base = nnx.Sequential(nnx.Conv(3, 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, rngs=rngs), nnx.relu)
+        base = without_draws(lambda: FLAX_ARCHITECTURES["CNN"](nnx.Rngs(0)))
         twin, images = pf.ensemble(base, 3), jnp.asarray(x.transpose(0, 2, 3, 1))
         alone = list(twin)
         for _ in range(2):
@@ -390,13 +391,13 @@ def test_torch_recurrent_networks_run_in_a_loop_behind_the_same_call(kind):
 
 @pytest.mark.parametrize("cell", [nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell])
 def test_flax_recurrent_networks(cell):
-    x = jnp.ones((5, 6, 3), "float32")
+    x = jnp.ones((5, 6, 4), "float32")
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        model = pf.ensemble(nnx.RNN(cell(3, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), 3)
+        model = pf.ensemble(without_draws(lambda: nnx.RNN(cell(4, 5, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))), 3)
         y = model(x)
         for i, member in enumerate(model):
-            assert_close(y[i], member(x), "float32")
-    assert y.shape == (3, 5, 6, 4)
+            assert_close(y[i], jitted(member, x), "float32")
+    assert y.shape == (3, 5, 6, 5)
     assert not (y[0] == y[1]).any()
 
 
@@ -429,8 +430,7 @@ def test_flax_ensembles_work_under_nnx_transforms():
 def test_flax_members_spread_over_devices_without_communication_until_they_are_averaged():
     cpus = jax.devices("cpu")[:8]
     mesh = jax.make_mesh((8,), ("members",), axis_types=(jax.sharding.AxisType.Auto,), devices=cpus)
-    rngs = nnx.Rngs(0)
-    mlp = nnx.Sequential(nnx.Linear(4, 6, rngs=rngs), nnx.relu, nnx.Linear(6, 3, rngs=rngs))
+    mlp = without_draws(lambda: FLAX_ARCHITECTURES["MLP"](nnx.Rngs(0)))
     model, x = pf.ensemble(mlp, 16), jnp.ones((5, 4), "float32")
     expected = model(x)
     nnx.update(model, jax.device_put(nnx.state(model), jax.NamedSharding(mesh, jax.P("members"))))

@@ -33,7 +33,6 @@ EAGER = (
     "BatchEnsembleEmbed-E3",
     "BatchEnsembleEmbed.attend-E3",
     "BatchEnsembleBatchNorm-15x4-train",
-    "BatchEnsembleLayerNorm-6x7",
     "BatchEnsembleGroupNorm-2-6x14",
 )
 EXACT_DTYPES = [("float32",), ("float64",), ("bfloat16",)]
@@ -323,10 +322,10 @@ def test_embeddings_are_citizens_of_their_frameworks(tmp_path):
     for variant in (nnx.merge(*nnx.split(theirs)), nnx.clone(theirs), pickle.loads(pickle.dumps(theirs))):
         np.testing.assert_array_equal(variant(tokens), y)
     assert_close(nnx.jit(lambda layer, x: layer(x))(theirs, tokens), y, "float32")
-    grads = nnx.grad(lambda layer: layer(tokens).sum())(theirs)
+    grads = nnx.eval_shape(nnx.grad(lambda layer: layer(tokens).sum()), theirs)
     assert {path[-1] for path, _ in nnx.to_flat_state(grads)} == {"embedding", "r", "s"}
     stacked = nnx.vmap(lambda rngs: FlaxEmbed(nnx.Embed(7, 5, rngs=rngs), rngs=rngs, num_members=3))
-    assert stacked(nnx.Rngs(0).split(4)).r.shape == (4, 3, 7)
+    assert nnx.eval_shape(stacked, nnx.Rngs(0).split(4)).r.shape == (4, 3, 7)
     pf.save_weights(theirs, tmp_path / "embed.safetensors")
     pt.load_weights(other, tmp_path / "embed.safetensors")
     assert torch.equal(other.r, ours.r)
@@ -467,8 +466,16 @@ FLAX_CASES = [
 ]
 
 
-@pytest.mark.parametrize("masked", [None, "rows", "shared", "row"])
-@pytest.mark.parametrize(("name", "options"), FLAX_CASES, ids=plain)
+# Masks of fewer axes, which our layers spread over the members: with the options that change the axes.
+FLAX_MASKED = [
+    (name, options, masked)
+    for name, options in FLAX_CASES
+    for masked in (None, "rows", "shared", "row")
+    if masked in (None, "rows") or not options or any("ax" in option for option in options)
+]
+
+
+@pytest.mark.parametrize(("name", "options", "masked"), FLAX_MASKED, ids=plain)
 def test_each_flax_member_is_the_ordinary_layer_over_several_steps(name, options, masked):
     make, layer_type = flax_bases()[name]
     base = make(**options)
@@ -641,7 +648,7 @@ def test_flax_norms_keep_members_and_are_citizens(name):
     assert_close(nnx.jit(lambda layer, x: layer(x))(layer, x), y, "float32")
     for path, value in nnx.to_flat_state(nnx.state(expected)):
         assert_close(getattr(layer, path[0])[...], value[...], "float32")  # the jitted step updates the statistics
-    grads = nnx.grad(lambda layer: (layer(x) ** 2).sum())(layer)
+    grads = nnx.eval_shape(nnx.grad(lambda layer: (layer(x) ** 2).sum()), layer)
     assert {path[-1] for path, _ in nnx.to_flat_state(grads)} == {"scale", "bias"}
     if name == "BatchNorm":
         np.testing.assert_array_equal(nnx.view(layer, use_running_average=True)(x), nnx.clone(layer)(x, True))

@@ -70,12 +70,16 @@ def written(name):
     return network, ports._twin("port", network, (x.double() if x.is_floating_point() else x,))
 
 
+def compiled(model, *inputs):
+    return nnx.jit(lambda model, *inputs: model(*inputs))(model, *inputs)
+
+
 def check(network, *inputs):
     """The outputs of both."""
     inputs = [x.double() if x.is_floating_point() else x for x in inputs]
     network, model, layouts = twin_of(network, *inputs)
     ours = network(*(x.clone() for x in inputs))
-    assert_equal(ours, nnx.jit(lambda model, *inputs: model(*inputs))(model, *map(last, inputs)), layouts)
+    assert_equal(ours, compiled(model, *map(last, inputs)), layouts)
 
 
 class Forward(nn.Module):
@@ -102,7 +106,7 @@ def test_networks(name):
     network, model, layouts = loaded(*written(name))
     if name not in GRADIENTS:
         x = x.double() if x.is_floating_point() else x
-        assert_equal(network(x), nnx.jit(lambda model, x: model(x))(model, last(x)), layouts)
+        assert_equal(network(x), compiled(model, last(x)), layouts)
         return
     x = x.double().requires_grad_()
     y = network(x)
@@ -482,7 +486,7 @@ def test_training_mode():
             m.register_forward_hook(lambda _, inputs, __: counts.append(inputs[0][:, 0].numel()))
     network.train()
     model.train()
-    assert_equal(network(x), model(last(x)), layouts)
+    assert_equal(network(x), compiled(model, last(x)), layouts)
     arrays = pf.to_arrays(model)
     norms = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)]
     for (name, m), n, before in zip(norms, counts, old, strict=True):

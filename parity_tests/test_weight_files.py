@@ -28,8 +28,17 @@ from torch import nn
 import probly_flax as pf
 import probly_torch as pt
 from parity_tests.standard import assert_close
+from parity_tests.subject import without_draws
 
-RNGS = nnx.Rngs(0)
+RNGS, NUMBERS = nnx.Rngs(0), np.random.default_rng(0)
+
+
+def drawn(_, shape, dtype=jnp.float32, out_sharding=None):
+    """By numpy: JAX compiles its draws for each shape."""
+    return jnp.asarray(NUMBERS.normal(size=shape, scale=shape[0] ** -0.5), dtype)
+
+
+KERNEL = {"kernel_init": drawn, "rngs": RNGS}
 TORCH = SimpleNamespace(
     package=pt,
     linear=lambda i, o, dtype="float32": nn.Linear(i, o, dtype=getattr(torch, dtype)),
@@ -37,7 +46,7 @@ TORCH = SimpleNamespace(
 )
 FLAX = SimpleNamespace(
     package=pf,
-    linear=lambda i, o, dtype="float32": nnx.Linear(i, o, param_dtype=jnp.dtype(dtype), rngs=RNGS),
+    linear=lambda i, o, dtype="float32": nnx.Linear(i, o, param_dtype=jnp.dtype(dtype), **KERNEL),
     sequential=nnx.Sequential,
 )
 BOTH = pytest.mark.parametrize("f", [pytest.param(TORCH, id="torch"), pytest.param(FLAX, id="flax")])
@@ -162,7 +171,7 @@ def test_foreign_layouts_and_byte_orders_are_read_for_what_they_show():
 def test_memory_for_one_tensor_at_a_time(tmp_path):
     sizes = [(257, 256)] * 24
     ours = nn.Sequential(*(nn.Linear(i, o, bias=False) for o, i in sizes))
-    theirs = nnx.Sequential(*(nnx.Linear(i, o, use_bias=False, rngs=RNGS) for o, i in sizes))
+    theirs = nnx.Sequential(*(nnx.Linear(i, o, use_bias=False, **KERNEL) for o, i in sizes))
     total = sum(array.nbytes for array in pt.to_arrays(ours).values())
     for package, model in ((pt, ours), (pf, theirs)):
         for call in (package.save_weights, package.load_weights):
@@ -384,7 +393,9 @@ def test_values_out_of_the_range_of_a_dtype_are_named(f, tmp_path):
 
 
 def test_a_value_that_a_layer_has_no_place_for_is_found_before_anything_is_loaded():
-    model = nnx.Sequential(nnx.Linear(3, 3, rngs=RNGS), nnx.RNN(nnx.GRUCell(3, 2, rngs=RNGS)))
+    model = nnx.Sequential(
+        nnx.Linear(3, 3, **KERNEL), nnx.RNN(nnx.GRUCell(3, 2, recurrent_kernel_init=drawn, **KERNEL))
+    )
     arrays = pf.to_arrays(model) | {"0.bias": np.ones(3, "float32"), "1.bias_hh_l0": np.ones(6, "float32")}
     refused(FLAX, model, lambda: pf.load_arrays(model, arrays), match="expects bias_hh to be 0 for n")
     sentence = refused(FLAX, model, lambda: pf.load_arrays(model, arrays, ignore="1.bias_hh_l0"))
@@ -412,7 +423,7 @@ def conv_net(f, height, width, channels=6):
             nn.Conv2d(3, channels, 3), nn.ReLU(), nn.Flatten(), nn.Linear(channels * height * width, 5)
         ).double()
     flatten = lambda x: x.reshape(x.shape[0], -1)  # noqa: E731
-    options = {"param_dtype": jnp.float64, "rngs": RNGS}
+    options = {"param_dtype": jnp.float64, **KERNEL}
     conv = nnx.Conv(3, channels, (3, 3), padding="VALID", **options)
     return nnx.Sequential(conv, nnx.relu, flatten, nnx.Linear(channels * height * width, 5, **options))
 
@@ -491,9 +502,9 @@ class Vgg(nn.Module):
 
 class FlaxVgg(nnx.Module):
     def __init__(self, size, channels=5, norm=None):
-        conv = nnx.Conv(3, channels, (3, 3), padding="VALID", rngs=RNGS)
+        conv = nnx.Conv(3, channels, (3, 3), padding="VALID", **KERNEL)
         self.features = nnx.Sequential(conv, nnx.BatchNorm(norm or channels, momentum=0.9, rngs=RNGS))
-        self.classifier = nnx.Sequential(*[nnx.Linear(i, o, rngs=RNGS) for i, o in ((size, 2), (2, 8), (8, 2))])
+        self.classifier = nnx.Sequential(*[nnx.Linear(i, o, **KERNEL) for i, o in ((size, 2), (2, 8), (8, 2))])
 
 
 @pytest.mark.parametrize(("write_it", "read_it", "own", "other"), [(pt, pf, Vgg, FlaxVgg), (pf, pt, FlaxVgg, Vgg)])
@@ -522,8 +533,8 @@ def test_normalisations_of_a_flattened_convolution_are_put_in_order_too(tmp_path
             nnx.BatchNorm(60, use_running_average=True, momentum=0.9, epsilon=1e-5, rngs=RNGS),
             nnx.LayerNorm(60, epsilon=1e-5, rngs=RNGS),
         )
-        conv = nnx.Conv(3, 5, (2, 2), padding="VALID", rngs=RNGS)
-        return nnx.Sequential(conv, flat, *norms, nnx.Linear(60, 2, rngs=RNGS))
+        conv = nnx.Conv(3, 5, (2, 2), padding="VALID", **KERNEL)
+        return nnx.Sequential(conv, flat, *norms, nnx.Linear(60, 2, **KERNEL))
 
     layers = nn.Conv2d(3, 5, 2), nn.Flatten(), nn.BatchNorm1d(60), nn.LayerNorm(60), nn.Linear(60, 2)
     ours, path = nn.Sequential(*layers).eval(), tmp_path / "w.safetensors"
@@ -542,9 +553,10 @@ def test_normalisations_of_a_flattened_convolution_are_put_in_order_too(tmp_path
 
 
 def test_rows_of_members_are_put_in_order_too():
-    ours, theirs = nn.Linear(12, 5), nnx.Linear(12, 5, rngs=RNGS)
+    ours, theirs = nn.Linear(12, 5), nnx.Linear(12, 5, **KERNEL)
     flatten, order = {"": (2, 2, 3)}, np.arange(12).reshape(2, 2, 3).transpose(1, 2, 0).reshape(-1)
-    a, b = pt.BatchEnsembleLinear(ours, num_members=3), pf.BatchEnsembleLinear(theirs, num_members=3)
+    a = pt.BatchEnsembleLinear(ours, num_members=3)
+    b = without_draws(lambda: pf.BatchEnsembleLinear(theirs, num_members=3))
     pf.load_arrays(b, pt.to_arrays(a), flatten=flatten)
     np.testing.assert_array_equal(b.r[...], a.r.detach().numpy()[:, order])
     np.testing.assert_array_equal(b.kernel[...], a.weight.detach().numpy().T[order])
@@ -880,7 +892,7 @@ def test_a_variable_that_raises_leaves_a_flax_model_as_it_was():
 
     class Net(nnx.Module):
         def __init__(self):
-            self.linear = nnx.Linear(3, 2, rngs=RNGS)
+            self.linear = nnx.Linear(3, 2, **KERNEL)
             self.a = Small(jnp.zeros(2, jnp.float32))
             self.b = Small(jnp.zeros(2, jnp.float32))
 
@@ -909,7 +921,7 @@ def test_what_is_no_model_and_what_is_no_name():
 def test_modules_that_hold_themselves_and_numbers_that_are_no_arrays():
     class Loop(nnx.Module):
         def __init__(self):
-            self.linear = nnx.Linear(3, 2, rngs=RNGS)
+            self.linear = nnx.Linear(3, 2, **KERNEL)
             self.me = nnx.data(self)
 
     class Number(nnx.Module):
@@ -949,8 +961,8 @@ def test_of_a_tie_one_name_is_left_out(f, tmp_path):
 def test_one_square_parameter_in_two_layouts(tmp_path):
     class Net(nnx.Module):
         def __init__(self, size=4):
-            self.token = nnx.Embed(size, 4, rngs=RNGS)
-            self.head = nnx.Linear(size, 4, use_bias=False, rngs=RNGS)
+            self.token = nnx.Embed(size, 4, embedding_init=drawn, rngs=RNGS)
+            self.head = nnx.Linear(size, 4, use_bias=False, **KERNEL)
             self.head.kernel = self.token.embedding
 
     for size in (4, 5):

@@ -56,9 +56,7 @@ WRAPPERS = {
 
 def pair(wrapper="network", dtype="float32"):
     ours, theirs = WRAPPERS[wrapper]
-    return ours(TorchNet(getattr(torch, dtype))), without_draws(
-        lambda: theirs(FlaxNet(nnx.Rngs(0), jnp.dtype(dtype)))
-    )
+    return ours(TorchNet(getattr(torch, dtype))), without_draws(lambda: theirs(FlaxNet(nnx.Rngs(0), jnp.dtype(dtype))))
 
 
 def randomize(model):
