@@ -64,7 +64,7 @@ def compare(
         gradients: whether gradients by the inputs and the parameters are compared, of a random gradient of the outputs.
         dtype: the lower dtype, float32, bfloat16 or float16; float64 compares the meaning alone.
         exact: whether to compare on integers whose sums are exact in any order, too; None where inputs are drawn and
-            the network can be, which a note says.
+            the network can be compared so, which a note says.
         jit: whether Flax runs under jax.jit, or op by op.
         weights: `copy` gives Flax those of torch, `random` draws new ones for both, as fresh ones hide faults, and
             `own` compares those that each has.
@@ -85,7 +85,8 @@ def compare(
 
     Raises:
         TypeError: if these are no modules, or no arrays.
-        ValueError: if an option has no such value, the inputs fit neither model, or weights have no names in torch.
+        ValueError: if an option has no such value, a model does not take the inputs, weights have no names in torch, or
+            exact=True is asked of a network that rounds.
 
     Example:
         >>> from torch import nn
@@ -94,7 +95,7 @@ def compare(
         >>> report.passed
         True
     """
-    _check_options(torch_module, flax_module, mode, dtype, weights, limit)
+    _check_options(torch_module, flax_module, mode, dtype, weights, limit, seeds)
     step = progress or (lambda name: None)
     low = "float32" if dtype == "float64" else dtype
     given = Inputs(inputs, kwargs, low)
@@ -132,7 +133,7 @@ def compare(
                 comparisons += comparison.special()
             if exact or (exact is None and given.is_drawn):
                 step("integers")
-                comparisons += comparison.on_integers(arrays, notes)
+                comparisons += comparison.on_integers(arrays, notes, required=exact is True)
         else:
             comparisons.append(Comparison("output", "output", (Verdict("output", misfit, float("inf"), 0.0),)))
         if comparison.pair.layout.ranks:
@@ -177,7 +178,9 @@ def assert_parity(torch_module: nn.Module, flax_module: nnx.Module, *inputs: Any
     return report
 
 
-def _check_options(torch_module: Any, flax_module: Any, mode: str, dtype: str, weights: str, limit: float) -> None:
+def _check_options(
+    torch_module: Any, flax_module: Any, mode: str, dtype: str, weights: str, limit: float, seeds: int | None
+) -> None:
     for module, kind, name in ((torch_module, nn.Module, "torch.nn.Module"), (flax_module, nnx.Module, "nnx.Module")):
         if not isinstance(module, kind):
             raise TypeError(
@@ -193,6 +196,8 @@ def _check_options(torch_module: Any, flax_module: Any, mode: str, dtype: str, w
             raise ValueError(
                 f"compare expects {name} to be one of {', '.join(choices)}; got {value!r}. Pass {name}={choices[0]!r}."
             )
+    if seeds is not None and (not isinstance(seeds, int) or seeds < 1):
+        raise ValueError(f"compare expects seeds to be a number of inputs of at least 1; got {seeds!r}. Pass seeds=5.")
     if not 0 < limit <= 1:
         raise ValueError(
             f"compare expects limit to be the part of the bounds that is allowed, above 0 and at most 1; got "
@@ -254,29 +259,30 @@ class _Comparison:
         if channels_last is not None:
             choices = {rank: [channels_last] for rank in ranks}
         fitting: list[Layout] = []
-        reasons: list[str] = []
+        misfits: list[tuple[Layout, str]] = []
+        raised = None
         for chosen in product(*choices.values()):
             layout = Layout(frozenset(rank for rank, last in zip(ranks, chosen, strict=True) if last))
             try:
                 flax64.outputs(inputs, layout, self.shapes)
                 fitting.append(layout)
             except LayoutError as error:
-                reasons.append(str(error))
-            except (TypeError, ValueError, AssertionError) as error:
-                reasons.append(" ".join(str(error).split())[:300])
-        if not fitting:
-            if all(reason.startswith("output") for reason in reasons[:1]):
-                return reasons[0]
+                misfits.append((layout, str(error)))
+            except Exception as error:  # whatever a model raises for inputs that it cannot take
+                raised = raised or error
+        if not fitting and not misfits:
             raise ValueError(
-                f"compare expects inputs that the Flax model takes as the torch model does; it raised: {reasons[0]} "
-                f"Pass inputs in torch's layout, and channels_last=False if Flax has them in that layout too."
-            )
+                f"compare expects inputs that the Flax model takes as the torch model does; it raised: "
+                f"{' '.join(str(raised).split())[:300]} Pass inputs in torch's layout, and channels_last=False if Flax "
+                f"has them in that layout too."
+            ) from raised
         if len(fitting) > 1:
             fitting.sort(key=lambda layout: self._distance(flax64.run(inputs, layout, self.shapes), outputs))
-        self.pair = replace(self.pair, layout=fitting[0])
+        layout, misfit = (fitting[0], None) if fitting else misfits[0]
+        self.pair = replace(self.pair, layout=layout)
         if flax64.masks is not None:
-            flax64.masks.channels_last = bool(fitting[0].ranks)
-        return None
+            flax64.masks.channels_last = bool(layout.ranks)
+        return misfit
 
     def _distance(self, run: Run, outputs: Mapping[str, np.ndarray]) -> float:
         return max(error(run["output", name], array, array, "float64") for name, array in outputs.items())
@@ -375,7 +381,7 @@ class _Comparison:
                     verdict = Verdict(tensor, "float64 distance of torch and flax", distance, limit)
                     yield Comparison("special value", tensor, (verdict,), *_place(expected, flax_run[key], "float64"))
 
-    def on_integers(self, arrays: Mapping[str, np.ndarray], notes: list[str]) -> Iterator[Comparison]:
+    def on_integers(self, arrays: Mapping[str, np.ndarray], notes: list[str], required: bool) -> Iterator[Comparison]:
         """Integers in place of all weights and inputs, if sums are exact then: any difference is one of meaning."""
         low, reason = self.rules.low, ""
         for largest in INTEGERS:
@@ -423,6 +429,11 @@ class _Comparison:
                     place = _place(torch_runs[low][key], flax_runs[low][key], low)
                     yield Comparison("exact", f"{kind}{key[1]}", verdicts, *place)
             return
+        if required:
+            raise ValueError(
+                f"compare expects a network whose sums can be exact with exact=True; got one where {reason}. Leave it "
+                f"out: exact=None compares exactly where that is possible."
+            )
         notes.append(f"no exact comparison: {reason}")
 
     def _certify(self, weights: Mapping[str, np.ndarray], inputs: Any, g: Any) -> None:

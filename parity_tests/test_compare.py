@@ -257,6 +257,13 @@ def test_outputs_of_other_shapes_are_a_difference():
     assert "shape" in str(report)
 
 
+def test_images_of_other_shapes_are_a_difference_of_their_layer():
+    theirs = nnx.Conv(3, 4, (3, 3), padding="VALID", rngs=nnx.Rngs(0))
+    report = compare(nn.Conv2d(3, 4, 3, padding=1), theirs, (2, 3, 7, 6), **QUICK)
+    assert "output of shape (2, 4, 7, 6) in torch and (2, 5, 4, 4) in Flax" in str(report)
+    assert "padding" in str(report.first_divergence)
+
+
 def test_special_values_are_compared_op_by_op():
     class TorchNet(nn.Linear):
         def forward(self, x):
@@ -341,6 +348,9 @@ def test_assert_parity_raises_with_the_report():
         ((nn.Linear(3, 2), linear(), X), {"dtype": "int8"}, ValueError, "dtype to be one of float32"),
         ((nn.Linear(3, 2), linear(), X), {"weights": "none"}, ValueError, "weights to be one of copy, own, random"),
         ((nn.Linear(3, 2), linear(), X[:, :2]), {}, ValueError, "that the torch model takes"),
+        ((nn.Linear(3, 2), nnx.Linear(4, 2, rngs=nnx.Rngs(0)), X), {}, ValueError, "that the Flax model takes"),
+        ((nn.Linear(3, 2), linear(), X), {"seeds": 0}, ValueError, "seeds to be a number of inputs"),
+        ((nn.Tanh(), nnx.Sequential(nnx.tanh), X), {"exact": True}, ValueError, "got one where tanh rounds"),
     ],
 )
 def test_bad_arguments_say_what_to_do(arguments, options, error, message):
