@@ -20,16 +20,22 @@ class Layout:
         return np.moveaxis(array, 1, -1) if array.ndim in self.ranks else array
 
     def to_torch(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray | None:
-        """An output that has this shape in torch, or None; member outputs have their channels one axis later."""
-        moved = [np.moveaxis(array, -1, axis) for axis in (1, 2) if array.ndim > axis + 1]
-        order = [*moved, array] if array.ndim in self.ranks else [array, *moved]
-        return next((each for each in order if each.shape == tuple(shape)), None)
+        """An output that has this shape in torch, or None."""
+        forms = (np.moveaxis(array, -1, axis) if axis else array for axis in self._channels(array.ndim))
+        return next((each for each in forms if each.shape == tuple(shape)), None)
 
     def to_flax_output(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         """The gradient of an output that has this shape in Flax."""
-        moved = [np.moveaxis(array, axis, -1) for axis in (1, 2) if array.ndim > axis + 1]
-        order = [*moved, array] if array.ndim in self.ranks else [array, *moved]
-        return next(each for each in order if each.shape == tuple(shape))
+        forms = (np.moveaxis(array, axis, -1) if axis else array for axis in self._channels(array.ndim))
+        return next(each for each in forms if each.shape == tuple(shape))
+
+    def _channels(self, rank: int) -> list[int]:
+        """Where torch may have the channels that are last in Flax, the likely place first; 0 for the same layout.
+
+        Member outputs of images, (E, N, C, ...), have them one axis later.
+        """
+        likely = 1 if rank in self.ranks else 2 if rank - 1 in self.ranks else 0
+        return [likely, *(axis for axis in (0, 1, 2) if axis != likely and (axis == 0 or rank > axis + 1))]
 
     def to_torch_input(self, array: np.ndarray) -> np.ndarray:
         """The gradient of an input."""

@@ -239,7 +239,14 @@ class Calls:
             (match.path, a, b)
             for match in ended
             for a, b in zip(match.torch["float64"].results, match.flax["float64"].results, strict=False)
-        ] + [("its input", a, b) for a, b in zip(t.inputs, f.inputs, strict=False)]
+        ]
+        before += [  # such as what a residual connection adds
+            (f"the input of {match.path}", a, b)
+            for match in ended
+            for a, b in zip(match.torch["float64"].inputs, match.flax["float64"].inputs, strict=False)
+            if inputs_agree(match)
+        ]
+        before += [("its input", a, b) for a, b in zip(t.inputs, f.inputs, strict=False)]
         differing = next((pair for pair in pairs if not self._equal(*pair)), pairs[0] if pairs else None)
         module, flax = self._layer(outer, "float64")
         after = ended[0].path if ended else None

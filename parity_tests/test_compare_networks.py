@@ -1,6 +1,7 @@
 """compare on whole networks, and on the pairs of the examples: it passes, and after a slip in one layer it names that
 layer and the cause."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -142,6 +143,40 @@ def test_a_wrong_function_in_the_place_of_a_layer_is_named():
     divergence = report_of("MobileNet", model).first_divergence
     assert divergence.path == "blocks.1.conv.2"
     assert "relu6" in str(divergence)
+
+
+LINES = {  # of a twin's source: in which network, the right one, the wrong one, where it shows, words of the cause
+    "gelu": ("ViT", "approximate=False", "approximate=True", "blocks.0.mlp.1", "nnx.gelu(x, approximate=False)"),
+    "packing": (
+        "ViT",
+        "3, 2, C // 2).transpose(2, 0, 3",
+        "2, 3, C // 2).transpose(3, 0, 2",
+        "blocks.0.attn",
+        "(heads, 3, features)",
+    ),
+    "scale": ("ViT", "0.5773502691896257", "1.0", "blocks.0.attn", "scale 1/sqrt(3)"),
+    "residual": ("ViT", "return x + self.mlp(", "return self.mlp(", "blocks.0", "+ the input of blocks.0.norm2, nnx"),
+    "flatten order": (
+        "LeNet",
+        "x.transpose(0, 3, 1, 2).reshape(",
+        "x.reshape(",
+        "",
+        "torch flattens 5 channels first, nnx last",
+    ),
+    "mask polarity": ("BERT", "mask=~src", "mask=src", "encoder.layers.0.self_attn", "mask"),
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_wrong_line_is_named_with_its_cause(line):
+    name, right, wrong, path, words = LINES[line]
+    network, x = ported(name)[0], NETWORKS[name][1]
+    twin = ports._twin("port", network, (x,))
+    assert right in twin.source
+    model = load(network, replace(twin, source=twin.source.replace(right, wrong)))
+    divergence = report_of(name, model).first_divergence
+    assert divergence.path == path, str(divergence)
+    assert words in str(divergence)
 
 
 # The examples

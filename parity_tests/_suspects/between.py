@@ -234,6 +234,7 @@ def _candidates(
                 yield from _applied(_composed(step, activation), name, x)
     for words, parts in _attentions(before, shapes):
         yield from _attended(words, parts, masks, values)
+    yield from _attention_weights(before, shapes)
 
 
 def _applied(step: Step, name: str, x: Tensor) -> Iterator[tuple[Step, Tensor]]:
@@ -386,6 +387,24 @@ def _attentions(before: list[tuple[str, Tensor]], shapes: set[tuple[int, ...]]) 
                 yield f"({names}) as ({axes}) of {heads} heads", parts
 
 
+def _attention_weights(before: list[tuple[str, Tensor]], shapes: set[tuple[int, ...]]) -> Iterator[tuple[Step, Tensor]]:
+    """Softmax of the scores (B, heads, T, T) of a layer that packs queries, keys and values."""
+    for name, x in before:
+        if x.ndim != 3 or x.shape[-1] % 3:
+            continue
+        rows, tokens, width = x.shape
+        for heads in _heads(width // 3):
+            if (rows, heads, tokens, tokens) in shapes:
+                for said, (q, k, _) in _unpacked(x, heads):
+                    for scale, shown in _scales(q.shape[-1]).items():
+                        code = f"attention weights of {name} as {said}, scale {shown}"
+                        yield Step(code, code, torch.clone), torch.softmax(scale * q @ k.mT, -1)
+
+
+def _scales(width: int) -> dict[float, str]:
+    return {1 / math.sqrt(width): f"1/sqrt({width})", 1.0: "1"}
+
+
 def _heads(width: int) -> list[int]:
     return [heads for heads in range(1, min(width, _MOST_HEADS) + 1) if width % heads == 0]
 
@@ -422,11 +441,10 @@ def _attended(
     for name, own in masks:
         fits = [m for m in (own, own[:, None, None, :] if own.ndim == 2 else own) if _fits(m, q)]
         seen += [each for m in fits for each in ((f", {name} True = seen", m), (f", {name} True = hidden", ~m))]
-    scales = {1 / math.sqrt(width): f"1/sqrt({width})", 1.0: "1"}
     orders = {(0, 2, 1, 3): "heads, features", (0, 2, 3, 1): "features, heads"}
     last = [part[:1] for part in parts]
     last[0] = last[0][:, :, -1:]
-    for scale, shown in scales.items():
+    for scale, shown in _scales(width).items():
         bare = _attend(last, scale, None)
         for masked, mask in seen:
             whole = None if mask is None else mask.expand(*q.shape[:2], tokens, tokens)
