@@ -19,7 +19,15 @@ import probly_torch
 from parity_tests import Integers, compare
 from parity_tests._render import SUFFIXES, check_path
 from parity_tests.standard import UNIT_ROUNDOFF
-from probly_torch.port._checks_command import _find, _parameters, build, fail, name_of_model, plain_warnings
+from probly_torch.port._checks_command import (
+    _find,
+    _parameters,
+    build,
+    fail,
+    name_of_model,
+    plain_warnings,
+    renamed,
+)
 
 SPELLINGS = {
     "rename={'a': 'b'}": "--rename a=b",
@@ -133,7 +141,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     add("--flax-args", type=_arguments, default={}, metavar="JSON", help="the same of the Flax model")
     add(
         "--rename",
-        type=_renamed,
+        type=renamed,
         action="append",
         default=[],
         metavar="PATTERN=REPLACEMENT",
@@ -201,13 +209,6 @@ def _arguments(text: str) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise ArgumentTypeError(f"""expects an object of JSON; got {text!r}. Pass '{{"width": 8}}'.""")
     return arguments
-
-
-def _renamed(text: str) -> tuple[str, str]:
-    pattern, divides, replacement = text.rpartition("=")
-    if not divides:
-        raise ArgumentTypeError(f"expects PATTERN=REPLACEMENT; got {text!r}. Pass '^module\\.='.")
-    return pattern, replacement
 
 
 def _flattened(text: str) -> tuple[str, tuple[int, ...]]:

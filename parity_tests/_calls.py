@@ -76,13 +76,10 @@ def torch_calls(model: TorchModel, inputs: Any, seed: int | None = None) -> list
     for path, module in model.module.named_modules():
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(partial(after, path), with_kwargs=True))
-    buffers = {name: buffer.detach().clone() for name, buffer in model.module.named_buffers()}
     try:
         args, kwargs = model.given(inputs)
-        with model.masked(seed), torch.no_grad():
+        with model.restored(), model.masked(seed), torch.no_grad():
             model.module(*args, **kwargs)
-            for name, buffer in model.module.named_buffers():
-                buffer.copy_(buffers[name])
     finally:
         for handle in handles:
             handle.remove()

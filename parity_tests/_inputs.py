@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from parity_tests._trees import is_array, is_floating, leaves, mapped, numpy_of
+from parity_tests._trees import is_array, is_floating, leaves, mapped, numpy_of, rounded
 
 SPECIAL = {  # a large value that float64 holds to the fifth power
     "zero": (0.0, -0.0),
@@ -86,19 +85,18 @@ class Inputs:
             yield name, self._replaced(strewn, rng)
 
     def rounded(self, array: np.ndarray) -> np.ndarray:
-        """To what the lower dtype holds, so that every run sees the same numbers."""
-        with np.errstate(over="ignore"):
-            return array.astype(jnp.dtype(self.dtype)).astype(np.float64)
+        """To what the lower dtype holds."""
+        return rounded(array, self.dtype)
 
     def _replaced(self, floating: Any, rng: np.random.Generator) -> Any:
-        def array_of(array: Any) -> np.ndarray:
-            values = numpy_of(array)
-            return self.rounded(values) if is_floating(array) else values
-
         def value_of(value: Any) -> Any:
             if isinstance(value, Integers):
                 return rng.integers(0, value.high, value.shape)
-            return floating(tuple(value)) if _is_shape(value) else mapped(value, array_of)
+            return (
+                floating(tuple(value))
+                if _is_shape(value)
+                else mapped(value, lambda array: self.rounded(numpy_of(array)))
+            )
 
         args, kwargs = self.given
         return tuple(map(value_of, args)), {name: value_of(value) for name, value in kwargs.items()}

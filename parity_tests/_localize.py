@@ -64,6 +64,11 @@ class Calls:
 
     def __init__(self, pair: Pair, inputs: Any) -> None:
         self.pair = pair
+        paths = {dtype: flax_parts(model.module) for dtype, model in pair.flax.items()}
+        self.parts: dict[str, dict[str, tuple[str, Any]]] = {dtype: {} for dtype in paths}  # by torch's names
+        for dtype, parts in paths.items():
+            for path, part in parts.items():
+                self.parts[dtype].setdefault(pair.torch_path(path), (path, part))
         of_flax = {
             dtype: {(call.path, call.index): call for call in flax_calls(model, inputs, pair.layout, pair.torch_path)}
             for dtype, model in pair.flax.items()
@@ -116,22 +121,18 @@ class Calls:
     def layers(self) -> tuple[LayerComparison, ...]:
         """In the order in which they end: the whole model is the last."""
         modules = dict(self.pair.torch["float64"].module.named_modules())
-        flax_types = self._flax_types()
         found = [match for match in self.matches if match.outputs]
         return tuple(
             LayerComparison(
                 match.path,
                 match.torch["float64"].index,
                 type(modules[match.path]).__name__,
-                flax_types.get(match.path, ""),
-                _agree(match.inputs, 1),
+                _name(self.parts["float64"][match.path][1]),
+                _agree(match.inputs),
                 tuple(verdict for verdicts in match.outputs or () for verdict in verdicts),
             )
             for match in found
         )
-
-    def _flax_types(self) -> dict[str, str]:
-        return {self.pair.torch_path(p): _name(m) for p, m in flax_parts(self.pair.flax["float64"].module).items()}
 
     def first_divergence(self, failed: Sequence[Comparison]) -> Divergence | None:
         """Of the tensors that differ: in what they mean, in precision, in statistics, in gradients."""
@@ -179,7 +180,7 @@ class Calls:
             cause = _cause(cause_in_precision if precision else cause_in_layer, pair)
         else:
             cause = self._of_function(match, module)
-        return _with(divergence, cause)
+        return replace(divergence, cause=cause)
 
     def _in_member(self, match: Match, precision: bool) -> Divergence | None:
         """The first difference in the first member that has one, as in `model[2].fc1`; members have one batch."""
@@ -187,9 +188,7 @@ class Calls:
         if call.kwargs.get("in_axes") is not None:
             return None
         inputs = mapped((call.args, call.kwargs), numpy_of)
-        flax_path = next(
-            path for path in flax_parts(self.pair.flax["float64"].module) if self.pair.torch_path(path) == match.path
-        )
+        flax_path = self.parts["float64"][match.path][0]
         before, here = (f"{path}." if path else "" for path in (flax_path, match.path))
         pairs: dict[str, tuple[Any, Any]] = {dtype: self._layer(match, dtype) for dtype in match.torch}
         for i in range(len(pairs["float64"][0])):
@@ -258,7 +257,7 @@ class Calls:
             outer.path, module, flax, after, before, torch_value, flax_value,
             until.path if until else None, bool(self.pair.layout.ranks),
         )  # fmt: skip
-        return _with(divergence, _cause(cause_between, gap))
+        return replace(divergence, cause=_cause(cause_between, gap))
 
     def _equal(self, tensor: Any, array: Any) -> bool:
         if not self._fits(tensor, array):
@@ -276,7 +275,7 @@ class Calls:
         divergence = Divergence(match.path, type(module).__name__, _name(flax), "statistics")
         if not isinstance(flax, nnx.Module):
             return divergence
-        return _with(divergence, _cause(cause_in_statistics, self.layer_pair(match, "float64", module, flax)))
+        return replace(divergence, cause=_cause(cause_in_statistics, self.layer_pair(match, "float64", module, flax)))
 
     def first_of_gradients(self) -> Divergence | None:
         """The first layer, inner ones first, whose gradients differ on equal inputs and gradients of its outputs."""
@@ -327,9 +326,7 @@ class Calls:
 
     def _layer(self, match: Match, dtype: str) -> tuple[nn.Module, Any]:
         """Of both models."""
-        parts = flax_parts(self.pair.flax[dtype].module)
-        flax = next(part for path, part in parts.items() if self.pair.torch_path(path) == match.path)
-        return self.pair.torch[dtype].module.get_submodule(match.path), flax
+        return self.pair.torch[dtype].module.get_submodule(match.path), self.parts[dtype][match.path][1]
 
     def _flax_gradients(
         self, call: Call, flax: Any, places: list[str], given: Mapping[str, Any], g: np.ndarray
@@ -361,12 +358,12 @@ def _cause_in_gradients(module: nn.Module, of_torch: np.ndarray, of_flax: np.nda
         return None
     without = np.array(of_flax)
     without[..., padding, :] = 0
-    left = error(without, of_torch, of_torch, "float64") * UNIT_ROUNDOFF["float64"]
-    if left > MEANING_LIMIT * NOISE_FLOOR * UNIT_ROUNDOFF["float64"]:
+    off = error(without, of_torch, of_torch, "float64")
+    if off > MEANING_LIMIT * NOISE_FLOOR:
         return None
     return (
         f"torch padding_idx is {padding}, and the gradient of that row is 0; nnx has no such row; with its gradient "
-        f"set to 0 the gradients agree to {left:.0e}"
+        f"set to 0 the gradients agree to {off * UNIT_ROUNDOFF['float64']:.0e}"
     )
 
 
@@ -387,8 +384,8 @@ def _inside(match: Match, outer: Match) -> bool:
     return a is not b and a.start > b.start and a.end < b.end
 
 
-def _agree(inputs: Sequence[list[Verdict]], least: int) -> bool:
-    return len(inputs) >= least and all(verdict.holds for verdicts in inputs for verdict in verdicts[-1:])
+def _agree(inputs: Sequence[list[Verdict]]) -> bool:
+    return bool(inputs) and all(verdict.holds for verdicts in inputs for verdict in verdicts[-1:])
 
 
 def _name(part: Any) -> str:
@@ -403,7 +400,3 @@ def _cause(find: Callable[[Any], str | None], where: LayerPair | Gap) -> str | N
         return find(where)
     except Exception as error:
         return f"outputs differ while inputs agree; looking for the cause raised {type(error).__name__}: {error}"
-
-
-def _with(divergence: Divergence, cause: str | None) -> Divergence:
-    return replace(divergence, cause=cause)

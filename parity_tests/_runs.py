@@ -60,6 +60,18 @@ class TorchModel:
         """(args, kwargs) of NumPy as tensors of its own."""
         return mapped(inputs, self._tensor)
 
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Around a forward: statistics that it updates are what they were afterwards."""
+        before = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, buffer in self.module.named_buffers():
+                    if name in before:
+                        buffer.copy_(before[name])
+
     def masked(self, seed: int | None) -> AbstractContextManager[Any]:
         """Around a forward: masks of dropout are those of Flax with this seed, which has run before."""
         return nullcontext() if self.masks is None or seed is None else self.masks.torch(seed, self.module)
@@ -71,22 +83,17 @@ class TorchModel:
         seed: int | None = None,
     ) -> Run:
         """Outputs and statistics; with a gradient of the outputs, by their names and shapes, the other gradients."""
-        before = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
         args, kwargs = self.given(inputs)
         sources = {name: t for name, t in leaves((args, kwargs)) if t.is_floating_point()}
         for tensor in sources.values():
             tensor.requires_grad_(cotangent is not None)
-        with self.masked(seed), torch.set_grad_enabled(cotangent is not None):
+        with self.restored(), self.masked(seed), torch.set_grad_enabled(cotangent is not None):
             outputs = dict(leaves(self.module(*args, **kwargs), "output"))
             run: Run = {("output", name): numpy_of(t) for name, t in outputs.items()}
             buffers = dict(self.module.named_buffers())
             run |= {("statistic", n): numpy_of(buffers[n]) for n in self.module.state_dict() if n in buffers}
             if cotangent is not None:
                 run |= self._gradients(outputs, sources, cotangent)
-        with torch.no_grad():
-            for name, buffer in self.module.named_buffers():
-                if name in before:
-                    buffer.copy_(before[name])
         return run
 
     def _gradients(

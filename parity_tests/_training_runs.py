@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import probly_flax
 from parity_tests._masks import Masks
 from parity_tests._runs import _STATISTICS, FlaxModel, Layout, TorchModel
-from parity_tests._trees import is_array, is_floating, leaves, mapped, numpy_of
+from parity_tests._trees import is_array, is_floating, leaves, mapped, numpy_of, rounded
 from probly_torch._checks import type_name
 
 WHAT = "compare_training"
@@ -56,12 +56,8 @@ def batches_of(batches: Iterable[Any], steps: int | None, dtype: str, seed: int)
     if not pairs:
         raise ValueError(f"{WHAT} expects at least one batch; got none. Pass [(x, y)].")
 
-    def rounded(array: Any) -> np.ndarray:
-        values = numpy_of(array)
-        return values.astype(jnp.dtype(dtype)).astype(np.float64) if is_floating(array) else values
-
     def batch(i: int, pair: Any) -> Batch:
-        inputs, targets = mapped(pair, rounded)
+        inputs, targets = mapped(pair, lambda array: rounded(numpy_of(array), dtype))
         args = inputs if isinstance(inputs, tuple | list) else () if isinstance(inputs, dict) else (inputs,)
         return Batch((tuple(args), inputs if isinstance(inputs, dict) else {}), targets, seed + i)
 

@@ -65,6 +65,14 @@ def is_floating(array: Any) -> bool:
     return bool(jax.numpy.issubdtype(array.dtype, jax.numpy.floating))
 
 
+def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Floating values as this dtype holds them, in float64, so that every run sees the same numbers."""
+    if not is_floating(array):
+        return array
+    with np.errstate(over="ignore"):
+        return array.astype(jax.numpy.dtype(dtype)).astype(np.float64)
+
+
 def numpy_of(array: Any) -> np.ndarray:
     """The values, floating ones in float64, which holds every value of the lower dtypes."""
     if isinstance(array, torch.Tensor):

@@ -44,7 +44,7 @@ from parity_tests._training_runs import (
     layout_of,
     torch_loss,
 )
-from parity_tests._trees import leaves, numpy_of
+from parity_tests._trees import leaves, numpy_of, rounded
 from parity_tests.report import Comparison, with_gaps
 from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, Errors, Verdict, error, ulps
 from probly_torch._checks import check_module, type_name
@@ -387,7 +387,7 @@ class _Judged:
     def step(self, number: int, batch: Batch) -> TrainingStep | None:
         """None where torch's loss is not finite, after which nothing can be compared."""
         torch64, flax64 = self.torchs["float64"], self.flaxs["float64"]
-        state = {name: self._rounded(numpy_of(array)) for name, array in torch64.to_arrays().items()}
+        state = {name: rounded(numpy_of(array), self.low) for name, array in torch64.to_arrays().items()}
         for d in self.torchs:
             self.torchs[d].set_arrays(state)
             self.flaxs[d].set_arrays(state)
@@ -399,7 +399,7 @@ class _Judged:
             self._judge(number, batch, state, ours, theirs)
             self.notes.append(f"torch's loss is {value} at step {number}, after which nothing was compared")
             return None
-        fed = {key: self._rounded(array) for key, array in ours["float64"].items() if key[0] == "gradient"}
+        fed = {key: rounded(array, self.low) for key, array in ours["float64"].items() if key[0] == "gradient"}
         rate = torch64.rate
         scales = [run.step(fed) for run in self.torchs.values()]
         for flax in self.flaxs.values():
@@ -508,9 +508,6 @@ class _Judged:
 
     def _gap(self, name: str) -> str | None:
         return next((reason for pattern, reason in self.gaps.items() if fnmatchcase(name, pattern)), None)
-
-    def _rounded(self, array: np.ndarray) -> np.ndarray:
-        return array.astype(jax.numpy.dtype(self.low)).astype(np.float64) if array.dtype.kind == "f" else array
 
 
 class _Free:

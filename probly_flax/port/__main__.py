@@ -21,7 +21,16 @@ from rich.table import Table
 
 from probly_flax._checks_weights import check_has_values
 from probly_flax._torch_names import torch_rules
-from probly_flax.port._checks_command import build, check_new, fail, name_of_model, new_folder, plain_warnings, steps
+from probly_flax.port._checks_command import (
+    build,
+    check_new,
+    fail,
+    name_of_model,
+    new_folder,
+    plain_warnings,
+    renamed,
+    steps,
+)
 from probly_flax.weights import load_weights
 
 MAX_ROWS = 40
@@ -106,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder of the checkpoint, which is not there yet")
     add(
         "--rename",
-        type=_renamed,
+        type=renamed,
         action="append",
         default=[],
         metavar="PATTERN=REPLACEMENT",
@@ -125,13 +134,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-check-options", action="store_true", help="do not compare the options of layers that the file records")
     add("--not-strict", action="store_true", help="names that only one side has stay as they are, with a warning")
     return parser
-
-
-def _renamed(text: str) -> tuple[str, str]:
-    pattern, divides, replacement = text.rpartition("=")
-    if not divides:
-        raise ArgumentTypeError(f"expects PATTERN=REPLACEMENT; got {text!r}. Pass '^module\\.='.")
-    return pattern, replacement
 
 
 def _flattened(text: str) -> tuple[str, tuple[int, ...]]:

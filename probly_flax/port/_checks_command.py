@@ -156,3 +156,11 @@ def _functions(module: Any) -> list[str]:
     """What a module defines itself, at most 20."""
     own = (n for n, item in vars(module).items() if getattr(item, "__module__", None) == module.__name__)
     return [name for name in own if not name.startswith("_")][:20]
+
+
+def renamed(text: str) -> tuple[str, str]:
+    """A regular expression, and what replaces it."""
+    pattern, divides, replacement = text.rpartition("=")
+    if not divides:
+        raise ArgumentTypeError(f"expects PATTERN=REPLACEMENT; got {text!r}. Pass '^module\\.='.")
+    return pattern, replacement
