@@ -194,19 +194,20 @@ def test_rngs_is_copied_pickled_and_moved_with_its_counts():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is none")
 def test_compiled_draws_and_counts():
     def draw(rngs):
-        return random.uniform(rngs.params(), (64,)), random.bits(rngs.params(), (5,))
+        return random.bits(rngs.params(), (5,)).to(torch.int64)
 
     eager, compiled = random.Rngs(0), random.Rngs(0)
     step = torch.compile(draw, fullgraph=True)
     for _ in range(2):
-        for a, b in zip(draw(eager), step(compiled), strict=True):
-            assert torch.equal(a.to(torch.float64), b.to(torch.float64))
-    assert int(compiled.default.count) == 4
+        assert torch.equal(draw(eager), step(compiled))
+    assert int(compiled.default.count) == 2
 
 
-def test_compiled_normal_draws():
-    draw = torch.compile(random.normal, fullgraph=True, backend="aot_eager")  # its polynomials take a compiler long
-    assert torch.equal(draw(random.key(3), (64,)), random.normal(random.key(3), (64,)))
+@pytest.mark.parametrize("name", ["uniform", "normal"])
+def test_compiled_draws_of_real_numbers(name):
+    draw = getattr(random, name)
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")  # a C++ compiler takes some 20 s for each
+    assert torch.equal(compiled(random.key(3), (64,)), draw(random.key(3), (64,)))
 
 
 def test_draws_are_distributed_as_named():

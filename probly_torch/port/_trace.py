@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import linecache
 import os
 import sys
@@ -81,7 +82,6 @@ class Tracer(fx.Tracer):
         self.origin = Origin("its first line", -1)
         self.executions = 0
         self.last: tuple[FrameType | None, int, int] = (None, -1, -1)
-        self.statements: dict[str, list[tuple[int, int, ast.stmt]]] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -159,7 +159,7 @@ class Tracer(fx.Tracer):
         if frame is None:
             return Origin("unknown place", -1)
         name, line = frame.f_code.co_filename, frame.f_lineno
-        statement = self._statement(name, line)
+        statement = _statement(name, line)
         start = statement.lineno if statement else line
         if (frame, start) != self.last[:2] or frame.f_lasti <= self.last[2]:
             self.executions += 1
@@ -169,20 +169,23 @@ class Tracer(fx.Tracer):
         execution = self.executions if statement else -self.executions
         return Origin(f"{name}:{line}", execution, *_names(statement, frame))
 
-    def _statement(self, name: str, line: int) -> ast.stmt | None:
-        if name not in self.statements:
-            try:
-                tree = ast.parse("".join(linecache.getlines(name)))
-            except SyntaxError:
-                tree = ast.Module([], [])
-            simple = ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Return | ast.Expr
-            self.statements[name] = [
-                (node.lineno, node.end_lineno or node.lineno, node)
-                for node in ast.walk(tree)
-                if isinstance(node, simple)
-            ]
-        inside = [(start - end, node) for start, end, node in self.statements[name] if start <= line <= end]
-        return max(inside, key=lambda item: item[0])[1] if inside else None
+
+@functools.lru_cache(maxsize=16)
+def _statements(source: str) -> list[tuple[int, int, ast.stmt]]:
+    """First line, last line and tree of each simple statement."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return []
+    simple = ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Return | ast.Expr
+    return [(n.lineno, n.end_lineno or n.lineno, n) for n in ast.walk(tree) if isinstance(n, simple)]
+
+
+def _statement(name: str, line: int) -> ast.stmt | None:
+    """The innermost simple statement at a line of a file."""
+    found = _statements("".join(linecache.getlines(name)))
+    inside = [(start - end, node) for start, end, node in found if start <= line <= end]
+    return max(inside, key=lambda item: item[0])[1] if inside else None
 
 
 def attribute(root: nn.Module, path: str) -> Any:
