@@ -128,8 +128,8 @@ def test_torch_members_never_share_a_draw(name):
 
 @pytest.mark.parametrize("name", FLAX_ARCHITECTURES)
 def test_flax_members_never_share_a_draw(name):
-    base = pf.ensemble(FLAX_ARCHITECTURES[name], 3, rngs=9)[0]
-    networks = [base, *pf.ensemble(base, 3), *pf.ensemble(FLAX_ARCHITECTURES[name], 3, rngs=1)]
+    constructed = list(pf.ensemble(FLAX_ARCHITECTURES[name], 3, rngs=1))
+    networks = [*constructed, *pf.ensemble(constructed[0], 3)]
     leaves = [jax.tree.leaves(nnx.state(network, nnx.Param)) for network in networks]
     assert_no_draw_is_shared([[np.asarray(leaf) for leaf in network] for network in leaves])
 
