@@ -20,7 +20,7 @@ from parity_tests._runs import FlaxModel, Key, Layout, LayoutError, Run, TorchMo
 from parity_tests._trees import leaves, mapped
 from parity_tests._weights import fresh_weights, match_weights, random_weights, torch_paths
 from parity_tests.report import KINDS, Comparison, ParityReport, with_gaps
-from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, Errors, Verdict, error, ulps
+from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, Errors, Verdict, error, farthest, ulps
 
 SEEDS = 5
 INTEGERS = (8, 3, 1)  # the largest ones that the exact tier tries
@@ -460,8 +460,6 @@ def _place(a: np.ndarray, b: np.ndarray, dtype: str) -> tuple[tuple[int, ...], f
     """Where two arrays differ most, both values, and how many values of the dtype lie between."""
     if a.shape != b.shape or not a.size:
         return (), float("nan"), float("nan"), float("nan")
-    with np.errstate(invalid="ignore"):
-        difference = np.where((a == b) | np.isnan(a) & np.isnan(b), 0, np.abs(a * 1.0 - b))
-    index = tuple(int(i) for i in np.unravel_index(np.nan_to_num(difference, nan=np.inf).argmax(), a.shape))
+    index = farthest(a, b)
     pair = [np.asarray([array[index]]).astype(jnp.dtype(dtype)) for array in (a, b)]
     return index, float(a[index]), float(b[index]), float(ulps(*pair)[0])

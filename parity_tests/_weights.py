@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from parity_tests.report import Comparison
-from parity_tests.standard import Verdict
+from parity_tests.standard import Verdict, farthest
 from probly_torch._checks_weights import rename_all
 
 Arrays = Mapping[str, np.ndarray]
@@ -55,8 +55,7 @@ def _compared(name: str, a: np.ndarray, b: np.ndarray) -> Comparison:
     verdict = Verdict(name, "number of elements that differ between torch and Flax", float(unequal.sum()), 0.0)
     if not unequal.any():
         return Comparison("weight", name, (verdict,))
-    distance = np.where(unequal, np.abs(np.nan_to_num(a - b, nan=math.inf)), 0)
-    index = tuple(int(i) for i in np.unravel_index(distance.argmax(), a.shape))
+    index = farthest(a, b)
     return Comparison("weight", name, (verdict,), index, float(a[index]), float(b[index]), math.nan)
 
 

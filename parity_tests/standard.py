@@ -71,6 +71,13 @@ def error(a: np.ndarray, b: np.ndarray, reference: np.ndarray, dtype: str) -> fl
     return float(difference / scale) if np.isfinite(difference) and scale > 0 else float("inf")
 
 
+def farthest(a: np.ndarray, b: np.ndarray) -> tuple[int, ...]:
+    """Where two arrays of one shape differ most: first where only one of them has NaN, or infinity."""
+    with np.errstate(invalid="ignore"):
+        difference = np.where((a == b) | np.isnan(a) & np.isnan(b), 0, np.abs(a * 1.0 - b))
+    return tuple(int(i) for i in np.unravel_index(np.nan_to_num(difference, nan=np.inf).argmax(), a.shape))
+
+
 def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The number of representable values between two arrays: to describe a difference, and for random draws."""
     integer = np.dtype({2: np.int16, 4: np.int32, 8: np.int64}[a.dtype.itemsize])

@@ -46,7 +46,7 @@ from parity_tests._training_runs import (
 )
 from parity_tests._trees import leaves, numpy_of, rounded
 from parity_tests.report import Comparison, with_gaps
-from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, Errors, Verdict, error, ulps
+from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, Errors, Verdict, error, farthest, ulps
 from probly_torch._checks import check_module, type_name
 from probly_torch._checks_weights import rename_all
 
@@ -495,10 +495,8 @@ class _Judged:
         kind, name = key
         if ours.shape != theirs.shape or not ours.size:
             return Comparison(kind, name, (verdict,), gap=self._gap(name))
-        with np.errstate(invalid="ignore"):
-            place = np.unravel_index(int(np.argmax(np.abs(ours - theirs))), ours.shape)
-        a, b = (np.asarray(array[place], np.float64) for array in (ours, theirs))
-        index = tuple(map(int, place))
+        index = farthest(ours, theirs)
+        a, b = (np.asarray(array[index], np.float64) for array in (ours, theirs))
         return Comparison(kind, name, (verdict,), index, float(a), float(b), float(ulps(a, b)), self._gap(name))
 
     def _add(self, key: Key, comparison: Comparison) -> None:

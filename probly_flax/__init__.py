@@ -3,6 +3,9 @@
 One contract: a model of E members is called with a batch [B, ...] and returns member outputs [E, B, ...].
 """
 
+from importlib import import_module
+from types import ModuleType
+
 from probly_flax import functional, layers, losses, random, uncertainty, weights
 from probly_flax.batchensemble import BatchEnsemble, batchensemble, register_batchensemble
 from probly_flax.ensemble import Ensemble, ensemble, register_reset
@@ -57,3 +60,10 @@ __all__ = [
     "uncertainty",
     "weights",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Modules that need more than the framework, or that few need, are imported when they are used."""
+    if name in ("metrics", "optimizers", "plots", "port", "training"):
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
