@@ -4,7 +4,7 @@
     python -m examples.two_moons --fast      a small one, to see that everything runs
 
 Both frameworks start from the same weights and see the same batches in the same order. What comes out is a table, how
-far apart the two frameworks end, proof that each loads the other's weights, and two figures. They do not end at
+far apart the two frameworks end, proof that each loads the other's weights, and three figures. They do not end at
 exactly the same numbers: float32 sums round differently in the two, and training lets the rounding grow.
 """
 
@@ -34,23 +34,21 @@ from lightning.pytorch.callbacks import RichProgressBar
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from sklearn.calibration import calibration_curve
 from sklearn.datasets import make_moons
 from torch import nn
 from torch.utils.data import DataLoader
-from torchmetrics.functional.classification import multiclass_calibration_error
 
-import probly_flax
+import probly_flax.training
 import probly_torch
+from probly_torch import metrics, plots
+from probly_torch.training import EnsembleClassifier
 from probly_torch.uncertainty import mean_probs, mutual_information
 
 NUM_MEMBERS = 3
 HIDDEN = 128
 BATCH_SIZE = 128
 LEARNING_RATE = 1e-3
-NUM_BINS = 15  # of the expected calibration error and of the reliability diagrams
 SINGLE, LOOP, STACKED, BATCH = "single network", "deep ensemble (loop)", "deep ensemble", "BatchEnsemble"
 
 Batches = Callable[[int], list[tuple[np.ndarray, np.ndarray]]]  # the batches of an epoch, given its number
@@ -90,7 +88,6 @@ class Fit(NamedTuple):
 
     forward_calls: int
     seconds: float
-    compile_seconds: float = 0.0
 
 
 class TorchMLP(nn.Module):
@@ -103,35 +100,23 @@ class TorchMLP(nn.Module):
         return self.net(x)
 
 
-class Classifier(lightning.LightningModule):
-    """Trains any network and any ensemble."""
+class Batched(lightning.LightningDataModule):
+    """The same batches as in Flax: each epoch has an order of its own."""
 
-    def __init__(self, model: nn.Module, batches: Batches) -> None:
+    def __init__(self, batches: Batches) -> None:
         super().__init__()
-        self.model, self.batches = model, batches
-        self.forward_calls = 0
+        self.batches = batches
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.batches(self.current_epoch), batch_size=None)  # they are batches already
-
-    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], _: int) -> torch.Tensor:
-        x, y = batch
-        self.forward_calls += 1
-        loss = probly_torch.losses.member_cross_entropy(member_logits(self.model, x), y)
-        self.log("loss", loss, prog_bar=True)
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)
+        return DataLoader(self.batches(self.trainer.current_epoch), batch_size=None)  # they are batches already
 
 
 def fit_torch(model: nn.Module, batches: Batches, epochs: int) -> Fit:
-    """Trains the model in place. The seconds include what Lightning does around the steps."""
-    classifier = Classifier(model, batches)
+    """Trains the model in place."""
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        reload_dataloaders_every_n_epochs=1,  # each epoch has an order of its own
+        reload_dataloaders_every_n_epochs=1,
         callbacks=RichProgressBar(refresh_rate=10, console_kwargs={"stderr": True}),
         logger=False,
         enable_checkpointing=False,
@@ -141,9 +126,10 @@ def fit_torch(model: nn.Module, batches: Batches, epochs: int) -> Fit:
     with warnings.catch_warnings():
         # The batches are in memory, so that worker processes, which Lightning advises, would only slow them down.
         warnings.filterwarnings("ignore", message=".*does not have many workers")
+        warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")  # the test set has the last word
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # in Lightning's own code
-        trainer.fit(classifier)
-    return Fit(classifier.forward_calls, time.perf_counter() - start)
+        trainer.fit(EnsembleClassifier(model, optimizer=partial(torch.optim.Adam, lr=LEARNING_RATE)), Batched(batches))
+    return Fit(trainer.global_step, time.perf_counter() - start)
 
 
 def torch_logits(model: nn.Module, x: np.ndarray) -> np.ndarray:
@@ -160,38 +146,15 @@ class FlaxMLP(nnx.Module):
         return self.net(x)
 
 
-ADAM = optax.adam(LEARNING_RATE)  # one object: given a new one, nnx.jit would compile the step again for each model
-
-
-@nnx.jit
-def train_step(model: nnx.Module, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array) -> jax.Array:
-    def loss_of(model: nnx.Module) -> jax.Array:
-        return probly_flax.losses.member_cross_entropy(member_logits(model, x), y)
-
-    loss, grads = nnx.value_and_grad(loss_of)(model)
-    optimizer.update(model, grads)
-    return loss
-
-
 def fit_flax(model: nnx.Module, batches: Batches, epochs: int) -> Fit:
-    """Trains the model in place. The seconds are those of the steps, without compiling them."""
-    optimizer = nnx.Optimizer(model, ADAM, wrt=nnx.Param)
-    first, forward_calls = batches(0), 0
-    steps = (batch for epoch in range(epochs) for batch in batches(epoch))
-    progress = track(steps, f"{epochs} epochs", total=epochs * len(first), console=Console(stderr=True))
+    """Trains the model in place."""
+    optimizer = nnx.Optimizer(model, optax.adam(LEARNING_RATE), wrt=nnx.Param)
+    start = time.perf_counter()
     # Weights stay float32, but optax takes Adam's bias corrections, 1 - 0.999**t, in float64, as torch does. In float32
     # they would be off by 1e-5, for hundreds of steps in the same direction.
     with jax.enable_x64(True):
-        start = time.perf_counter()
-        trial = nnx.clone((model, optimizer))
-        for x, y in (*first[:2], first[-1]):  # compiles the step for both sizes of batch, on a copy
-            train_step(*trial, x, y)
-        compiled = time.perf_counter()
-        for x, y in progress:
-            forward_calls += 1
-            loss = train_step(model, optimizer, x, y)
-        loss.block_until_ready()
-    return Fit(forward_calls, time.perf_counter() - compiled, compiled - start)
+        probly_flax.training.fit(model, optimizer, batches, epochs=epochs)
+    return Fit(int(optimizer.step[...]), time.perf_counter() - start)
 
 
 jitted_logits = nnx.jit(member_logits)
@@ -218,13 +181,14 @@ FLAX = Framework("Flax", probly_flax, nnx.jit(lambda: FlaxMLP(nnx.Rngs(0))), fit
 
 @dataclass(frozen=True)
 class Result:
-    """A trained model and how it does on the test points; `probs` (N, 2) are the members' mean probabilities."""
+    """A trained model and its test points: members' `logits` (E, N, 2), their mean `probs` (N, 2), and scores."""
 
     framework: Framework
     method: str
     model: Any
     fit: Fit
     parameters: int
+    logits: np.ndarray
     probs: np.ndarray
     accuracy: float
     nll: float
@@ -263,10 +227,11 @@ def evaluate(framework: Framework, method: str, model: Any, fit: Fit, data: Data
         model,
         fit,
         parameters=sum(array.size for array in framework.package.to_arrays(model).values()),
+        logits=logits.numpy(),
         probs=probs.numpy(),
-        accuracy=(probs.argmax(-1) == labels).float().mean().item(),
-        nll=probly_torch.losses.mixture_cross_entropy(logits, labels).item(),
-        ece=multiclass_calibration_error(probs, labels, num_classes=2, n_bins=NUM_BINS).item(),
+        accuracy=metrics.accuracy(logits, labels).item(),
+        nll=metrics.nll(logits, labels).item(),
+        ece=metrics.ece(logits, labels).item(),
         mutual_information=mutual_information(logits).mean().item(),
     )
 
@@ -334,9 +299,8 @@ def print_table(pairs: Sequence[Pair]) -> None:
 
 
 def print_notes(pairs: Sequence[Pair], exchanges: Sequence[dict[str, float]]) -> None:
-    compiling = sum(flax.fit.compile_seconds for _, flax in pairs)
-    print(f"NLL and mutual information in nats; ECE with {NUM_BINS} bins. torch ran on one thread, and its seconds are")
-    print(f"those of Trainer.fit; XLA chose its own threads, and compiled for {compiling:.1f} s, not in the table.")
+    print("NLL and mutual information in nats; ECE with 15 bins. Seconds are those of Trainer.fit, with torch on one")
+    print("thread, and of probly_flax.training.fit, where XLA chose its own threads and had to compile the step first.")
 
     print("\nHow far apart the two frameworks' test probabilities are. They started equal and saw the same batches;")
     print("float32 sums round differently in the two, and training lets that grow.")
@@ -351,18 +315,20 @@ def print_notes(pairs: Sequence[Pair], exchanges: Sequence[dict[str, float]]) ->
 
 def plot_reliability(pairs: Sequence[Pair], labels: np.ndarray) -> Figure:
     figure = Figure(figsize=(3.2 * len(pairs), 4), layout="constrained")
-    panels = figure.subplots(1, len(pairs), sharex=True, sharey=True)
-    for panel, pair in zip(panels, pairs, strict=True):
-        panel.plot([0.5, 1], [0.5, 1], color="0.6", linewidth=1, label="perfectly calibrated")
-        for result, style, color in zip(pair, ("o-", "x--"), ("#0072B2", "#D55E00"), strict=True):
-            correct, confidence = result.probs.argmax(-1) == labels, result.probs.max(-1)
-            accuracy, mean_confidence = calibration_curve(correct, confidence, n_bins=NUM_BINS)
-            panel.plot(mean_confidence, accuracy, style, color=color, label=result.framework.name)
-        eces = ", ".join(f"{result.ece:.4f} ({result.framework.name})" for result in pair)
-        panel.set_title(f"{pair[0].method}\nECE {eces}", fontsize="medium")
-        panel.set(xlabel="confidence", aspect="equal")
-    panels[0].set_ylabel("accuracy")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    for panel, pair in zip(figure.subplots(1, len(pairs), sharex=True, sharey=True), pairs, strict=True):
+        for result in pair:
+            plots.reliability_diagram(result.logits, labels, label=result.framework.name, ax=panel)
+        panel.set_title(pair[0].method)
+        panel.label_outer()
+    return figure
+
+
+def plot_risk_coverage(pairs: Sequence[Pair], labels: np.ndarray) -> Figure:
+    figure = Figure(layout="constrained")
+    panel = figure.subplots()
+    for result, _ in pairs:
+        plots.risk_coverage_curve(result.logits, labels, label=result.method, ax=panel)
+    panel.set_title(f"Leaving the least certain to others ({TORCH.name})")
     return figure
 
 
@@ -372,24 +338,18 @@ def plot_epistemic_uncertainty(pairs: Sequence[Pair], data: Data) -> Figure:
     results = [result for pair in zip(*pairs, strict=True) for result in pair if result.method in (STACKED, BATCH)]
     maps = [map_uncertainty(result, grid) for result in results]
 
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True, sharey=True)
-    for panel, result, values in zip(panels.flat, results, maps, strict=True):
-        extent = (low[0], high[0], low[1], high[1])
-        image = panel.imshow(values, cmap="cividis", origin="lower", extent=extent, vmin=0, vmax=np.max(maps))
-        for label, marker in enumerate(("o", "^")):
-            x, y = data.x_test[data.y_test == label][:150].T
-            panel.scatter(x, y, s=8, marker=marker, facecolors="none", edgecolors="white", linewidths=0.5, alpha=0.7)
-        panel.set(title=f"{result.method}, {result.framework.name}", xlabel="$x_1$", ylabel="$x_2$")
-        panel.label_outer()
-    figure.colorbar(image, ax=panels, label="mutual information (nats)")
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    for panel, result, values in zip(figure.subplots(2, 2).flat, results, maps, strict=True):
+        points = data.x_test[:300], data.y_test[:300]
+        label, vmax = "mutual information (nats)", float(np.max(maps))
+        plots.uncertainty_map(grid, values, data=points, label=label, vmax=vmax, ax=panel)
+        panel.set_title(f"{result.method}, {result.framework.name}")
     return figure
 
 
 def map_uncertainty(result: Result, grid: np.ndarray) -> np.ndarray:
-    """Mutual information at each point of a grid (H, W, 2): (H, W)."""
-    logits = result.framework.logits(result.model, grid.reshape(-1, 2))
-    return mutual_information(torch.from_numpy(logits)).numpy().reshape(grid.shape[:2])
+    """Mutual information at each point of a grid (H, W, 2): (H*W,)."""
+    return mutual_information(torch.from_numpy(result.framework.logits(result.model, grid.reshape(-1, 2)))).numpy()
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[list[Pair], list[dict[str, float]]]:
@@ -411,6 +371,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[list[Pair], list[dict[str, 
     print_table(pairs)
     print_notes(pairs, exchanges)
     plot_reliability(pairs, data.y_test).savefig(args.out / "reliability.png", dpi=150)
+    plot_risk_coverage(pairs, data.y_test).savefig(args.out / "risk_coverage.png", dpi=150)
     plot_epistemic_uncertainty(pairs, data).savefig(args.out / "epistemic_uncertainty.png", dpi=150)
     print(f"\nWeights and figures are in {args.out}.")
     return pairs, exchanges

@@ -125,7 +125,7 @@ def entropy(p):
     return -math.fsum(v * math.log(v) for v in p if v > 0)
 
 
-def _softmax_backward(p, grad_p):
+def softmax_backward(p, grad_p):
     return p * (grad_p - math.fsum(p * grad_p))
 
 
@@ -137,7 +137,7 @@ def log_mean_probs(g, logits):
         mean = sum(members) / num_members
         y[b] = np.log(mean)
         for i in range(num_members):
-            grad[i, b] = _softmax_backward(members[i], g[b] / mean / num_members)
+            grad[i, b] = softmax_backward(members[i], g[b] / mean / num_members)
     return y, {"logits": grad}
 
 
@@ -148,7 +148,7 @@ def mean_probs(g, logits):
         members = [softmax(logits[i, b]) for i in range(num_members)]
         y[b] = sum(members) / num_members
         for i in range(num_members):
-            grad[i, b] = _softmax_backward(members[i], g[b] / num_members)
+            grad[i, b] = softmax_backward(members[i], g[b] / num_members)
     return y, {"logits": grad}
 
 
@@ -160,7 +160,7 @@ def predictive_entropy(g, logits):
         mean = sum(members) / num_members
         y[b] = entropy(mean)
         for i in range(num_members):
-            grad[i, b] = _softmax_backward(members[i], -g[b] * (np.log(mean) + 1) / num_members)
+            grad[i, b] = softmax_backward(members[i], -g[b] * (np.log(mean) + 1) / num_members)
     return y, {"logits": grad}
 
 
@@ -171,7 +171,7 @@ def expected_entropy(g, logits):
         members = [softmax(logits[i, b]) for i in range(num_members)]
         y[b] = sum(entropy(p) for p in members) / num_members
         for i, p in enumerate(members):
-            grad[i, b] = _softmax_backward(p, -g[b] * (np.log(p) + 1) / num_members)
+            grad[i, b] = softmax_backward(p, -g[b] * (np.log(p) + 1) / num_members)
     return y, {"logits": grad}
 
 
@@ -191,42 +191,40 @@ def disagreement(logits):
     return y
 
 
-def member_cross_entropy(g, logits, labels):
+def pairwise_kl(g, logits, unit="nats"):
     num_members, batch, _ = logits.shape
-    total, grad = 0.0, np.zeros(logits.shape)
-    for i in range(num_members):
-        for b in range(batch):
-            label = labels[i, b] if labels.ndim == 2 else labels[b]
-            p = softmax(logits[i, b])
-            total -= math.log(p[label]) / (num_members * batch)
-            grad[i, b] = g * p / (num_members * batch)
-            grad[i, b, label] -= g / (num_members * batch)
-    return np.array(total), {"logits": grad}
-
-
-def member_losses(g, logits, labels):
-    """Of the cross-entropy of one network."""
-    num_members, batch, _ = logits.shape
-    y, grad = np.zeros(num_members), np.zeros(logits.shape)
-    for i in range(num_members):
-        for b in range(batch):
-            label = labels[i, b] if labels.ndim == 2 else labels[b]
-            p = softmax(logits[i, b])
-            y[i] -= math.log(p[label]) / batch
-            grad[i, b] = g[i] * p / batch
-            grad[i, b, label] -= g[i] / batch
+    y, grad = np.zeros((num_members, num_members, batch)), np.zeros(logits.shape)
+    nats = 1 / math.log(2) if unit == "bits" else 1.0
+    for b in range(batch):
+        members = [softmax(logits[i, b]) for i in range(num_members)]
+        for i in range(num_members):
+            for j in range(num_members):
+                p, q = members[i], members[j]
+                y[i, j, b] = nats * math.fsum(p * np.log(p / q))
+                grad[i, b] += softmax_backward(p, nats * g[i, j, b] * np.log(p / q))
+                grad[j, b] += softmax_backward(q, -nats * g[i, j, b] * p / q)
     return y, {"logits": grad}
 
 
-def mixture_cross_entropy(g, logits, labels):
-    num_members, batch, _ = logits.shape
-    total, grad = 0.0, np.zeros(logits.shape)
-    for b in range(batch):
-        members = [softmax(logits[i, b]) for i in range(num_members)]
-        mean = sum(members) / num_members
-        total -= math.log(mean[labels[b]]) / batch
-        for i in range(num_members):
-            grad_p = np.zeros(len(mean))
-            grad_p[labels[b]] = -g / (batch * num_members * mean[labels[b]])
-            grad[i, b] = _softmax_backward(members[i], grad_p)
-    return np.array(total), {"logits": grad}
+def classification_uncertainty(g, logits, unit="nats"):
+    """Mean probabilities, total, aleatoric and epistemic on the last axis."""
+    num_classes, nats = logits.shape[-1], 1 / math.log(2) if unit == "bits" else 1.0
+    mean, by_mean = mean_probs(g[:, :num_classes], logits)
+    aleatoric, by_aleatoric = expected_entropy(nats * (g[:, num_classes] + g[:, num_classes + 1]), logits)
+    epistemic, by_epistemic = mutual_information(nats * (g[:, num_classes] + g[:, num_classes + 2]), logits)
+    parts = [nats * each for each in (aleatoric + epistemic, aleatoric, epistemic)]
+    grad = by_mean["logits"] + by_aleatoric["logits"] + by_epistemic["logits"]
+    return np.concatenate([mean, np.stack(parts, -1)], -1), {"logits": grad}
+
+
+def regression_uncertainty(g, mean, variance):
+    """Mean, total, aleatoric and epistemic on the first axis."""
+    num_members = len(mean)
+    center = sum(mean) / num_members
+    aleatoric = sum(variance) / num_members
+    epistemic = sum((m - center) ** 2 for m in mean) / num_members
+    grads = {"mean": np.zeros(mean.shape), "variance": np.zeros(variance.shape)}
+    for i in range(num_members):
+        grads["mean"][i] = (g[0] + 2 * (g[1] + g[3]) * (mean[i] - center)) / num_members
+        grads["variance"][i] = (g[1] + g[2]) / num_members
+    return np.stack([center, aleatoric + epistemic, aleatoric, epistemic]), grads

@@ -6,14 +6,13 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import torch
 from flax import nnx
 from torch import nn
 
 import probly_flax as pf
 import probly_torch as pt
-from parity_tests import oracle
+from parity_tests import oracle, subjects_losses
 from parity_tests.subject import Subject
 
 
@@ -146,44 +145,6 @@ def _members(name: str, array: str, shape: tuple[int, ...], num_members: int) ->
     )
 
 
-def _of_logits(name: str, module: str, labels: tuple[int, ...] | None = None, logits=(3, 5, 4)) -> Subject:
-    return Subject(
-        f"{name}-{'x'.join(map(str, logits))}" + (f"-labels{len(labels)}d" if labels else ""),
-        {"logits": logits},
-        getattr(getattr(pt, module), name),
-        getattr(getattr(pf, module), name),
-        getattr(oracle, name),
-        integers={"labels": (labels, logits[2])} if labels else {},
-        scale={"logits": 3.0},
-    )
-
-
-def torch_member_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Of the cross-entropy of one network."""
-    return pt.losses.member_losses(nn.functional.cross_entropy, logits, labels, in_axes=0 if labels.ndim == 2 else None)
-
-
-def flax_member_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Of the cross-entropy of one network."""
-
-    def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1).mean()
-
-    return pf.losses.member_losses(cross_entropy, logits, labels, in_axes=0 if labels.ndim == 2 else None)
-
-
-def _member_losses(labels: tuple[int, ...]) -> Subject:
-    return Subject(
-        f"member_losses-labels{len(labels)}d",
-        {"logits": (3, 5, 4)},
-        torch_member_losses,
-        flax_member_losses,
-        oracle.member_losses,
-        integers={"labels": (labels, 4)},
-        scale={"logits": 3.0},
-    )
-
-
 SUBJECTS = [
     _linear((3, 4, 5, 7)),
     _linear((3, 4, 6, 6)),
@@ -199,15 +160,6 @@ SUBJECTS = [
     *_networks(),
     _members("tile_members", "x", (4, 3, 2), 3),
     _members("split_members", "y", (12, 5), 3),
-    *(
-        _of_logits(name, "uncertainty", logits=shape)
-        for name in ("log_mean_probs", "mean_probs", "predictive_entropy", "expected_entropy", "mutual_information")
-        for shape in ((3, 5, 4), (4, 3, 2))
-    ),
-    _of_logits("member_cross_entropy", "losses", (5,)),
-    _of_logits("member_cross_entropy", "losses", (3, 5)),
-    _member_losses((5,)),
-    _member_losses((3, 5)),
-    _of_logits("mixture_cross_entropy", "losses", (5,)),
+    *subjects_losses.SUBJECTS,
 ]
 EXACT_SUBJECTS = [subject for subject in SUBJECTS if subject.exact]

@@ -8,13 +8,17 @@ import sys
 import pytest
 
 import probly_flax
-import probly_torch
+import probly_torch.metrics
 from parity_tests import (
     test_ensemble,
+    test_metrics,
     test_networks,
     test_optimizers,
+    test_plots,
     test_port,
     test_random,
+    test_training_flax,
+    test_training_torch,
     test_uncertainty,
     test_weights,
 )
@@ -28,6 +32,11 @@ ELSEWHERE = {
     "register_batchensemble": test_networks.test_a_users_layer_is_converted_when_registered_and_draws_alike,
     "register_reset": test_ensemble.test_a_registered_rule_goes_first_and_serves_subclasses,
     "disagreement": test_uncertainty.test_disagreement_counts_pairs,
+    **dict.fromkeys(
+        ("ClassificationStream", "RegressionStream", "Uncertainty"),
+        test_uncertainty.test_streams_give_what_the_functions_of_all_members_give,
+    ),
+    **dict.fromkeys(probly_torch.metrics.__all__, test_metrics),
     **dict.fromkeys(("Rngs", "RngStream"), test_random.test_rngs_gives_the_keys_of_nnx),
     **dict.fromkeys(("key", "split", "fold_in"), test_random.test_keys),
     **dict.fromkeys(("normal", "truncated_normal"), test_random.test_normal_and_truncated_normal),
@@ -38,7 +47,14 @@ ELSEWHERE = {
     **dict.fromkeys(("to_arrays", "load_arrays", "save_weights", "load_weights"), test_weights),
     **dict.fromkeys(("optimizer_to_arrays", "load_optimizer_arrays"), test_optimizers),
     **dict.fromkeys(("save_optimizer", "load_optimizer"), test_optimizers),
+    **dict.fromkeys(
+        ("EnsembleClassifier", "EnsembleMetrics", "EnsembleMixin", "EnsembleRegressor", "fast_weight_groups"),
+        test_training_torch,
+    ),
+    **dict.fromkeys(("TrainState", "fit", "make_eval_step", "make_train_step"), test_training_flax),
     **dict.fromkeys(("port", "to_flax_source", "register_rule"), test_port),
+    **dict.fromkeys(("confidence_histogram", "member_spread", "predictive_band", "reliability_diagram"), test_plots),
+    **dict.fromkeys(("risk_coverage_curve", "training_curves", "uncertainty_map"), test_plots),
 }
 
 
@@ -59,13 +75,13 @@ def test_every_public_name_is_compared():
 
 
 def test_a_new_name_has_to_be(monkeypatch):
-    monkeypatch.setattr(probly_flax.uncertainty, "brier", lambda probs: probs, raising=False)
-    monkeypatch.setattr(probly_flax.uncertainty, "__all__", [*probly_flax.uncertainty.__all__, "brier"])
-    assert uncompared() == {"brier"}
+    monkeypatch.setattr(probly_flax.uncertainty, "surprise", lambda probs: probs, raising=False)
+    monkeypatch.setattr(probly_flax.uncertainty, "__all__", [*probly_flax.uncertainty.__all__, "surprise"])
+    assert uncompared() == {"surprise"}
 
 
 def test_the_table_has_no_name_that_is_gone_or_has_a_subject():
-    assert not ELSEWHERE.keys() - public(probly_torch).keys()
+    assert not ELSEWHERE.keys() - {*public(probly_torch), *public(probly_flax)}
     assert not ELSEWHERE.keys() & COMPARED.keys()
     assert not COMPARED.keys() - public(probly_torch).keys()
 

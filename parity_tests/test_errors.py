@@ -11,8 +11,8 @@ import torch
 from flax import nnx
 from torch import nn
 
-import probly_flax
-import probly_torch
+import probly_flax.metrics
+import probly_torch.metrics
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ def labels(f, *shape, dtype="int64"):
 
 def loss(f, logits, target):
     return f.package.losses.member_cross_entropy(f.array(*logits), target)
+
+
+def updated(stream, *outputs):
+    stream.update(*outputs)
+    return stream
 
 
 CASES = {
@@ -224,6 +229,152 @@ CASES = {
         lambda f: loss(f, (3, 5, 4), labels(f, 5, dtype="float32")),
         TypeError,
         "labels.argmax(-1).",
+    ),
+    "labels of members for the mixture": (
+        lambda f: f.package.losses.mixture_cross_entropy(f.array(3, 5, 4), labels(f, 3, 5)),
+        ValueError,
+        "labels.argmax(-1).",
+    ),
+    "weights of other classes": (
+        lambda f: f.package.losses.member_cross_entropy(f.array(3, 5, 4), labels(f, 5), weight=f.array(3)),
+        ValueError,
+        "weight=None.",
+    ),
+    "weights in a list": (
+        lambda f: f.package.losses.mixture_cross_entropy(f.array(3, 5, 2), labels(f, 5), weight=[1.0, 2.0]),
+        ValueError,
+        "weight=None.",
+    ),
+    "smoothing above 1": (
+        lambda f: f.package.losses.member_cross_entropy(f.array(3, 5, 4), labels(f, 5), label_smoothing=1.5),
+        ValueError,
+        "Pass label_smoothing=0.1.",
+    ),
+    "smoothing a string": (
+        lambda f: f.package.losses.mixture_cross_entropy(f.array(3, 5, 4), labels(f, 5), label_smoothing="0.1"),
+        TypeError,
+        "Pass label_smoothing=0.1.",
+    ),
+    "ignore_index a float": (
+        lambda f: f.package.losses.mixture_cross_entropy(f.array(3, 5, 4), labels(f, 5), ignore_index=1.0),
+        TypeError,
+        "Pass ignore_index=-100.",
+    ),
+    "variances of one column": (
+        lambda f: f.package.losses.member_gaussian_nll(f.array(3, 5, 2), f.array(3, 5, 1), f.array(5, 2)),
+        ValueError,
+        "mean[None], variance[None].",
+    ),
+    "targets without the last axis": (
+        lambda f: f.package.losses.member_gaussian_nll(f.array(3, 5, 1), f.array(3, 5, 1), f.array(5)),
+        ValueError,
+        "Pass targets.reshape((5, 1)).",
+    ),
+    "targets of members for the mixture": (
+        lambda f: f.package.losses.mixture_gaussian_nll(f.array(3, 5), f.array(3, 5), f.array(3, 5)),
+        ValueError,
+        "Pass targets.reshape((5,)).",
+    ),
+    "beta above 1": (
+        lambda f: f.package.losses.member_beta_nll(f.array(3, 5), f.array(3, 5), f.array(5), beta=2),
+        ValueError,
+        "Pass beta=0.5.",
+    ),
+    "three outputs for a Gaussian": (
+        lambda f: f.package.losses.to_gaussian(f.array(5, 3)),
+        ValueError,
+        "Linear(features, 2 * K).",
+    ),
+    "no smallest variance": (
+        lambda f: f.package.losses.to_gaussian(f.array(5, 2), min_variance=0.0),
+        ValueError,
+        "Pass min_variance=1e-06.",
+    ),
+    "another unit": (
+        lambda f: f.package.uncertainty.pairwise_kl(f.array(3, 5, 4), unit="bit"),
+        ValueError,
+        "Pass unit='nats'.",
+    ),
+    "variances of another batch": (
+        lambda f: f.package.uncertainty.regression_uncertainty(f.array(3, 5), f.array(3, 4)),
+        ValueError,
+        "mean[None], variance[None].",
+    ),
+    "a stream without members": (
+        lambda f: f.package.uncertainty.ClassificationStream().compute(),
+        RuntimeError,
+        "Call stream.update(logits) first.",
+    ),
+    "a stream without means": (
+        lambda f: f.package.uncertainty.RegressionStream().compute(),
+        RuntimeError,
+        "Call stream.update(mean, variance) first.",
+    ),
+    "another batch in a stream": (
+        lambda f: updated(f.package.uncertainty.ClassificationStream(), f.array(3, 5, 4)).update(f.array(2, 4, 4)),
+        ValueError,
+        "make another stream: ClassificationStream().",
+    ),
+    "other targets in a stream": (
+        lambda f: updated(f.package.uncertainty.RegressionStream(), f.array(3, 5), f.array(3, 5)).update(
+            f.array(3, 4), f.array(3, 4)
+        ),
+        ValueError,
+        "make another stream: RegressionStream().",
+    ),
+    "no bins": (
+        lambda f: f.package.metrics.ece(f.array(3, 5, 4), labels(f, 5), num_bins=0),
+        ValueError,
+        "Pass num_bins=15.",
+    ),
+    "half a bin": (lambda f: f.package.metrics.AdaptiveECE(num_bins=7.5), TypeError, "Pass num_bins=15."),
+    "a level in percent": (
+        lambda f: f.package.metrics.sharpness(f.array(3, 5), f.array(3, 5), level=95),
+        ValueError,
+        "Pass level=0.95.",
+    ),
+    "a level as a string": (lambda f: f.package.metrics.IntervalCoverage(level="0.95"), TypeError, "Pass level=0.95."),
+    "labels of members for a metric": (
+        lambda f: f.package.metrics.accuracy(f.array(3, 5, 4), labels(f, 3, 5)),
+        ValueError,
+        "labels.argmax(-1).",
+    ),
+    "targets of members for a metric": (
+        lambda f: f.package.metrics.CRPS().update(mean=f.array(3, 5), variance=f.array(3, 5), targets=f.array(3, 5)),
+        ValueError,
+        "Pass targets.reshape((5,)).",
+    ),
+    "uncertainty of another batch": (
+        lambda f: f.package.metrics.aurc(f.array(3, 5, 4), labels(f, 5), uncertainty=f.array(4)),
+        ValueError,
+        "uncertainty=None.",
+    ),
+    "uncertainty of the batch for members": (
+        lambda f: f.package.metrics.AURC(per_member=True).update(
+            logits=f.array(3, 5, 4), labels=labels(f, 5), uncertainty=f.array(5)
+        ),
+        ValueError,
+        "uncertainty=None.",
+    ),
+    "scores of members": (
+        lambda f: f.package.metrics.ood_auroc(f.array(3, 5), f.array(5)),
+        ValueError,
+        "mutual_information(logits).",
+    ),
+    "nothing from outside": (
+        lambda f: f.package.metrics.ood_fpr95(f.array(5), f.array(0)),
+        ValueError,
+        "or metric.update(scores, is_ood).",
+    ),
+    "is_ood of another batch": (
+        lambda f: f.package.metrics.OODAUROC().update(scores=f.array(5), is_ood=labels(f, 4, dtype="bool")),
+        ValueError,
+        "pass full_like(scores, True, dtype=bool).",
+    ),
+    "is_ood as numbers": (
+        lambda f: f.package.metrics.OODFPR95().update(scores=f.array(5), is_ood=labels(f, 5)),
+        TypeError,
+        "Pass is_ood == 1.",
     ),
     "a constructor without rngs": (
         lambda f: f.package.ensemble(lambda: network(f), 3),

@@ -95,7 +95,7 @@ def test_files(outcome, out):
     for method in ("single_network", "deep_ensemble_loop", "deep_ensemble", "batchensemble"):
         names = [sorted(load_file(out / f"{method}_{framework}.safetensors")) for framework in ("torch", "flax")]
         assert names[0] == names[1] != []
-    for figure in ("reliability.png", "epistemic_uncertainty.png"):
+    for figure in ("reliability.png", "risk_coverage.png", "epistemic_uncertainty.png"):
         data = (out / figure).read_bytes()
         assert data.startswith(b"\x89PNG")
         assert len(data) > 20_000, "a figure with nothing in it is smaller"

@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 
 import probly_flax as pf
+import probly_flax.metrics as flax_metrics
 import probly_torch as pt
+import probly_torch.metrics as torch_metrics
 from parity_tests import (
     standard,
     subjects_conv,
@@ -27,8 +29,11 @@ from parity_tests import (
     test_layers_attention,
     test_layers_norm,
     test_layers_recurrent,
+    test_losses,
+    test_metrics,
     test_orders,
     test_parity,
+    test_plots,
     test_port,
     test_random,
     test_uncertainty,
@@ -39,6 +44,7 @@ from probly_flax.functional import linear as flax_linear
 from probly_flax.layers import embed as flax_embed
 from probly_flax.layers import norm as flax_norm
 from probly_torch import _members as torch_members
+from probly_torch import _plots as torch_plots
 from probly_torch.functional import conv as torch_conv
 from probly_torch.functional import linear as torch_linear
 from probly_torch.layers import _common as torch_common
@@ -118,6 +124,7 @@ def recurrent_verdicts(case: test_layers_recurrent.Case) -> list[standard.Verdic
 
 SQUARE, MANY = "batch_ensemble_linear-E3-B4-6to6", "batch_ensemble_linear-E2-B12-6to6-no_bias"
 MANY_WITH_BIAS = "batch_ensemble_linear-E3-B16-5to7"
+MEMBER_OPTIONS = "member_cross_entropy-3x5x4-labels2d-options"
 backward = torch_linear._ScaledWeights.backward
 LINEAR = [
     Fault(
@@ -223,20 +230,6 @@ OF_MEMBERS = [
         "mean_probs-3x5x4",
     ),
     Fault(
-        "no mean over members in the loss",
-        pf.losses.member_cross_entropy,
-        ".mean()",
-        ".mean() * len(logits)",
-        "member_cross_entropy-3x5x4-labels1d",
-    ),
-    Fault(
-        "sum for mean",
-        pf.losses.mixture_cross_entropy,
-        "labels).mean()",
-        "labels).sum()",
-        "mixture_cross_entropy-3x5x4-labels1d",
-    ),
-    Fault(
         "entropy in bits",
         pt.uncertainty._entropy,
         ".sum(-1)",
@@ -255,14 +248,127 @@ OF_MEMBERS = [
         pf.uncertainty.mean_probs,
         '_log_mean(_log_probs("mean_probs", logits))',
         '_log_probs("mean_probs", logits.mean(0, keepdims=True))[0]',
-        "mean_probs-4x3x2",
+        "mean_probs-3x5x4",
     ),
     Fault(
         "log(p + 1e-8)",
         pf.uncertainty._entropy,
-        "* log_probs)",
-        "* jnp.log(jnp.exp(log_probs) + 1e-8))",
+        "* -log_probs)",
+        "* -jnp.log(jnp.exp(log_probs) + 1e-8))",
         "predictive_entropy-3x5x4",
+    ),
+]
+LOSSES = [
+    Fault(
+        "no mean over members",
+        pf.losses._cross_entropy,
+        "num_members * jnp.where",
+        "jnp.where",
+        "member_cross_entropy-3x5x4-labels1d",
+    ),
+    Fault("sum for mean", pf.losses._cross_entropy, " / total", "", "mixture_cross_entropy-3x5x4-labels1d"),
+    Fault("weights not normalised", pf.losses._cross_entropy, "weights, 0.0)", "weights * 0 + 1, 0.0)", MEMBER_OPTIONS),
+    Fault(
+        "one total for all members",
+        pt.losses._cross_entropy,
+        "num_members * weights.sum(-1, keepdim=True)",
+        "weights.sum()",
+        MEMBER_OPTIONS,
+    ),
+    Fault(
+        "smoothing over the other classes only",
+        pf.losses._cross_entropy,
+        "(1 - label_smoothing) * losses",
+        "(1 - label_smoothing * num_classes / (num_classes - 1)) * losses",
+        "mixture_cross_entropy-3x5x4-labels1d-options",
+    ),
+    Fault(
+        "smoothing without weights",
+        pt.losses._cross_entropy,
+        "(1.0 if weight is None else weight) / num_classes",
+        "1.0 / num_classes",
+        MEMBER_OPTIONS,
+    ),
+    Fault(
+        "ignored labels are smoothed",
+        pt.losses._cross_entropy,
+        "torch.where(kept, smooth, 0.0)",
+        "smooth",
+        "mixture_cross_entropy-3x5x4-labels1d-options",
+    ),
+    Fault(
+        "Brier score of a mean over classes", pt.losses._brier, ".sum(-1)", ".mean(-1)", "member_brier-3x5x4-labels2d"
+    ),
+    Fault(
+        "Brier score of one class",
+        pf.losses._brier,
+        "(probs - ",
+        "((probs - 1) * ",
+        "mixture_brier-3x5x4-labels1d",
+    ),
+    Fault("softplus forgotten", pf.losses.to_gaussian, "jax.nn.softplus(raw)", "raw", "to_gaussian"),
+    Fault("variances first", pt.losses.to_gaussian, "mean, raw = ", "raw, mean = ", "to_gaussian"),
+    Fault("the sign of log 2 pi", pt.losses._log_density, "(math.log", "(-math.log", "member_gaussian_nll-targets2d"),
+    Fault(
+        "a deviation for a variance",
+        pf.losses._log_density,
+        "/ variance",
+        "/ variance**2",
+        "mixture_gaussian_nll-targets2d",
+    ),
+    Fault(
+        "beta's gradient not stopped",
+        pf.losses.member_beta_nll,
+        "jax.lax.stop_gradient(variance) ** beta",
+        "variance**beta",
+        "member_beta_nll-targets3d",
+        "gradient by root",
+    ),
+    Fault("beta of the deviation", pt.losses.member_beta_nll, "** beta", "** (beta / 2)", "member_beta_nll-targets3d"),
+    Fault(
+        "mean of logarithms for logarithm of the mean",
+        pt.losses.mixture_gaussian_nll,
+        "math.log(len(mean)) - log_density.logsumexp(0).mean()",
+        "-log_density.mean()",
+        "mixture_gaussian_nll-targets2d",
+    ),
+]
+UNCERTAINTY = [
+    Fault("nats for bits", pf.uncertainty._in_unit, "math.log(2)", "1.0", "pairwise_kl-3x5x4-options"),
+    Fault(
+        "the divergence of the mean from members",
+        pt.uncertainty.mutual_information,
+        "log_probs, _log_mean(log_probs)[None]",
+        "_log_mean(log_probs)[None], log_probs",
+        "mutual_information-3x5x4",
+    ),
+    Fault(
+        "KL(p_j || p_i)",
+        pf.uncertainty.pairwise_kl,
+        "log_probs[:, None], log_probs[None]",
+        "log_probs[None], log_probs[:, None]",
+        "pairwise_kl-3x5x4-options",
+    ),
+    Fault(
+        "epistemic of one group",
+        pt.uncertainty._moments,
+        "_divergence(log_probs, log_mean[None])",
+        "_divergence(log_probs, log_probs[:1])",
+        "classification_uncertainty-3x5x4-options",
+    ),
+    Fault(
+        "sample variance for population variance",
+        pt.uncertainty._gaussian_moments,
+        ".square().mean(0)",
+        ".square().sum(0) / (len(differences) - 1)",
+        "regression_uncertainty",
+    ),
+    Fault(
+        "spread around the first member",
+        pf.uncertainty._gaussian_moments,
+        "differences - center[None]",
+        "differences",
+        "regression_uncertainty",
     ),
 ]
 CONV = [
@@ -478,6 +584,8 @@ RECURRENT = [
 KINDS = {
     "linear": LINEAR,
     "members": OF_MEMBERS,
+    "losses": LOSSES,
+    "uncertainty": UNCERTAINTY,
     "convolution": CONV,
     "embedding and norm": EMBED_AND_NORM,
     "attention": ATTENTION,
@@ -542,6 +650,22 @@ def disagreement() -> None:
     test_uncertainty.test_disagreement_counts_pairs()
 
 
+def streams() -> None:
+    test_uncertainty.test_streams_give_what_the_functions_of_all_members_give(1.0)
+
+
+def far_from_zero() -> None:
+    test_uncertainty.test_regression_uncertainty_far_from_zero(1e6, 1.0)
+
+
+def all_ignored() -> None:
+    test_losses.test_where_every_label_is_ignored_the_loss_is_nan_and_its_gradient_zero_as_in_torch(0.1)
+
+
+def band() -> None:
+    test_plots.test_a_band_is_as_wide_as_its_variances((60,))
+
+
 def ported_gelu() -> None:
     test_port.test_operations("activations")
 
@@ -580,6 +704,170 @@ BY_A_TEST: list[tuple[str, Any, str, str, Callable[[], None]]] = [
         "num_members * (num_members - 1)",
         "num_members**2",
         disagreement,
+    ),
+    (
+        "the distance of the groups' means",
+        pt.uncertainty._merged_gaussian_moments,
+        "+ v * w * apart.square()",
+        "",
+        streams,
+    ),
+    (
+        "the divergence of one group's mean",
+        pt.uncertainty._merged_moments,
+        "b[2] + _divergence(b[0], log_mean)",
+        "b[2]",
+        streams,
+    ),
+    (
+        "shares of groups of one size",
+        pt.uncertainty._shares,
+        "return num_a / (num_a + num_b), num_b / (num_a + num_b)",
+        "return 0.5, 0.5",
+        streams,
+    ),
+    (
+        "means of large numbers",
+        pt.uncertainty.regression_uncertainty,
+        "mean - mean[:1]",
+        "mean - mean[:1] + 2.0**24",
+        far_from_zero,
+    ),
+    (
+        "the gradient of nothing",
+        pt.losses._cross_entropy,
+        "torch.where(kept, smooth, 0.0)",
+        "kept * smooth",
+        all_ignored,
+    ),
+    *(
+        (f"metrics, {name}", *rest)
+        for name, *rest in (
+            (
+                "bins closed on the left",
+                torch_metrics._calibration._binned,
+                "edges)  # closed",
+                "edges, right=True)  # closed",
+                test_metrics.test_a_confidence_on_an_edge_is_in_the_bin_below_it_and_1_is_in_the_last,
+            ),
+            (
+                "times the inverse of num_members",
+                flax_metrics._classification._probs,
+                "total / jax.lax.optimization_barrier(jnp.full_like(total, len(probs)))",
+                "total / len(probs)",
+                test_metrics.test_a_confidence_on_an_edge_is_in_the_bin_below_it_and_1_is_in_the_last,
+            ),
+            (
+                "a confidence of 1 in no bin",
+                flax_metrics._calibration._binned,
+                'method="compare_all")',
+                'method="compare_all") + jnp.where(confidence == 1, num_bins, 0)',
+                test_metrics.test_a_confidence_of_1_counts,
+            ),
+            (
+                "all classes in one curve",
+                torch_metrics.classwise_ece,
+                'return _error(*_every_label("classwise_ece", logits, labels, num_bins)).mean(-1)',
+                'return _error(*(b.sum(-2) for b in _every_label("classwise_ece", logits, labels, num_bins)))',
+                test_metrics.test_errors_on_edges,
+            ),
+            (
+                "sum for mean over batches",
+                torch_metrics._states._Mean.compute,
+                " / self.count",
+                "",
+                test_metrics.test_batches_of_any_size_in_any_order_give_what_all_inputs_do_after_a_reset_too,
+            ),
+            (
+                "sum for mean over coverages",
+                flax_metrics._selection._aurc,
+                ".mean()",
+                ".sum()",
+                test_metrics.test_a_confidence_of_1_counts,
+            ),
+            (
+                "inside for outside",
+                torch_metrics.OODAUROC.compute,
+                "scores[is_ood == 0], scores[is_ood == 1]",
+                "scores[is_ood == 1], scores[is_ood == 0]",
+                test_metrics.test_ood_metrics_over_mixed_batches,
+            ),
+            (
+                "CRPS without its half",
+                flax_metrics._regression._crps,
+                "between / 2",
+                "between",
+                test_metrics.test_regression_against_distributions_and_samples,
+            ),
+            (
+                "what rounding took, forgotten",
+                flax_metrics._states._Sums._add,
+                "lost[...] + rounded",
+                "lost[...]",
+                test_metrics.test_counts_do_not_saturate_in_float32,
+            ),
+            (
+                "one sum for all levels in a collection",
+                torch_metrics.IntervalCoverage.__init__,
+                'f"covered_at_{level}"',
+                '"covered"',
+                test_metrics.test_metrics_whose_first_sums_are_equal_stay_apart_in_a_collection,
+            ),
+        )
+    ),
+    *(
+        (f"plots, {name}", *rest)
+        for name, *rest in (
+            (
+                "bands of variances",
+                torch_plots.predictive_band,
+                "np.sqrt(aleatoric)",
+                "aleatoric",
+                band,
+            ),
+            (
+                "epistemic for total",
+                torch_plots.predictive_band,
+                "(x, *moments[:3])",
+                "(x, moments[0], moments[3], moments[2])",
+                band,
+            ),
+            (
+                "inputs in the order they come in",
+                torch_plots.predictive_band,
+                "np.argsort(x.ravel())",
+                "np.arange(x.size)",
+                band,
+            ),
+            (
+                "empty bins as points",
+                torch_plots.reliability_diagram,
+                "(values[bins[2] > 0] for values in bins)",
+                "(np.where(bins[2] > 0, values, 1) for values in bins)",
+                test_plots.test_a_reliability_diagram_has_the_bins_that_are_not_empty,
+            ),
+            (
+                "rows for columns of a map",
+                torch_plots.uncertainty_map,
+                "values.reshape(grid.shape[:2])",
+                "values.reshape(grid.shape[1::-1]).T",
+                test_plots.test_an_uncertainty_map_has_each_value_at_its_point,
+            ),
+            (
+                "a spread of one member",
+                torch_plots.member_spread,
+                "values.min(0), values.max(0)",
+                "values[0], values[-1]",
+                test_plots.test_a_spread_is_from_the_lowest_to_the_highest,
+            ),
+            (
+                "NaN where there is a number",
+                torch_plots.training_curves,
+                "curve.get(epoch, value) if np.isnan(value) else value",
+                "value",
+                test_plots.test_curves_have_one_number_an_epoch,
+            ),
+        )
     ),
     ("tanh GELU", port_functions._gelu, "approximate == 'tanh'", "approximate == 'none'", ported_gelu),
     (

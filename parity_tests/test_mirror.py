@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import probly_flax
-import probly_torch
+import probly_torch.metrics
 
 TORCH, FLAX = (Path(package.__file__).parent for package in (probly_torch, probly_flax))
 MODULES = sorted(path.stem for path in TORCH.iterdir() if not path.name.startswith(("_", "py.typed")))
 IDENTICAL = sorted(
-    p.relative_to(TORCH) for p in TORCH.rglob("_*.py") if p.name.startswith(("_checks", "_files", "_report"))
+    p.relative_to(TORCH) for p in TORCH.rglob("_*.py") if p.name.startswith(("_checks", "_files", "_plots", "_report"))
 )
 
 # Every difference that has to be there, and why. One that is gone fails the suite too.
@@ -36,6 +36,11 @@ RENAMED = {
 ONLY_TORCH = {
     ("functional.batch_ensemble_conv_transpose", "output_padding"): "nnx pads the input instead",
     ("functional.batch_ensemble_conv_transpose", "groups"): "nnx.ConvTranspose has none",
+    **{
+        (f"metrics.{name}", "kwargs"): "options of torchmetrics.Metric"
+        for name in sorted(probly_torch.metrics.__all__)
+        if name[0].isupper() and name != "ReliabilityBins"
+    },
 }
 ONLY_FLAX = {
     ("functional.batch_ensemble_linear", "precision"): "an option of nnx.Linear, torch sets it globally",
@@ -59,17 +64,32 @@ ONLY_FLAX = {
 }
 ONLY_FLAX_FILES = {
     "_torch_names.py": "torch names its own tensors; each nnx layer needs a rule",
+    **dict.fromkeys((f"training/{name}.py" for name in ("_checks_fit", "_fit", "_steps")), "Lightning has its own"),
 }
-ONLY_TORCH_FILES = dict.fromkeys(
-    (f"port/_{name}.py" for name in ("functions", "helpers", "layers", "proof", "source", "trace", "translate")),
-    "networks are translated from torch to Flax only",
-)
+ONLY_TORCH_FILES = {
+    **dict.fromkeys(
+        (f"port/_{name}.py" for name in ("functions", "helpers", "layers", "proof", "source", "trace", "translate")),
+        "networks are translated from torch to Flax only",
+    ),
+    **dict.fromkeys(
+        (f"training/_{name}.py" for name in ("_main__", "arguments", "callback", "mixin", "modules", "random_states")),
+        "what Lightning is made of: modules, a callback, checkpoints and a command line",
+    ),
+}
 ONLY_TORCH_NAMES = {
     "port": {
         "port": "networks are translated from torch to Flax only",
         "register_rule": "networks are translated from torch to Flax only",
         "to_flax_source": "networks are translated from torch to Flax only",
-    }
+    },
+    "training": dict.fromkeys(
+        ("EnsembleClassifier", "EnsembleMetrics", "EnsembleMixin", "EnsembleRegressor"), "Lightning trains modules"
+    ),
+}
+ONLY_FLAX_NAMES = {
+    "training": dict.fromkeys(
+        ("TrainState", "fit", "make_eval_step", "make_train_step"), "nnx has no trainer: steps and a loop around them"
+    ),
 }
 OTHER_DEFAULT = {
     ("random.bits", "dtype"): "jax names its default by None",
@@ -110,7 +130,9 @@ def test_files_without_a_framework_are_identical(name):
 @pytest.mark.parametrize("name", ["", *MODULES])
 def test_all_is_the_same_sorted_and_complete(name):
     ours, theirs = (module(p, name) if name else p for p in (probly_torch, probly_flax))
-    assert ours.__all__ == sorted([*theirs.__all__, *ONLY_TORCH_NAMES.get(name, {})])
+    only_flax = ONLY_FLAX_NAMES.get(name, {}).keys()
+    assert only_flax <= {*theirs.__all__}
+    assert ours.__all__ == sorted([*({*theirs.__all__} - only_flax), *ONLY_TORCH_NAMES.get(name, {})])
     assert theirs.__all__ == sorted(theirs.__all__)
     assert all(hasattr(package, item) for package in (ours, theirs) for item in package.__all__)
 

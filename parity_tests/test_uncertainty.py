@@ -1,4 +1,4 @@
-"""Uncertainty and losses at the edges: no finite logits give NaN, and the identities between them hold."""
+"""Uncertainty at the edges: no finite logits give NaN, nothing cancels, and the identities hold."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,16 @@ import probly_torch as pt
 from parity_tests import oracle
 from parity_tests.standard import assert_close
 
-FUNCTIONS = ("log_mean_probs", "mean_probs", "predictive_entropy", "expected_entropy", "mutual_information")
+FUNCTIONS = (
+    "log_mean_probs",
+    "mean_probs",
+    "predictive_entropy",
+    "expected_entropy",
+    "mutual_information",
+    "pairwise_kl",
+)
+# Against float64 on the same inputs: what is left of the differences between members that nearly agree.
+EPISTEMIC_LIMIT = 1e-3
 HUGE = float(np.finfo("float32").max)
 EDGES = [
     np.zeros((3, 2, 4)),
@@ -53,9 +62,9 @@ def test_extreme_logits_give_finite_values_and_gradients(name, logits, dtype):
     y = getattr(pt.uncertainty, name)(tensor)
     y.sum().backward()
     z, grad = _values_and_gradients(jnp.asarray(logits, dtype))[name]
-    for values in (y.detach().float(), tensor.grad.float(), z, grad):
-        assert np.isfinite(np.asarray(values, "float32")).all()
-    if "entropy" in name or "information" in name:
+    for values in (y.detach().double(), tensor.grad.double(), z, grad):
+        assert np.isfinite(np.asarray(values, "float64")).all()
+    if name not in ("log_mean_probs", "mean_probs"):
         assert (y >= 0).all()
         assert (z >= 0).all()
 
@@ -101,27 +110,134 @@ def test_disagreement_counts_pairs():
         assert (np.asarray(values) == 0).all()
 
 
-def test_losses_agree_with_the_frameworks_own():
-    logits = np.random.default_rng(0).standard_normal((3, 6, 4))
-    labels = np.random.default_rng(1).integers(0, 4, 6)
-    own = torch.stack([torch.nn.functional.cross_entropy(z, torch.tensor(labels)) for z in torch.tensor(logits)]).mean()
-    ours = pt.losses.member_cross_entropy(torch.tensor(logits), torch.tensor(labels))
-    assert_close(ours, own, "float64")
-    assert pt.losses.mixture_cross_entropy(torch.tensor(logits), torch.tensor(labels)) <= ours
+def test_units():
+    logits = np.random.default_rng(0).standard_normal((3, 5, 4))
+    for name in ("predictive_entropy", "expected_entropy", "mutual_information", "pairwise_kl"):
+        for package, array in ((pt, torch.tensor(logits)), (pf, jnp.asarray(logits))):
+            nats, bits = (np.asarray(getattr(package.uncertainty, name)(array, unit=u)) for u in ("nats", "bits"))
+            assert_close(bits * np.log(2), nats, "float64")
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int32", "int64"])
-def test_labels_of_any_integer_dtype(dtype):
-    logits, labels = np.zeros((2, 3, 4)), np.array([0, 3, 1], dtype)
-    ours = pt.losses.member_cross_entropy(torch.tensor(logits), torch.tensor(labels))
-    theirs = pf.losses.member_cross_entropy(jnp.asarray(logits), jnp.asarray(labels))
-    assert_close(ours, np.log(4.0), "float64")
-    assert_close(theirs, np.log(4.0), "float64")
+@pytest.mark.parametrize("unit", ["nats", "bits"])
+@pytest.mark.parametrize("scale", [1e-3, 3.0])
+def test_classification_uncertainty_adds_up_exactly(scale, unit):
+    logits = (scale * np.random.default_rng(0).standard_normal((5, 1000, 4))).astype("float32")
+    flax = jax.jit(lambda logits: pf.uncertainty.classification_uncertainty(logits, unit=unit))
+    for package, u in (
+        (pt, pt.uncertainty.classification_uncertainty(torch.tensor(logits), unit=unit)),
+        (pf, flax(logits)),
+    ):
+        mean, total, aleatoric, epistemic = map(np.asarray, u)
+        assert np.array_equal(total, aleatoric + epistemic)
+        assert (epistemic >= 0).all()
+        array = torch.tensor(logits) if package is pt else jnp.asarray(logits)
+        parts = package.uncertainty.mean_probs(array), package.uncertainty.predictive_entropy(array, unit=unit)
+        for ours, part in zip((mean, total), parts, strict=True):
+            assert_close(ours, np.asarray(part), "float32")
 
 
-def test_labels_out_of_range_are_not_read_as_others():
-    with pytest.raises(RuntimeError, match="index"):
-        pt.losses.member_cross_entropy(torch.zeros(2, 3, 4), torch.tensor([0, 1, 4]))
-    for label in (-1, 4):
-        loss = pf.losses.member_cross_entropy(jnp.zeros((2, 3, 4), "float32"), jnp.array([0, 1, label]))
-        assert jnp.isnan(loss)
+def test_mutual_information_of_members_that_nearly_agree():
+    rng = np.random.default_rng(0)
+    logits = (rng.standard_normal((1, 100, 4)) + 1e-3 * rng.standard_normal((5, 100, 4))).astype("float32")
+    log_probs = logits.astype("float64") - np.log(np.exp(logits.astype("float64")).sum(-1, keepdims=True))
+    apart = log_probs - np.log(np.exp(log_probs).mean(0))
+    exact = (np.exp(log_probs) * apart).sum(-1).mean(0)
+    streams = pt.uncertainty.ClassificationStream(), pf.uncertainty.ClassificationStream()
+    for member in logits:
+        streams[0].update(torch.tensor(member)[None])
+        streams[1].update(jnp.asarray(member)[None])
+    for values in (*both("mutual_information", logits), *(stream.compute().epistemic for stream in streams)):
+        assert np.abs(np.asarray(values) / exact - 1).max() < EPISTEMIC_LIMIT
+
+
+def test_pairwise_kl_is_zero_on_the_diagonal_and_nowhere_negative():
+    rng = np.random.default_rng(0)
+    for scale in (1e-6, 1.0, 1e4, HUGE / 10):
+        logits = np.clip(rng.standard_normal((1, 50, 4)) + scale * rng.standard_normal((4, 50, 4)), -HUGE, HUGE)
+        for values in both("pairwise_kl", logits):
+            values = np.asarray(values)
+            assert np.isfinite(values).all()
+            assert (values >= 0).all()
+            assert (np.diagonal(values) == 0).all()
+            assert (values[0, 1] > 0).any()
+
+
+@pytest.mark.parametrize(("center", "spread"), [(1e6, 1e-2), (1e6, 1.0), (-3.0, 1e-2)])
+def test_regression_uncertainty_far_from_zero(center, spread):
+    mean = (center + spread * np.random.default_rng(0).standard_normal((7, 500))).astype("float32")
+    mean[:, 0] = center  # members that agree
+    exact = mean.astype("float64").var(0)
+    variance = np.full_like(mean, 0.25)
+    pieces = [(mean[i : i + 3], variance[i : i + 3]) for i in range(0, 7, 3)]
+    ours, theirs = pt.uncertainty.RegressionStream(), pf.uncertainty.RegressionStream()
+    for piece in pieces:
+        ours.update(*map(torch.tensor, piece))
+        theirs.update(*map(jnp.asarray, piece))
+    for u in (
+        pt.uncertainty.regression_uncertainty(torch.tensor(mean), torch.tensor(variance)),
+        jax.jit(pf.uncertainty.regression_uncertainty)(mean, variance),
+        ours.compute(),
+        theirs.compute(),
+    ):
+        _, total, aleatoric, epistemic = map(np.asarray, u)
+        assert np.abs(epistemic - exact).max(initial=0.0, where=exact == 0) == 0
+        assert np.abs(epistemic / np.where(exact, exact, 1) - 1).max(where=exact > 0, initial=0.0) < EPISTEMIC_LIMIT
+        assert np.array_equal(total, aleatoric + epistemic)
+        assert (aleatoric == 0.25).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_streams_give_what_the_functions_of_all_members_give(scale):
+    rng = np.random.default_rng(0)
+    logits, mean, variance = scale * rng.standard_normal((7, 5, 4)), rng.standard_normal((7, 5)), rng.random((7, 5))
+    for package, array in ((pt, torch.tensor), (pf, jnp.asarray)):
+        classification = package.uncertainty.ClassificationStream(unit="bits")
+        regression = package.uncertainty.RegressionStream()
+        for i in range(0, 7, 3):
+            classification.update(array(logits[i : i + 3]))
+            regression.update(array(mean[i : i + 3]), array(variance[i : i + 3]))
+        assert classification.num_members == regression.num_members == 7
+        whole = package.uncertainty.classification_uncertainty(array(logits), unit="bits")
+        assert isinstance(whole, package.uncertainty.Uncertainty)
+        for ours, theirs in zip(classification.compute(), whole, strict=True):
+            assert_close(np.asarray(ours), np.asarray(theirs), "float64")
+        whole = package.uncertainty.regression_uncertainty(array(mean), array(variance))
+        for ours, theirs in zip(regression.compute(), whole, strict=True):
+            assert_close(np.asarray(ours), np.asarray(theirs), "float64")
+
+
+def test_streams_of_many_members_one_by_one():
+    logits = np.random.default_rng(0).standard_normal((100, 2, 3))
+    for package, array, bfloat16 in ((pt, torch.tensor, torch.bfloat16), (pf, jnp.asarray, jnp.bfloat16)):
+        whole, stream = array(logits, dtype=bfloat16), package.uncertainty.ClassificationStream()
+        for member in whole:
+            stream.update(member[None])
+        exact = package.uncertainty.classification_uncertainty(
+            array(np.asarray(whole.tolist()), dtype=(torch.float64 if package is pt else "float64"))
+        )
+        for ours, theirs in zip(stream.compute(), exact, strict=True):
+            assert_close(np.asarray(ours), np.asarray(theirs), "float32")
+
+
+def test_streams_keep_no_graph_and_no_members():
+    logits = torch.zeros(2, 3, 4, requires_grad=True)
+    stream = pt.uncertainty.ClassificationStream()
+    stream.update(logits)
+    assert not any(each.requires_grad for each in stream.compute())
+    means = torch.zeros(2, 3)
+    stream = pt.uncertainty.RegressionStream()
+    stream.update(means, torch.ones(2, 3))
+    means.fill_(5.0)  # the caller's buffer, reused
+    assert (stream.compute().mean == 0).all()
+
+
+def test_negative_variances_are_refused_or_nan():
+    mean, variance = np.zeros((2, 3)), np.array([[1.0, 1.0, 0.0], [1.0, -1.0, 0.0]])
+    with pytest.raises(ValueError, match="at least 0"):
+        pt.uncertainty.regression_uncertainty(torch.tensor(mean), torch.tensor(variance))
+    with pytest.raises(ValueError, match="at least 0"):
+        pt.uncertainty.RegressionStream().update(torch.tensor(mean), torch.tensor(variance))
+    stream = pf.uncertainty.RegressionStream()
+    stream.update(jnp.asarray(mean), jnp.asarray(variance))
+    for u in (pf.uncertainty.regression_uncertainty(jnp.asarray(mean), jnp.asarray(variance)), stream.compute()):
+        np.testing.assert_array_equal(u.total, [1.0, np.nan, 0.0])

@@ -318,12 +318,14 @@ def check_logits(what: str, shape: Sequence[int]) -> None:
         )
 
 
-def check_labels(what: str, logits: Sequence[int], labels: Sequence[int], integer: bool) -> None:
+def check_labels(what: str, logits: Sequence[int], labels: Sequence[int], integer: bool, each: bool = True) -> None:
+    """Labels of the batch; or, for losses of members, of each member."""
     num_members, batch = logits[0], logits[1]
-    if tuple(labels) not in ((batch,), (num_members, batch)):
+    if tuple(labels) != (batch,) and not (each and tuple(labels) == (num_members, batch)):
+        allowed = f"[B] or [E, B] with E={num_members}, B={batch}" if each else f"[B] with B={batch}"
         raise ValueError(
-            f"{what} expects labels of shape [B] or [E, B] with E={num_members}, B={batch}; got {tuple(labels)}. "
-            f"For one-hot labels, pass labels.argmax(-1)."
+            f"{what} expects labels of shape {allowed}; got {tuple(labels)}. For one-hot labels, pass "
+            f"labels.argmax(-1)."
         )
     if not integer:
         raise TypeError(f"{what} expects integer class indices as labels; got another dtype. Pass labels.argmax(-1).")

@@ -191,7 +191,7 @@ def batchensemble(
     s_mean: float = 1.0,
     s_std: float = 0.5,
     per_member_norms: bool = False,
-    exclude: Exclude | Iterable[Exclude] = (),
+    exclude: Iterable[Exclude] | Exclude = (),
 ) -> BatchEnsemble:
     """Converts every layer that it knows in a copy of the network; the network itself stays as it is.
 

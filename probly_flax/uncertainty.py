@@ -1,27 +1,184 @@
-"""What an ensemble knows and does not: total, aleatoric and epistemic uncertainty of its members' logits.
+"""What an ensemble knows and does not: total, aleatoric and epistemic uncertainty of its members' outputs.
 
-All functions take logits [E, B, C] and work in log space: no finite logits give NaN, infinity, or a negative
-entropy or mutual information. Entropies are in nats.
+For classification, of logits [E, B, C], and in log space: no finite logits give NaN, infinity, or a negative entropy,
+mutual information or divergence. These are in nats unless unit="bits". For regression, of means and variances
+[E, B, ...], in units of the target squared. A stream takes the members a few at a time.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from probly_flax._checks import check_logits
+from probly_flax._checks_losses import Unit, check_gaussian, check_same_inputs, check_unit, check_updated
 
 __all__ = [
+    "ClassificationStream",
+    "RegressionStream",
+    "Uncertainty",
+    "classification_uncertainty",
     "disagreement",
     "expected_entropy",
     "log_mean_probs",
     "mean_probs",
     "mutual_information",
+    "pairwise_kl",
     "predictive_entropy",
+    "regression_uncertainty",
 ]
+
+
+class Uncertainty(NamedTuple):
+    """The mean prediction of an ensemble and what it does not know: total = aleatoric + epistemic.
+
+    Aleatoric is what the members expect in spite of what they know, such as noise; epistemic is what they disagree
+    about, and more data would teach them.
+
+    Shape:
+        For classification mean (B, C), the others (B,); for regression all (B, ...).
+    Example:
+        >>> uncertainty = classification_uncertainty(jnp.array([[[200.0, 0.0]], [[0.0, 200.0]]]), unit="bits")
+        >>> uncertainty.aleatoric, uncertainty.epistemic
+        (Array([0.], dtype=float32), Array([1.], dtype=float32))
+    """
+
+    mean: Array
+    total: Array
+    aleatoric: Array
+    epistemic: Array
+
+
+def classification_uncertainty(logits: Array, *, unit: Unit = "nats") -> Uncertainty:
+    """Mean prediction, and predictive_entropy = expected_entropy + mutual_information (Depeweg et al. 2018).
+
+    Shape:
+        logits (E, B, C). Returns mean (B, C), and total, aleatoric and epistemic (B,), where total is the sum of the
+        others exactly.
+    Args:
+        logits: of each member.
+        unit: "nats" or "bits".
+    Raises:
+        ValueError: if logits have other axes, or unit is another.
+    Example:
+        >>> classification_uncertainty(jnp.array([[[200.0, 0.0]], [[0.0, 200.0]]]), unit="bits").total
+        Array([1.], dtype=float32)
+    """
+    check_unit("classification_uncertainty", unit)
+    log_mean, aleatoric, epistemic = _moments(_log_probs("classification_uncertainty", logits))
+    return _in_total(jnp.exp(log_mean), aleatoric, epistemic, unit)
+
+
+def regression_uncertainty(mean: Array, variance: Array) -> Uncertainty:
+    """Mean prediction, and the mixture's variance, by the law of total variance.
+
+    Aleatoric is the mean of the variances, epistemic the population variance of the means (Lakshminarayanan et al.
+    2017, sec. 2.4). Means are taken as differences from the first member's, which are exact where they are close: a
+    large mean costs no digits.
+
+    Shape:
+        mean, variance (E, B, ...). Returns mean, total, aleatoric and epistemic (B, ...); the last three in units of
+        the target squared, where total is the sum of the others exactly.
+    Raises:
+        ValueError: if the shapes do not fit. A variance that is negative gives NaN.
+    Example:
+        >>> regression_uncertainty(jnp.array([[1.0], [3.0]]), jnp.array([[0.25], [0.75]])).total
+        Array([1.5], dtype=float32)
+    """
+    check_gaussian("regression_uncertainty", mean.shape, variance.shape)
+    center, aleatoric, epistemic = _gaussian_moments(mean - mean[:1], variance)
+    return _in_total(mean[0] + center, aleatoric, epistemic)
+
+
+class ClassificationStream:
+    """classification_uncertainty of an ensemble that does not fit: members' logits come a few at a time.
+
+    It keeps the mean prediction and two numbers for each input, in float32 or more, and no gradients. The members so
+    far and those that come are two groups: what epistemic adds up are their divergences from the group's mean, and
+    those of the two means from the mean of all (Lin 1991, sec. V). None is negative, so nothing cancels.
+
+    Args:
+        unit: "nats" or "bits".
+    Raises:
+        ValueError: if unit is another; or, from update, if logits have other axes or are of other inputs.
+        RuntimeError: from compute, before any update.
+    Example:
+        >>> stream = ClassificationStream(unit="bits")
+        >>> for logits in jnp.array([[[[200.0, 0.0]]], [[[0.0, 200.0]]]]):  # one member at a time
+        ...     stream.update(logits)
+        >>> stream.compute().epistemic
+        Array([1.], dtype=float32)
+    """
+
+    _moments: tuple[Array, ...]  # log mean, aleatoric, epistemic
+
+    def __init__(self, *, unit: Unit = "nats") -> None:
+        check_unit("ClassificationStream", unit)
+        self.unit = unit
+        self.num_members = 0
+
+    def update(self, logits: Array) -> None:
+        """Takes the logits (k, B, C) of any number of members."""
+        log_probs = _log_probs("ClassificationStream.update", _constant(logits))
+        moments = _moments(log_probs)
+        if self.num_members:
+            check_same_inputs("ClassificationStream.update", self._moments[0].shape, log_probs.shape[1:])
+            moments = _merged_moments(self._moments, moments, *_shares(self.num_members, len(logits)))
+        self._moments = moments
+        self.num_members += len(logits)
+
+    def compute(self) -> Uncertainty:
+        """What classification_uncertainty returns of all members so far."""
+        check_updated("ClassificationStream.compute", "stream.update(logits)", self.num_members)
+        log_mean, aleatoric, epistemic = self._moments
+        return _in_total(jnp.exp(log_mean), aleatoric, epistemic, self.unit)
+
+
+class RegressionStream:
+    """regression_uncertainty of an ensemble that does not fit: members' means and variances come a few at a time.
+
+    It keeps four numbers for each target, in float32 or more, and no gradients. Groups of members are merged as by Chan
+    et al. 1983, in differences from the first member's mean.
+
+    Raises:
+        ValueError: from update, if the shapes do not fit or are of other inputs. A negative variance gives NaN.
+        RuntimeError: from compute, before any update.
+    Example:
+        >>> stream = RegressionStream()
+        >>> stream.update(jnp.array([[1.0]]), jnp.array([[0.25]]))
+        >>> stream.update(jnp.array([[3.0]]), jnp.array([[0.75]]))
+        >>> stream.compute().total
+        Array([1.5], dtype=float32)
+    """
+
+    _first: Array
+    _moments: tuple[Array, ...]  # mean, less the first member's; aleatoric, epistemic
+
+    def __init__(self) -> None:
+        self.num_members = 0
+
+    def update(self, mean: Array, variance: Array) -> None:
+        """Takes the means and variances (k, B, ...) of any number of members."""
+        what, mean, variance = "RegressionStream.update", _constant(mean), _constant(variance)
+        check_gaussian(what, mean.shape, variance.shape)
+        if self.num_members:
+            check_same_inputs(what, self._first.shape, mean.shape[1:])
+        first = self._first if self.num_members else mean[0]
+        moments = _gaussian_moments(mean - first[None], variance)
+        if self.num_members:
+            moments = _merged_gaussian_moments(self._moments, moments, *_shares(self.num_members, len(mean)))
+        self._first, self._moments = first, moments
+        self.num_members += len(mean)
+
+    def compute(self) -> Uncertainty:
+        """What regression_uncertainty returns of all members so far."""
+        check_updated("RegressionStream.compute", "stream.update(mean, variance)", self.num_members)
+        center, aleatoric, epistemic = self._moments
+        return _in_total(self._first + center, aleatoric, epistemic)
 
 
 def log_mean_probs(logits: Array) -> Array:
@@ -48,44 +205,61 @@ def mean_probs(logits: Array) -> Array:
     return jnp.exp(_log_mean(_log_probs("mean_probs", logits)))
 
 
-def predictive_entropy(logits: Array) -> Array:
-    """Total uncertainty: the entropy of the mean prediction, in nats.
+def predictive_entropy(logits: Array, *, unit: Unit = "nats") -> Array:
+    """Total uncertainty: the entropy of the mean prediction.
 
     Shape:
-        logits (E, B, C). Returns (B,), from 0 to log C.
+        logits (E, B, C). Returns (B,), from 0 to log C, in nats or bits.
     Example:
-        >>> jnp.exp(predictive_entropy(jnp.zeros((3, 1, 2))))
-        Array([2.], dtype=float32)
+        >>> predictive_entropy(jnp.zeros((3, 1, 2)), unit="bits")
+        Array([1.], dtype=float32)
     """
-    return _entropy(_log_mean(_log_probs("predictive_entropy", logits)))
+    check_unit("predictive_entropy", unit)
+    return _in_unit(_entropy(_log_mean(_log_probs("predictive_entropy", logits))), unit)
 
 
-def expected_entropy(logits: Array) -> Array:
-    """Aleatoric uncertainty: the mean of the members' entropies, in nats.
+def expected_entropy(logits: Array, *, unit: Unit = "nats") -> Array:
+    """Aleatoric uncertainty: the mean of the members' entropies.
 
     Shape:
-        logits (E, B, C). Returns (B,), from 0 to log C.
+        logits (E, B, C). Returns (B,), from 0 to log C, in nats or bits.
     Example:
         >>> expected_entropy(jnp.array([[[200.0, 0.0]], [[0.0, 200.0]]]))
         Array([0.], dtype=float32)
     """
-    return _entropy(_log_probs("expected_entropy", logits)).mean(0)
+    check_unit("expected_entropy", unit)
+    return _in_unit(_entropy(_log_probs("expected_entropy", logits)).mean(0), unit)
 
 
-def mutual_information(logits: Array) -> Array:
-    """Epistemic uncertainty: the mean divergence KL(p_i || p) of the members from their mean, in nats.
+def mutual_information(logits: Array, *, unit: Unit = "nats") -> Array:
+    """Epistemic uncertainty: the mean divergence KL(p_i || p) of the members from their mean.
 
     It equals predictive_entropy - expected_entropy (Houlsby et al. 2011, eq. 2), without their cancellation.
 
     Shape:
-        logits (E, B, C). Returns (B,), from 0 to log E.
+        logits (E, B, C). Returns (B,), from 0 to log E, in nats or bits.
     Example:
-        >>> jnp.exp(mutual_information(jnp.array([[[100.0, 0.0]], [[0.0, 100.0]]])))
-        Array([2.], dtype=float32)
+        >>> mutual_information(jnp.array([[[200.0, 0.0]], [[0.0, 200.0]]]), unit="bits")
+        Array([1.], dtype=float32)
     """
+    check_unit("mutual_information", unit)
     log_probs = _log_probs("mutual_information", logits)
-    divergence = (jnp.exp(log_probs) * (log_probs - _log_mean(log_probs)[None])).sum(-1)
-    return divergence.mean(0).clip(min=0)
+    return _in_unit(_divergence(log_probs, _log_mean(log_probs)[None]).mean(0), unit)
+
+
+def pairwise_kl(logits: Array, *, unit: Unit = "nats") -> Array:
+    """The divergence KL(p_i || p_j) of each member from each other (Kullback and Leibler 1951).
+
+    Shape:
+        logits (E, B, C). Returns (E, E, B), at least 0 and in nats or bits, with [i, j] for KL(p_i || p_j) and 0 on
+        the diagonal; on the way it takes E*E*B*C numbers.
+    Example:
+        >>> pairwise_kl(jnp.array([[[0.0, 0.0]], [[100.0, 100.0]], [[200.0, 0.0]]]), unit="bits")[2, :, 0]
+        Array([1., 1., 0.], dtype=float32)
+    """
+    check_unit("pairwise_kl", unit)
+    log_probs = _log_probs("pairwise_kl", logits)
+    return _in_unit(_divergence(log_probs[:, None], log_probs[None]), unit)
 
 
 def disagreement(logits: Array) -> Array:
@@ -111,9 +285,69 @@ def _log_probs(what: str, logits: Array) -> Array:
 
 
 def _log_mean(log_probs: Array) -> Array:
-    log_mean = jax.nn.logsumexp(log_probs, 0) - math.log(len(log_probs))
-    return jnp.where(log_mean > 0, 0.0, log_mean)  # rounding could make a probability larger than 1
+    return _at_most_zero(jax.nn.logsumexp(log_probs, 0) - math.log(len(log_probs)))
+
+
+def _at_most_zero(log_probs: Array) -> Array:
+    return jnp.where(log_probs > 0, 0.0, log_probs)  # rounding could make a probability larger than 1
 
 
 def _entropy(log_probs: Array) -> Array:
-    return -(jnp.exp(log_probs) * log_probs).sum(-1)
+    return (jnp.exp(log_probs) * -log_probs).sum(-1)
+
+
+def _divergence(log_p: Array, log_q: Array) -> Array:
+    """KL(p || q) as the sum of p (log p - log q) + q - p: each term is at least 0, and flat where p and q agree."""
+    d = log_p - log_q
+    up = jax.nn.relu(d)
+    # the first term where p > q, the second elsewhere; of p and q themselves it would be a difference of roundings
+    q_minus_p = jnp.exp(log_p) * jnp.expm1(-up) - jnp.exp(log_q) * jnp.expm1(d - up)
+    return (jnp.exp(log_p) * d + q_minus_p).clip(min=0).sum(-1)
+
+
+def _moments(log_probs: Array) -> tuple[Array, ...]:
+    """Logarithm of the mean prediction, aleatoric and epistemic uncertainty, in nats."""
+    log_mean = _log_mean(log_probs)
+    return log_mean, _entropy(log_probs).mean(0), _divergence(log_probs, log_mean[None]).mean(0)
+
+
+def _merged_moments(a: tuple[Array, ...], b: tuple[Array, ...], v: float, w: float) -> tuple[Array, ...]:
+    """The moments of two groups of members together, v and w of all."""
+    log_mean = _at_most_zero(jnp.logaddexp(math.log(v) + a[0], math.log(w) + b[0]))
+    of_a, of_b = a[2] + _divergence(a[0], log_mean), b[2] + _divergence(b[0], log_mean)
+    return log_mean, v * a[1] + w * b[1], v * of_a + w * of_b
+
+
+def _gaussian_moments(differences: Array, variance: Array) -> tuple[Array, ...]:
+    """Mean, aleatoric and epistemic uncertainty of means that are differences from one of them."""
+    center = differences.mean(0)
+    return center, _nan_if_negative(variance).mean(0), jnp.square(differences - center[None]).mean(0)
+
+
+def _merged_gaussian_moments(a: tuple[Array, ...], b: tuple[Array, ...], v: float, w: float) -> tuple[Array, ...]:
+    """The moments of two groups of members together, v and w of all."""
+    apart = b[0] - a[0]
+    return a[0] + w * apart, v * a[1] + w * b[1], v * a[2] + w * b[2] + v * w * jnp.square(apart)
+
+
+def _constant(x: Array) -> Array:
+    return jax.lax.stop_gradient(x.astype(jnp.float32) if x.dtype.itemsize < 4 else x)
+
+
+def _shares(num_a: int, num_b: int) -> tuple[float, float]:
+    return num_a / (num_a + num_b), num_b / (num_a + num_b)
+
+
+def _in_unit(nats: Array, unit: Unit) -> Array:
+    return nats / math.log(2) if unit == "bits" else nats
+
+
+def _in_total(mean: Array, aleatoric: Array, epistemic: Array, unit: Unit = "nats") -> Uncertainty:
+    aleatoric, epistemic = _in_unit(aleatoric, unit), _in_unit(epistemic, unit)
+    # none is negative; but XLA would add up products before it rounds them, and what is selected is rounded
+    aleatoric, epistemic = (jnp.where(each < 0, 0.0, each) for each in (aleatoric, epistemic))
+    return Uncertainty(mean, aleatoric + epistemic, aleatoric, epistemic)
+
+
+def _nan_if_negative(variance: Array) -> Array:
+    return jnp.where(variance < 0, jnp.nan, variance)  # traced, so not to be refused

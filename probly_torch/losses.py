@@ -1,38 +1,138 @@
-"""Losses of members' logits [E, B, C] and labels."""
+"""Losses of members' outputs: logits [E, B, C] and labels, or means and variances [E, B, ...] and targets.
+
+Those of members train each as if it were alone, which keeps members diverse; those of the mixture are what the ensemble
+is judged by.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
 from probly_torch._checks import check_in_axes, check_labels, check_member_axis, check_member_losses
-from probly_torch.uncertainty import _log_mean, _log_probs
+from probly_torch._checks_losses import (
+    check_beta,
+    check_cross_entropy_options,
+    check_gaussian,
+    check_gaussian_outputs,
+    check_targets,
+)
+from probly_torch.uncertainty import _check_variance, _log_mean, _log_probs
 
-__all__ = ["member_cross_entropy", "member_losses", "mixture_cross_entropy"]
+__all__ = [
+    "member_beta_nll",
+    "member_brier",
+    "member_cross_entropy",
+    "member_gaussian_nll",
+    "member_losses",
+    "mixture_brier",
+    "mixture_cross_entropy",
+    "mixture_gaussian_nll",
+    "to_gaussian",
+]
 
 
-def member_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over members and inputs of each member's own cross-entropy, in nats.
+def member_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Mean over members of each member's own cross-entropy, torch's F.cross_entropy with its options, in nats.
 
     Each member is trained as if it were alone, which keeps members diverse (Lakshminarayanan et al. 2017);
     its gradient is 1/E of the gradient alone.
 
     Shape:
         logits (E, B, C), labels (B,) or (E, B) of class indices. Returns a scalar.
+    Args:
+        logits: of each member.
+        labels: shared by the members, or of each member.
+        weight: (C,), of each class: a member's mean over inputs is weighted by that of their labels.
+        label_smoothing: the share a of the target that is spread over all classes, (1 - a) onehot(label) + a / C
+            (Szegedy et al. 2016, sec. 7).
+        ignore_index: inputs of this label count for nothing. Where a member has no others, the mean is NaN, of gradient
+            0, as in torch.
     Raises:
-        ValueError: if the shapes do not fit.
-        TypeError: if labels are not integers.
+        ValueError: if the shapes do not fit, or label_smoothing is not from 0 to 1.
+        TypeError: if labels are not integers, or an option is of another type.
     Example:
         >>> member_cross_entropy(torch.zeros(3, 4, 2), torch.tensor([0, 1, 1, 0])).exp()
         tensor(2.)
     """
-    log_probs = _log_probs("member_cross_entropy", logits)
-    return -_pick("member_cross_entropy", log_probs, labels).mean()
+    what = "member_cross_entropy"
+    log_probs = _log_probs(what, logits)
+    labels = _labels(what, log_probs, labels)
+    return _cross_entropy(what, log_probs, labels, weight, label_smoothing, ignore_index)
+
+
+def member_brier(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over members and inputs of each member's own Brier score, sum_c (p_c - onehot(label)_c)^2 (Brier 1950).
+
+    A squared error is bounded where a logarithm is not: labels that are wrong cost at most 2.
+
+    Shape:
+        logits (E, B, C), labels (B,) or (E, B) of class indices. Returns a scalar, from 0 to 2.
+    Raises:
+        ValueError: if the shapes do not fit.
+        TypeError: if labels are not integers.
+    Example:
+        >>> member_brier(torch.zeros(3, 4, 2), torch.tensor([0, 1, 1, 0]))
+        tensor(0.5000)
+    """
+    probs = _log_probs("member_brier", logits).exp()
+    return _brier(probs, _labels("member_brier", probs, labels))
+
+
+def member_gaussian_nll(mean: Tensor, variance: Tensor, targets: Tensor) -> Tensor:
+    """Mean over members and targets of each member's own -log N(target; mean, variance), in nats.
+
+    It is 0.5 (log 2 pi + log variance + (target - mean)^2 / variance) (Nix and Weigend 1994; Lakshminarayanan et al.
+    2017, eq. 1). Targets of several numbers are judged number by number.
+
+    Shape:
+        mean, variance (E, B, ...), targets (B, ...) or (E, B, ...). Returns a scalar.
+    Raises:
+        ValueError: if the shapes do not fit, or a variance is not above 0.
+    Example:
+        >>> member_gaussian_nll(torch.zeros(3, 4), torch.ones(3, 4), torch.zeros(4))
+        tensor(0.9189)
+    """
+    return -_log_density("member_gaussian_nll", mean, variance, targets, each=True).mean()
+
+
+def member_beta_nll(mean: Tensor, variance: Tensor, targets: Tensor, *, beta: float = 0.5) -> Tensor:
+    """member_gaussian_nll weighted by variance^beta, which is taken as a constant (Seitzer et al. 2022, sec. 4).
+
+    The likelihood's gradient by the mean is divided by the variance, so that inputs that fit badly are given up for a
+    large variance; with beta=0.5 they are not, and with beta=1 the gradient by the mean is that of the squared error.
+
+    Shape:
+        mean, variance (E, B, ...), targets (B, ...) or (E, B, ...). Returns a scalar.
+    Args:
+        mean: of each member.
+        variance: of each member.
+        targets: shared by the members, or of each member.
+        beta: from 0, member_gaussian_nll, to 1.
+    Raises:
+        ValueError: if the shapes do not fit, a variance is not above 0, or beta is not from 0 to 1.
+        TypeError: if beta is not a number.
+    Example:
+        >>> member_beta_nll(torch.zeros(3, 4), torch.full((3, 4), 4.0), torch.zeros(4), beta=0.5)
+        tensor(3.2242)
+    """
+    check_beta("member_beta_nll", beta)
+    log_density = _log_density("member_beta_nll", mean, variance, targets, each=True)
+    return -(variance.detach() ** beta * log_density).mean()
 
 
 def member_losses(
@@ -70,30 +170,136 @@ def member_losses(
     return losses
 
 
-def mixture_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over inputs of the cross-entropy of the mean prediction, -log (1/E) sum_i softmax(z_i)[label].
+def mixture_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Mean over inputs of the cross-entropy of the mean prediction, -log (1/E) sum_i softmax(z_i)[label], in nats.
 
     It is what the ensemble is judged by (NLL), and never above member_cross_entropy. As a training loss it
     lets members share the work, and so lose diversity.
 
     Shape:
         logits (E, B, C), labels (B,) of class indices. Returns a scalar.
+    Args:
+        logits: of each member.
+        labels: of the inputs.
+        weight: (C,), of each class: the mean over inputs is weighted by that of their labels.
+        label_smoothing: the share a of the target that is spread over all classes, (1 - a) onehot(label) + a / C
+            (Szegedy et al. 2016, sec. 7).
+        ignore_index: inputs of this label count for nothing. Where there are no others, the mean is NaN, of gradient 0,
+            as in torch.
     Raises:
-        ValueError: if the shapes do not fit.
-        TypeError: if labels are not integers.
+        ValueError: if the shapes do not fit, or label_smoothing is not from 0 to 1.
+        TypeError: if labels are not integers, or an option is of another type.
     Example:
         >>> mixture_cross_entropy(torch.tensor([[[0.0, 0.0]], [[0.0, 100.0]]]), torch.tensor([1])).exp()
         tensor(1.3333)
     """
-    log_probs = _log_probs("mixture_cross_entropy", logits)
-    return -_pick("mixture_cross_entropy", _log_mean(log_probs)[None], labels).mean()
+    what = "mixture_cross_entropy"
+    log_probs = _log_mean(_log_probs(what, logits))[None]
+    labels = _labels(what, log_probs, labels, each=False)
+    return _cross_entropy(what, log_probs, labels, weight, label_smoothing, ignore_index)
 
 
-def _pick(what: str, log_probs: Tensor, labels: Tensor) -> Tensor:
-    """The log-probability of each label: (E, B)."""
+def mixture_brier(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over inputs of the Brier score of the mean prediction p, sum_c (p_c - onehot(label)_c)^2 (Brier 1950).
+
+    It is never above member_brier: their difference is the variance of the members' predictions.
+
+    Shape:
+        logits (E, B, C), labels (B,) of class indices. Returns a scalar, from 0 to 2.
+    Raises:
+        ValueError: if the shapes do not fit.
+        TypeError: if labels are not integers.
+    Example:
+        >>> mixture_brier(torch.tensor([[[0.0, 0.0]], [[0.0, 100.0]]]), torch.tensor([1]))
+        tensor(0.1250)
+    """
+    probs = _log_mean(_log_probs("mixture_brier", logits)).exp()[None]
+    return _brier(probs, _labels("mixture_brier", probs, labels, each=False))
+
+
+def mixture_gaussian_nll(mean: Tensor, variance: Tensor, targets: Tensor) -> Tensor:
+    """Mean over targets of -log (1/E) sum_i N(target; mean_i, variance_i), the mixture's own likelihood, in nats.
+
+    It is what the ensemble is judged by, and never above member_gaussian_nll. Targets of several numbers are judged
+    number by number, each by the mixture of its own densities.
+
+    Shape:
+        mean, variance (E, B, ...), targets (B, ...). Returns a scalar.
+    Raises:
+        ValueError: if the shapes do not fit, or a variance is not above 0.
+    Example:
+        >>> mixture_gaussian_nll(torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1), torch.zeros(1))
+        tensor(1.4189)
+    """
+    log_density = _log_density("mixture_gaussian_nll", mean, variance, targets, each=False)
+    return math.log(len(mean)) - log_density.logsumexp(0).mean()
+
+
+def to_gaussian(outputs: Tensor, *, min_variance: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Means and variances of a network with two outputs for each target, mean and softplus(.) + min_variance.
+
+    Shape:
+        outputs (..., 2K), the K means first. Returns mean and variance (..., K).
+    Args:
+        outputs: of a network, or of members.
+        min_variance: above 0, in units of the target squared: it bounds the likelihood of targets that are fitted
+            exactly (Lakshminarayanan et al. 2017, sec. 2.2.1).
+    Raises:
+        ValueError: if the last axis is odd, or min_variance is not above 0.
+        TypeError: if min_variance is not a number.
+    Example:
+        >>> mean, variance = to_gaussian(torch.zeros(3, 4, 2))
+        >>> mean.shape, variance[0, 0]
+        (torch.Size([3, 4, 1]), tensor([0.6931]))
+    """
+    check_gaussian_outputs("to_gaussian", outputs.shape, min_variance)
+    mean, raw = outputs.chunk(2, -1)
+    return mean, functional.softplus(raw, threshold=40.0) + min_variance  # raw beyond 40, to float64's last bit
+
+
+def _cross_entropy(
+    what: str, log_probs: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float, ignore_index: int
+) -> Tensor:
+    """sum_b -((1 - a) w[y_b] log p[y_b] + a sum_c w[c]/C log p[c]) / sum_b w[y_b], and its mean over members."""
+    num_members, _, num_classes = log_probs.shape
+    check_cross_entropy_options(what, num_classes, weight, label_smoothing, ignore_index)
+    weight = None if weight is None else weight.to(log_probs)
+    kept = labels != ignore_index
+    losses = functional.nll_loss(
+        log_probs.flatten(0, 1), labels.flatten(), weight, ignore_index=ignore_index, reduction="none"
+    ).view(kept.shape)
+    if label_smoothing:
+        smooth = -((1.0 if weight is None else weight) / num_classes * log_probs).sum(-1)
+        losses = (1 - label_smoothing) * losses + label_smoothing * torch.where(kept, smooth, 0.0)
+    weights = kept if weight is None else torch.where(kept, weight[torch.where(kept, labels, 0)], 0.0)
+    total = num_members * weights.sum(-1, keepdim=True)
+    return (losses / total).sum()  # divided first: a sum of large ones would be infinite
+
+
+def _brier(probs: Tensor, labels: Tensor) -> Tensor:
+    return (probs - functional.one_hot(labels, probs.shape[-1])).square().sum(-1).mean()
+
+
+def _labels(what: str, probs: Tensor, labels: Tensor, each: bool = True) -> Tensor:
+    """Class indices for each member: (E, B)."""
     integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    check_labels(what, log_probs.shape, labels.shape, integer)
-    return log_probs.gather(-1, labels.long().expand(log_probs.shape[:-1])[..., None])[..., 0]
+    check_labels(what, probs.shape, labels.shape, integer, each)
+    return labels.long().expand(probs.shape[:-1])
+
+
+def _log_density(what: str, mean: Tensor, variance: Tensor, targets: Tensor, each: bool) -> Tensor:
+    """log N(target; mean, variance): (E, B, ...)."""
+    check_gaussian(what, mean.shape, variance.shape)
+    check_targets(what, mean.shape, targets.shape, each)
+    _check_variance(what, variance <= 0, "above 0")
+    return -0.5 * (math.log(2 * math.pi) + variance.log() + (targets - mean).square() / variance)
 
 
 def _row(tree: Any, i: int) -> Any:

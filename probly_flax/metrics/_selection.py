@@ -1,0 +1,232 @@
+"""Whether uncertainty tells which inputs to leave to others: those that are predicted wrongly, and those unlike any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from probly_flax.metrics._calibration import _mean_of_ties
+from probly_flax.metrics._checks_metrics import check_ignored, check_is_ood, check_scores, check_uncertainty
+from probly_flax.metrics._classification import _at_least_float32, _hits, _probs
+from probly_flax.metrics._states import _Scores
+
+
+def aurc(logits: Array, labels: Array, *, uncertainty: Array | None = None) -> Array:
+    """Area under the risk-coverage curve: the error among the k most certain inputs, averaged over k = 1..N.
+
+    The error is that of the mean prediction (Geifman, Uziel and El-Yaniv 2019). Inputs of equal uncertainty
+    count as equally wrong, so that their order does not matter.
+
+    Shape:
+        logits (E, B, C), labels (B,) of class indices, uncertainty (B,). Returns a scalar, from 0 to 1.
+    Args:
+        logits: of the members.
+        labels: class indices.
+        uncertainty: larger for less certain inputs, as mutual_information(logits); unless given, 1 - the largest mean
+            probability.
+    Raises:
+        ValueError: if the shapes do not fit.
+        TypeError: if labels are not integers.
+    Example:
+        >>> logits = jnp.array([[[9.0, 0.0], [0.0, 5.0], [1.0, 0.0]]])
+        >>> aurc(logits, jnp.array([0, 1, 1]))  # wrong in the least certain of three
+        Array(0.11111112, dtype=float32)
+    """
+    return _aurc(*_uncertainty_and_wrong("aurc", logits, labels, uncertainty))
+
+
+def ood_auroc(in_scores: Array, out_scores: Array) -> Array:
+    """Probability that an input from outside the distribution has a larger score than one from inside.
+
+    The area under the ROC curve with out-of-distribution as the positive class; equal scores count one half. Scores are
+    compared as they are: torchmetrics' BinaryAUROC takes those outside [0, 1] through a sigmoid, which makes large ones
+    equal.
+
+    Shape:
+        in_scores (N,), out_scores (M,). Returns a scalar, from 0 to 1; NaN if a score is.
+    Args:
+        in_scores: of inputs from inside the distribution, larger for less familiar ones: any uncertainty.
+        out_scores: of inputs from outside.
+    Raises:
+        ValueError: if there are no inputs of one kind, or scores have more axes than one.
+    Example:
+        >>> ood_auroc(jnp.array([0.0, 1.0]), jnp.array([1.0, 2.0]))
+        Array(0.875, dtype=float32)
+    """
+    return _auroc(*_floats("ood_auroc", in_scores, out_scores))
+
+
+def ood_fpr95(in_scores: Array, out_scores: Array) -> Array:
+    """Share of the inputs from inside the distribution that are flagged when at least 95 % of those from outside are.
+
+    The false positive rate at the largest threshold, flagging score >= threshold, whose true positive rate is 95 % or
+    more, with out-of-distribution as the positive class (Hendrycks, Mazeika and Dietterich 2019, sec. 4.1).
+
+    Shape:
+        in_scores (N,), out_scores (M,). Returns a scalar, from 0 to 1; NaN if a score is.
+    Args:
+        in_scores: of inputs from inside the distribution, larger for less familiar ones: any uncertainty.
+        out_scores: of inputs from outside.
+    Raises:
+        ValueError: if there are no inputs of one kind, or scores have more axes than one.
+    Example:
+        >>> ood_fpr95(jnp.array([0.0, 1.0]), jnp.array([1.0, 2.0]))
+        Array(0.5, dtype=float32)
+    """
+    return _fpr95(*_floats("ood_fpr95", in_scores, out_scores))
+
+
+class AURC(_Scores):
+    """Area under the risk-coverage curve: metrics.aurc of all batches.
+
+    The order is known when all inputs are, so two numbers are kept of each.
+
+    Shape:
+        update: logits (E, B, C), labels (B,) of class indices, uncertainty (B,), or (E, B) with per_member. compute: a
+        scalar, or (E,) with per_member.
+    Args:
+        per_member: each member's own value.
+    Raises:
+        ValueError: if the shapes do not fit.
+        TypeError: if labels are not integers.
+        RuntimeError: from compute, before any update.
+    Example:
+        >>> metric = AURC()
+        >>> metric.update(logits=jnp.array([[[9.0, 0.0], [0.0, 5.0], [1.0, 0.0]]]), labels=jnp.array([0, 1, 1]))
+        >>> metric.compute()
+        Array(0.11111112, dtype=float32)
+    """
+
+    def __init__(self, *, per_member: bool = False) -> None:
+        super().__init__("uncertainty", "wrong")
+        self.per_member = per_member
+
+    def update(self, *, logits: Array, labels: Array, uncertainty: Array | None = None, **ignored: Any) -> None:  # type: ignore[override]
+        """Adds a batch."""
+        check_ignored("AURC", ignored)
+        uncertainty, wrong = _uncertainty_and_wrong("AURC", logits, labels, uncertainty, self.per_member)
+        self._append(uncertainty=uncertainty, wrong=wrong)
+
+    def compute(self) -> Array:
+        """The area over all inputs since the last reset."""
+        return (jax.vmap(_aurc) if self.per_member else _aurc)(self._all("uncertainty"), self._all("wrong"))
+
+
+class OODAUROC(_Scores):
+    """Probability that an input from outside has a larger score than one from inside: metrics.ood_auroc of all batches.
+
+    Every score is kept.
+
+    Shape:
+        update: scores (B,), is_ood (B,) of booleans. compute: a scalar.
+    Raises:
+        ValueError: if the shapes do not fit; or from compute, if there are no inputs of one kind.
+        TypeError: if is_ood are not booleans.
+        RuntimeError: from compute, before any update.
+    Example:
+        >>> metric = OODAUROC()
+        >>> metric.update(scores=jnp.array([0.0, 1.0]), is_ood=jnp.array([False, False]))
+        >>> metric.update(scores=jnp.array([1.0, 2.0]), is_ood=jnp.array([True, True]))
+        >>> metric.compute()
+        Array(0.875, dtype=float32)
+    """
+
+    def __init__(self) -> None:
+        super().__init__("scores", "is_ood")
+
+    def update(self, *, scores: Array, is_ood: Array, **ignored: Any) -> None:  # type: ignore[override]
+        """Adds a batch, of inputs from inside, from outside or both."""
+        check_ignored("OODAUROC", ignored)
+        check_is_ood("OODAUROC", scores.shape, is_ood.shape, is_ood.dtype == bool)
+        self._append(scores=scores, is_ood=is_ood)
+
+    def compute(self) -> Array:
+        """The probability over all pairs of inputs since the last reset."""
+        scores, is_ood = self._all("scores"), self._all("is_ood")
+        return _auroc(*_floats("OODAUROC", scores[~is_ood], scores[is_ood]))
+
+
+class OODFPR95(_Scores):
+    """Share of the inputs from inside that are flagged when 95 % of those from outside are: metrics.ood_fpr95.
+
+    Every score is kept.
+
+    Shape:
+        update: scores (B,), is_ood (B,) of booleans. compute: a scalar.
+    Raises:
+        ValueError: if the shapes do not fit; or from compute, if there are no inputs of one kind.
+        TypeError: if is_ood are not booleans.
+        RuntimeError: from compute, before any update.
+    Example:
+        >>> metric = OODFPR95()
+        >>> metric.update(scores=jnp.array([0.0, 1.0]), is_ood=jnp.array([False, False]))
+        >>> metric.update(scores=jnp.array([1.0, 2.0]), is_ood=jnp.array([True, True]))
+        >>> metric.compute()
+        Array(0.5, dtype=float32)
+    """
+
+    def __init__(self) -> None:
+        super().__init__("scores", "is_ood")
+
+    def update(self, *, scores: Array, is_ood: Array, **ignored: Any) -> None:  # type: ignore[override]
+        """Adds a batch, of inputs from inside, from outside or both."""
+        check_ignored("OODFPR95", ignored)
+        check_is_ood("OODFPR95", scores.shape, is_ood.shape, is_ood.dtype == bool)
+        self._append(scores=scores, is_ood=is_ood)
+
+    def compute(self) -> Array:
+        """The share of all inputs from inside since the last reset."""
+        scores, is_ood = self._all("scores"), self._all("is_ood")
+        return _fpr95(*_floats("OODFPR95", scores[~is_ood], scores[is_ood]))
+
+
+def _uncertainty_and_wrong(
+    what: str, logits: Array, labels: Array, uncertainty: Array | None, per_member: bool = False
+) -> tuple[Array, Array]:
+    """Both [B], or [E, B]."""
+    probs = _probs(what, logits, labels, per_member)
+    wrong = 1 - _hits(probs, labels)
+    if uncertainty is None:
+        return -probs.max(-1), wrong
+    check_uncertainty(what, wrong.shape, uncertainty.shape)
+    return uncertainty, wrong
+
+
+def _aurc(uncertainty: Array, wrong: Array) -> Array:
+    """Of all inputs [N]."""
+    return _risks(uncertainty, wrong).mean()
+
+
+def _risks(uncertainty: Array, wrong: Array) -> Array:
+    """The error among the k most certain of inputs [N], for k = 1..N: [N]."""
+    order = uncertainty.argsort()
+    errors = _mean_of_ties(uncertainty[order], wrong[order]).cumsum()
+    risks = errors / jnp.arange(1, len(errors) + 1, dtype=errors.dtype)
+    return jnp.where(jnp.isnan(uncertainty).any(), jnp.nan, risks)
+
+
+def _floats(what: str, in_scores: Array, out_scores: Array) -> tuple[Array, Array]:
+    check_scores(what, in_scores.shape, out_scores.shape)
+    in_scores, out_scores = _at_least_float32(in_scores), _at_least_float32(out_scores)
+    dtype = jnp.promote_types(in_scores.dtype, out_scores.dtype)
+    return in_scores.astype(dtype), out_scores.astype(dtype)
+
+
+def _auroc(in_scores: Array, out_scores: Array) -> Array:
+    """For each input from outside, the inputs from inside that are below it, and those that are not above it."""
+    inside = jnp.sort(in_scores)
+    below, not_above = jnp.searchsorted(inside, out_scores), jnp.searchsorted(inside, out_scores, side="right")
+    return _nan_of(in_scores, out_scores, (below + not_above).astype(inside.dtype).mean() / (2 * len(inside)))
+
+
+def _fpr95(in_scores: Array, out_scores: Array) -> Array:
+    flagged = (19 * len(out_scores) + 19) // 20  # 95 %, rounded up
+    threshold = jnp.sort(out_scores)[len(out_scores) - flagged]
+    return _nan_of(in_scores, out_scores, (in_scores >= threshold).astype(in_scores.dtype).mean())
+
+
+def _nan_of(in_scores: Array, out_scores: Array, value: Array) -> Array:
+    return jnp.where(jnp.isnan(in_scores).any() | jnp.isnan(out_scores).any(), jnp.nan, value)
