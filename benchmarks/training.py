@@ -3,7 +3,7 @@
 The network is an MLP 2-H-H-2 of E members; a step is forward, member cross-entropy, backward and AdamW. The limit is
 the plainest loop around the same model. A Trainer's step is timed from the inside: from handing it a batch until it
 asks for the next one, and in between the limit has its turn, so that both find the same caches. Trainings of 100 steps
-take turns in an order drawn anew.
+take turns in an order drawn anew. Times are medians, those of a Trainer of its ratio to the limit's step just before.
 
 All have the Trainer's own cost for each step, which "empty" is: a module of one weight, without a network, optimized by
 SGD. "plain" is a LightningModule of four lines. The last column is the ratio to the limit of what EnsembleClassifier
@@ -58,10 +58,10 @@ def measure(kind: str, num_members: int, hidden: int, batch: int, seconds: float
             return adamw(self.parameters())
 
     class Batches:
-        """Those of one epoch. What it is asked for is timed, and the limit, before the next is handed out."""
+        """Those of one epoch. Before each is handed out the limit is timed, and then what is done with the batch."""
 
-        def __init__(self, times: list[float]) -> None:
-            self.times = times
+        def __init__(self, ratios: list[float]) -> None:
+            self.ratios = ratios
 
         def __len__(self) -> int:
             return STEPS
@@ -72,7 +72,7 @@ def measure(kind: str, num_members: int, hidden: int, batch: int, seconds: float
                 start = time.perf_counter()
                 yield x, y
                 if i:  # the first one comes with what starts an epoch
-                    self.times.append(time.perf_counter() - start)
+                    self.ratios.append((time.perf_counter() - start) / limit[-1])
 
     def by_hand() -> None:
         optimizer.zero_grad()
@@ -95,15 +95,16 @@ def measure(kind: str, num_members: int, hidden: int, batch: int, seconds: float
     modules = {"empty": Empty(), "plain": Plain(new_model())}
     modules["EnsembleClassifier"] = EnsembleClassifier(new_model(), optimizer=adamw)
     limit: list[float] = []
-    times: dict[str, list[float]] = {name: [] for name in modules}
+    ratios: dict[str, list[float]] = {name: [] for name in modules}
     order, names, end = random.Random(0), list(modules), time.perf_counter() + seconds
     while time.perf_counter() < end or not limit:
         order.shuffle(names)
         for name in names:
             quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
             trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, **quiet)
-            trainer.fit(modules[name], Batches(times[name]))
-    return {"limit": statistics.median(limit), **{name: statistics.median(each) for name, each in times.items()}}
+            trainer.fit(modules[name], Batches(ratios[name]))
+    median = statistics.median(limit)
+    return {"limit": median, **{name: median * statistics.median(each) for name, each in ratios.items()}}
 
 
 def timed(run: Callable[[], Any]) -> float:

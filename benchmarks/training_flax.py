@@ -88,7 +88,7 @@ def measure(num_members: int, hidden: int, batch: int, steps: int, seconds: floa
         started = time.perf_counter()
         return batches
 
-    fit(*with_optimizer(), train, epochs=10 + int(seconds / timed(loops["limit"]) / 3))
+    fit(*with_optimizer(), train, epochs=6 + int(seconds / timed(loops["limit"]) / 3))
     compiling = times["fit"].pop(0)
     limit, step, fitted = (statistics.median(times[name]) for name in ("limit", "step", "fit"))
     starts: list[float] = []
@@ -115,7 +115,9 @@ def main() -> None:
     os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={parallel} intra_op_parallelism_threads={args.threads}"
     print("".join(f"{name:>8}" for name in "EHB") + "".join(f"{name:>17}" for name in COLUMNS))
     for case in QUICK_CASES if args.quick else CASES:
-        limit, step, fitted, *once = measure(*case, *((20, 0.1) if args.quick else (200, 20.0)))
+        limit, step, fitted, *once = measure(
+            *case, *((20, 0.1) if args.quick else (10 if case[1] == 512 else 200, 20.0))
+        )
         numbers = f"{limit:17.0f}{step:16.2f}x{fitted:16.2f}x" + "".join(f"{seconds:17.2f}" for seconds in once)
         print("".join(f"{number:8}" for number in case) + numbers, flush=True)
     print(f"{platform.platform()}, {args.threads} threads, load {os.getloadavg()[0]:.1f}")

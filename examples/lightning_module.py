@@ -50,8 +50,8 @@ class Digits(lightning.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        layers = [nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)]
-        network = nn.Sequential(*layers)
+        hidden = [nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
+        network = nn.Sequential(*hidden, nn.Linear(128, 10))
         self.model = network
 
     def loss(self, batch: list[Tensor]) -> Tensor:
@@ -80,9 +80,9 @@ class DigitsEnsemble(EnsembleMixin, lightning.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        layers = [nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)]
-        network = nn.Sequential(*layers)
-        self.model = probly_torch.batchensemble(network, 4, init="random_sign")
+        hidden = [nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
+        network = nn.Sequential(*hidden, nn.Linear(128, 10))
+        self.model = probly_torch.batchensemble(network, 4)
 
     def loss(self, batch: list[Tensor]) -> Tensor:
         return self.ensemble_loss(batch)

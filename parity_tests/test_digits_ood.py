@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from sklearn.datasets import load_digits
 
 import probly_torch
 from examples import digits_ood
@@ -52,7 +53,7 @@ def test_scores(results):
 
 
 def test_data():
-    """No test image, and none of the digit held out, is among those of training and validation; seeds share the test."""
+    """No test image, and none of the digit held out, is in training or validation; seeds share the test set."""
     first, second = (digits_ood.load_data(9, seed) for seed in (0, 1))
     parts = (first.x_train, first.x_val, first.x_test, first.near)
     assert sum(map(len, parts)) == 1797 == len(np.unique(np.concatenate(parts), axis=0))
@@ -60,6 +61,15 @@ def test_data():
     np.testing.assert_array_equal(first.x_test, second.x_test)
     assert (first.x_train != second.x_train).any()
     assert set(first.y_train) == set(first.y_test) == set(range(9))
+
+
+def test_new_writers():
+    """The last images, in the order of the data set."""
+    images, digits = load_digits(return_X_y=True)
+    data = digits_ood.load_data(9, 0, new_writers=True)
+    known = images[digits != 9] / 16
+    np.testing.assert_array_equal(data.x_test, known[-len(data.x_test) :])
+    assert len(data.x_test) == len(digits_ood.load_data(9, 0).x_test)
 
 
 def test_held_out_digit_leaves_no_gap_in_the_labels():
@@ -84,6 +94,17 @@ def test_masks_of_dropout_are_those_of_flax(dtype):
 def test_settings_are_among_those_tried():
     for method in (SINGLE, DROPOUT, DEEP, BATCH):
         assert digits_ood.SETTINGS[method] in digits_ood.CHOICES[method]
+
+
+def test_choice(monkeypatch, capsys):
+    """The lowest of each method has a star."""
+    settings = [digits_ood.Settings(rate, 0.1) for rate in (1e-5, 1e-2, 1e-4)]
+    monkeypatch.setattr(digits_ood, "METHODS", (SINGLE,))
+    monkeypatch.setattr(digits_ood, "CHOICES", {SINGLE: settings})
+    digits_ood.main(["--choose", "--fast"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip().startswith(SINGLE)]
+    assert [row[2] for row in rows] == ["1e-05", "0.01", "0.0001"]
+    assert [row[-1] == "*" for row in rows] == [False, True, False]
 
 
 def test_tables(results, out, capsys):

@@ -1,6 +1,5 @@
 """Training in Flax: compiled steps, and the loop around them, against loops by hand and against Lightning's."""
 
-import os
 import signal
 from functools import cache, partial
 
@@ -290,7 +289,7 @@ def test_each_member_can_have_batches_of_its_own():
 @pytest.mark.parametrize("during", ["data", "step"])
 def test_ctrl_c_leaves_the_trained_weights(during):
     def interrupt():
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     def train():
         yield from batches(0)[:2]
@@ -300,7 +299,7 @@ def test_ctrl_c_leaves_the_trained_weights(during):
 
     def loss(logits, labels):
         if during == "step":
-            jax.lax.cond(labels.shape[0] < 0, lambda: None, lambda: jax.debug.callback(interrupt))
+            jax.debug.callback(interrupt)
         return pf.losses.member_cross_entropy(logits, labels)
 
     trained, expected = new(), new()

@@ -203,8 +203,9 @@ def test_a_module_of_ones_own_trains_and_is_judged_alike(make, precision):
     assert loss < 0.8
     (tested,) = runs[1].test(theirs, loader(12), verbose=False)
     assert tested == {name.replace("val", "test"): value for name, value in logged[1].items()}
-    assert weights(ours).dtype == "float64"
-    assert all(p.dtype == torch.float32 for p in ours.parameters())
+    with runs[0].precision_plugin.forward_context():
+        assert theirs.member_outputs(torch.ones(4, 2)).dtype == torch.float32
+        assert ours.model(torch.ones(4, 2)).dtype == (torch.float32 if precision[:2] == "32" else torch.bfloat16)
 
 
 def test_the_callback_judges_regression_and_says_what_it_needs():
@@ -454,6 +455,27 @@ def test_groups_of_what_is_not_known_are_asked_for():
         fast_weight_groups(model, 0.1, no_decay=(Scale, pt.BatchEnsembleLinear))
     with pytest.raises(ValueError, match=r"got one of 2 slow weights and no fast ones.*batchensemble\(model, 4\)"):
         fast_weight_groups(pt.ensemble(mlp(), 2), 0.1)
+
+    class Layer(nn.Module):  # as register_batchensemble takes them
+        num_members = 2
+
+        def __init__(self):
+            super().__init__()
+            self.r, self.s, self.kernel = (nn.Parameter(torch.ones(2)) for _ in range(3))
+
+        def member(self, i):
+            """As a plain layer."""
+
+        def keep_members(self, indices):
+            """Drops others."""
+
+    with pytest.raises(ValueError, match="got 'kernel' of a Layer"):
+        fast_weight_groups(Layer(), 0.1)
+    assert [len(g["params"]) for g in fast_weight_groups(Layer(), 0.1, decay=(Layer,))] == [1, 2]
+    with pytest.raises(TypeError, match=r"expects decay as a tuple of types.*Pass decay=\(MyLayer,\)"):
+        fast_weight_groups(Layer(), 0.1, decay=Layer)
+    with pytest.raises(ValueError, match=r"Say it: self.optimizer_groups\(0.1, decay=\(Scale,\)\)"):
+        Own(Scale()).optimizer_groups(0.1)
     groups = Own(pt.ensemble(mlp(dropout=0.1), 2)).optimizer_groups(0.1)
     assert [(g["name"], len(g["params"])) for g in groups] == [("slow", 2), ("undecayed", 4)]
     linear = Own(pt.ensemble(nn.Linear(2, 2), 2)).optimizer_groups(0.1)  # whose parameters the Ensemble holds itself
@@ -528,7 +550,7 @@ def test_two_processes_train_as_one(tmp_path):
         [sys.executable, script], check=True, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True
     )
     checkpoint, logged = torch.load(tmp_path / "last.ckpt"), json.loads((tmp_path / "logged.json").read_text())
-    assert len(checkpoint["probly_torch_random_states"]) == 2
+    assert [state["torch"].dtype for state in checkpoint["probly_torch_random_states"]] == [torch.uint8] * 2
     both = EnsembleClassifier.load_from_checkpoint(tmp_path / "last.ckpt")
     module, alone = fit_in_processes(tmp_path)
     assert_same_trajectory(weights(both), weights(module))

@@ -9,14 +9,6 @@ from typing import Any
 from probly_flax._checks import index
 
 
-def check_task(what: str, task: Any) -> None:
-    if task not in ("classification", "regression"):
-        raise ValueError(
-            f"{what} expects task 'classification' or 'regression'; got {task!r}. Pass task='regression' for a model "
-            f"that returns mean and variance."
-        )
-
-
 def check_callable(what: str, name: str, value: Any) -> None:
     if not callable(value):
         raise TypeError(

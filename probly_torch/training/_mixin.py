@@ -30,9 +30,9 @@ class EnsembleMixin(LightningModule):
     otherwise: `class Mine(EnsembleMixin, LightningModule)`, `return self.ensemble_loss(batch)` in training_step, and
     `AdamW(self.optimizer_groups(weight_decay=1e-4), lr=1e-3)` in configure_optimizers. EnsembleMetrics logs metrics.
 
-    A checkpoint also holds the states of the generators of random numbers (torch's, Python's and NumPy's of each
-    process, and the ensemble's own for Dropout), and `Trainer.fit(..., ckpt_path=...)` goes on from them: a run that
-    is resumed from the end of an epoch is, bit for bit, the run that was not interrupted. Where you define
+    A checkpoint also holds the states of the generators of random numbers (each process's of torch on CPU and CUDA, of
+    Python and of NumPy, and the ensemble's own for Dropout), and `Trainer.fit(..., ckpt_path=...)` goes on from them: a
+    run that is resumed from the end of an epoch is, bit for bit, the run that was not interrupted. Where you define
     on_fit_start, on_save_checkpoint or on_load_checkpoint, call super's.
 
     Example:
@@ -62,7 +62,8 @@ class EnsembleMixin(LightningModule):
         Args:
             batch: inputs (B, ...) and targets (B, ...); or, under in_axes=0, (E, B, ...) both.
             loss: maps the members' outputs (E, B, ...) and the targets to a scalar, as those in `losses` do. Outputs in
-                a tuple are passed one by one: loss(mean, variance, targets).
+                a tuple are passed one by one: loss(mean, variance, targets). For a network that returns both in one
+                tensor, `lambda outputs, targets: member_gaussian_nll(*to_gaussian(outputs), targets)`.
             in_axes: None gives every member the same batch; 0 gives each its own.
         Raises:
             ValueError: if the batch is not a pair, or loss returns no scalar.
