@@ -136,7 +136,8 @@ def plot(results: dict[str, Result]) -> Figure:
     for panel, (name, result) in zip(panels.flat, results.items(), strict=True):
         training_curves(result.history, names=["train_loss", "val_loss", "val_nll"], ax=panel)
         panel.set(title=name, yscale="log")
-        panel.label_outer()
+        if not panel.get_subplotspec().is_first_col():
+            panel.set(ylabel="")
     return figure
 
 
