@@ -286,8 +286,16 @@ def test_each_member_can_have_batches_of_its_own():
         assert_close(logits[i], member(data()[0]), "float32")
 
 
+@pytest.fixture
+def ctrl_c():
+    """As it is in a program of one's own: workers of pytest-xdist ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("during", ["data", "step"])
-def test_ctrl_c_leaves_the_trained_weights(during):
+def test_ctrl_c_leaves_the_trained_weights(during, ctrl_c):
     def interrupt():
         signal.raise_signal(signal.SIGINT)
 
@@ -303,10 +311,9 @@ def test_ctrl_c_leaves_the_trained_weights(during):
         return pf.losses.member_cross_entropy(logits, labels)
 
     trained, expected = new(), new()
-    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         quiet(*trained, train(), epochs=1, loss=loss)
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(signal.SIGINT) is ctrl_c
     steps = int(trained[1].step[...])
     assert steps == 2 if during == "data" else steps >= 1
     quiet(*expected, [*batches(0)[:2], *batches(0)][:steps], epochs=1)
