@@ -194,7 +194,7 @@ def test_rngs_is_copied_pickled_and_moved_with_its_counts():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is none")
 def test_compiled_draws_and_counts():
     def draw(rngs):
-        return random.bits(rngs.params(), (5,)).to(torch.int64)
+        return rngs.params()
 
     eager, compiled = random.Rngs(0), random.Rngs(0)
     step = torch.compile(draw, fullgraph=True)
