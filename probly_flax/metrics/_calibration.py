@@ -122,7 +122,25 @@ def classwise_ece(logits: Array, labels: Array, *, num_bins: int = 15) -> Array:
     return _error(*_every_label("classwise_ece", logits, labels, num_bins)).mean(-1)
 
 
-class ReliabilityCurve(_Sums):
+class _TopLabelSums(_Sums):
+    """Sums by bins of the largest probability."""
+
+    def __init__(self, *, num_bins: int = 15, per_member: bool = False) -> None:
+        check_num_bins(type(self).__name__, num_bins)
+        super().__init__(per_member=per_member)
+        self.num_bins = num_bins
+        self._add_sum("confidence", num_bins)
+        self._add_sum("correct", num_bins)
+        self._add_sum("count", num_bins, dtype=int)
+
+    def update(self, *, logits: Array, labels: Array, **ignored: Any) -> None:  # type: ignore[override]
+        """Adds a batch."""
+        check_ignored(type(self).__name__, ignored)
+        bins = _top_label(type(self).__name__, logits, labels, self.num_bins, self.per_member)
+        self._add(**dict(zip(("confidence", "correct", "count"), bins, strict=True)))
+
+
+class ReliabilityCurve(_TopLabelSums):
     """What a reliability diagram shows: metrics.reliability_bins over batches.
 
     Memory does not grow with the inputs.
@@ -143,26 +161,12 @@ class ReliabilityCurve(_Sums):
         Array([0.75,  nan], dtype=float32)
     """
 
-    def __init__(self, *, num_bins: int = 15, per_member: bool = False) -> None:
-        check_num_bins("ReliabilityCurve", num_bins)
-        super().__init__(per_member=per_member)
-        self.num_bins = num_bins
-        self._add_sum("confidence", num_bins)
-        self._add_sum("correct", num_bins)
-        self._add_sum("count", num_bins, dtype=int)
-
-    def update(self, *, logits: Array, labels: Array, **ignored: Any) -> None:  # type: ignore[override]
-        """Adds a batch."""
-        check_ignored("ReliabilityCurve", ignored)
-        bins = _top_label("ReliabilityCurve", logits, labels, self.num_bins, self.per_member)
-        self._add(**dict(zip(("confidence", "correct", "count"), bins, strict=True)))
-
     def compute(self) -> ReliabilityBins:
         """The bins of all inputs since the last reset."""
         return _means(*map(self._sum, ("confidence", "correct", "count")))
 
 
-class ECE(_Sums):
+class ECE(_TopLabelSums):
     """Expected calibration error of the mean prediction: metrics.ece over batches.
 
     Memory does not grow with the inputs.
@@ -181,20 +185,6 @@ class ECE(_Sums):
         >>> metric.compute()
         Array(0.25, dtype=float32)
     """
-
-    def __init__(self, *, num_bins: int = 15, per_member: bool = False) -> None:
-        check_num_bins("ECE", num_bins)
-        super().__init__(per_member=per_member)
-        self.num_bins = num_bins
-        self._add_sum("confidence", num_bins)
-        self._add_sum("correct", num_bins)
-        self._add_sum("count", num_bins, dtype=int)
-
-    def update(self, *, logits: Array, labels: Array, **ignored: Any) -> None:  # type: ignore[override]
-        """Adds a batch."""
-        check_ignored("ECE", ignored)
-        bins = _top_label("ECE", logits, labels, self.num_bins, self.per_member)
-        self._add(**dict(zip(("confidence", "correct", "count"), bins, strict=True)))
 
     def compute(self) -> Array:
         """The error over all inputs since the last reset; NaN before the first."""

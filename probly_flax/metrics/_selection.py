@@ -115,7 +115,20 @@ class AURC(_Scores):
         return (jax.vmap(_aurc) if self.per_member else _aurc)(self._all("uncertainty"), self._all("wrong"))
 
 
-class OODAUROC(_Scores):
+class _DetectionScores(_Scores):
+    """Scores, and which of them are of inputs from outside."""
+
+    def __init__(self) -> None:
+        super().__init__("scores", "is_ood")
+
+    def update(self, *, scores: Array, is_ood: Array, **ignored: Any) -> None:  # type: ignore[override]
+        """Adds a batch, of inputs from inside, from outside or both."""
+        check_ignored(type(self).__name__, ignored)
+        check_is_ood(type(self).__name__, scores.shape, is_ood.shape, is_ood.dtype == bool)
+        self._append(scores=scores, is_ood=is_ood)
+
+
+class OODAUROC(_DetectionScores):
     """Probability that an input from outside has a larger score than one from inside: metrics.ood_auroc of all batches.
 
     Every score is kept.
@@ -134,22 +147,13 @@ class OODAUROC(_Scores):
         Array(0.875, dtype=float32)
     """
 
-    def __init__(self) -> None:
-        super().__init__("scores", "is_ood")
-
-    def update(self, *, scores: Array, is_ood: Array, **ignored: Any) -> None:  # type: ignore[override]
-        """Adds a batch, of inputs from inside, from outside or both."""
-        check_ignored("OODAUROC", ignored)
-        check_is_ood("OODAUROC", scores.shape, is_ood.shape, is_ood.dtype == bool)
-        self._append(scores=scores, is_ood=is_ood)
-
     def compute(self) -> Array:
         """The probability over all pairs of inputs since the last reset."""
         scores, is_ood = self._all("scores"), self._all("is_ood")
         return _auroc(*_floats("OODAUROC", scores[~is_ood], scores[is_ood]))
 
 
-class OODFPR95(_Scores):
+class OODFPR95(_DetectionScores):
     """Share of the inputs from inside that are flagged when 95 % of those from outside are: metrics.ood_fpr95.
 
     Every score is kept.
@@ -167,15 +171,6 @@ class OODFPR95(_Scores):
         >>> metric.compute()
         Array(0.5, dtype=float32)
     """
-
-    def __init__(self) -> None:
-        super().__init__("scores", "is_ood")
-
-    def update(self, *, scores: Array, is_ood: Array, **ignored: Any) -> None:  # type: ignore[override]
-        """Adds a batch, of inputs from inside, from outside or both."""
-        check_ignored("OODFPR95", ignored)
-        check_is_ood("OODFPR95", scores.shape, is_ood.shape, is_ood.dtype == bool)
-        self._append(scores=scores, is_ood=is_ood)
 
     def compute(self) -> Array:
         """The share of all inputs from inside since the last reset."""

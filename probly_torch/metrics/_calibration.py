@@ -120,7 +120,28 @@ def classwise_ece(logits: Tensor, labels: Tensor, *, num_bins: int = 15) -> Tens
     return _error(*_every_label("classwise_ece", logits, labels, num_bins)).mean(-1)
 
 
-class ReliabilityCurve(_Sums):
+class _TopLabelSums(_Sums):
+    """Sums by bins of the largest probability."""
+
+    confidence: Tensor
+    correct: Tensor
+    count: Tensor
+
+    def __init__(self, *, num_bins: int = 15, per_member: bool = False, **kwargs: Any) -> None:
+        check_num_bins(type(self).__name__, num_bins)
+        super().__init__(per_member=per_member, **kwargs)
+        self.num_bins = num_bins
+        self._add_sum("confidence", num_bins)
+        self._add_sum("correct", num_bins)
+        self._add_sum("count", num_bins, dtype=torch.int64)
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Adds a batch."""
+        bins = _top_label(type(self).__name__, logits, labels, self.num_bins, self.per_member, self.dtype)
+        self._add(**dict(zip(("confidence", "correct", "count"), bins, strict=True)))
+
+
+class ReliabilityCurve(_TopLabelSums):
     """What a reliability diagram shows: metrics.reliability_bins over batches.
 
     Memory does not grow with the inputs.
@@ -141,29 +162,12 @@ class ReliabilityCurve(_Sums):
         tensor([0.7500,    nan], dtype=torch.float64)
     """
 
-    confidence: Tensor
-    correct: Tensor
-    count: Tensor
-
-    def __init__(self, *, num_bins: int = 15, per_member: bool = False, **kwargs: Any) -> None:
-        check_num_bins("ReliabilityCurve", num_bins)
-        super().__init__(per_member=per_member, **kwargs)
-        self.num_bins = num_bins
-        self._add_sum("confidence", num_bins)
-        self._add_sum("correct", num_bins)
-        self._add_sum("count", num_bins, dtype=torch.int64)
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Adds a batch."""
-        bins = _top_label("ReliabilityCurve", logits, labels, self.num_bins, self.per_member, self.dtype)
-        self._add(**dict(zip(("confidence", "correct", "count"), bins, strict=True)))
-
     def compute(self) -> ReliabilityBins:
         """The bins of all inputs since the last reset."""
         return _means(self.confidence, self.correct, self.count)
 
 
-class ECE(_Sums):
+class ECE(_TopLabelSums):
     """Expected calibration error of the mean prediction: metrics.ece over batches.
 
     Memory does not grow with the inputs.
@@ -184,22 +188,6 @@ class ECE(_Sums):
     """
 
     higher_is_better = False
-    confidence: Tensor
-    correct: Tensor
-    count: Tensor
-
-    def __init__(self, *, num_bins: int = 15, per_member: bool = False, **kwargs: Any) -> None:
-        check_num_bins("ECE", num_bins)
-        super().__init__(per_member=per_member, **kwargs)
-        self.num_bins = num_bins
-        self._add_sum("confidence", num_bins)
-        self._add_sum("correct", num_bins)
-        self._add_sum("count", num_bins, dtype=torch.int64)
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Adds a batch."""
-        bins = _top_label("ECE", logits, labels, self.num_bins, self.per_member, self.dtype)
-        self._add(**dict(zip(("confidence", "correct", "count"), bins, strict=True)))
 
     def compute(self) -> Tensor:
         """The error over all inputs since the last reset; NaN before the first."""

@@ -116,7 +116,19 @@ class AURC(_Scores):
         return torch.stack(areas) if self.per_member else areas[0]
 
 
-class OODAUROC(_Scores):
+class _DetectionScores(_Scores):
+    """Scores, and which of them are of inputs from outside."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__("scores", "is_ood", **kwargs)
+
+    def update(self, scores: Tensor, is_ood: Tensor) -> None:
+        """Adds a batch, of inputs from inside, from outside or both."""
+        check_is_ood(type(self).__name__, scores.shape, is_ood.shape, is_ood.dtype == torch.bool)
+        self._append(scores=scores, is_ood=is_ood)
+
+
+class OODAUROC(_DetectionScores):
     """Probability that an input from outside has a larger score than one from inside: metrics.ood_auroc of all batches.
 
     Every score is kept.
@@ -137,21 +149,13 @@ class OODAUROC(_Scores):
 
     higher_is_better = True
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__("scores", "is_ood", **kwargs)
-
-    def update(self, scores: Tensor, is_ood: Tensor) -> None:
-        """Adds a batch, of inputs from inside, from outside or both."""
-        check_is_ood("OODAUROC", scores.shape, is_ood.shape, is_ood.dtype == torch.bool)
-        self._append(scores=scores, is_ood=is_ood)
-
     def compute(self) -> Tensor:
         """The probability over all pairs of inputs since the last reset."""
         (scores,), (is_ood,) = self._all("scores"), self._all("is_ood")
         return _auroc(*_floats("OODAUROC", scores[is_ood == 0], scores[is_ood == 1]))
 
 
-class OODFPR95(_Scores):
+class OODFPR95(_DetectionScores):
     """Share of the inputs from inside that are flagged when 95 % of those from outside are: metrics.ood_fpr95.
 
     Every score is kept.
@@ -171,14 +175,6 @@ class OODFPR95(_Scores):
     """
 
     higher_is_better = False
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__("scores", "is_ood", **kwargs)
-
-    def update(self, scores: Tensor, is_ood: Tensor) -> None:
-        """Adds a batch, of inputs from inside, from outside or both."""
-        check_is_ood("OODFPR95", scores.shape, is_ood.shape, is_ood.dtype == torch.bool)
-        self._append(scores=scores, is_ood=is_ood)
 
     def compute(self) -> Tensor:
         """The share of all inputs from inside since the last reset."""
