@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
@@ -26,7 +25,7 @@ from parity_tests._suspects import (
     cause_in_precision,
     cause_in_statistics,
 )
-from parity_tests._trees import is_floating, leaves, mapped, numpy_of
+from parity_tests._trees import is_floating, jax_of, leaves, mapped, numpy_of
 from parity_tests.report import Comparison, Divergence, LayerComparison
 from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, Errors, Verdict, error
 from probly_flax._options import _parts
@@ -343,7 +342,7 @@ class Calls:
 
         with jax.enable_x64(True):
             output, pull = jax.vjp(run, parameters, given)
-            of_parameters, of_inputs = pull(jnp.asarray(self.pair.layout.to_flax_output(g, output.shape), output.dtype))
+            of_parameters, of_inputs = pull(jax_of(self.pair.layout.to_flax_output(g, output.shape), output.dtype))
             nnx.update(layer, of_parameters)
             summands = {n: rule.also for n, rule in torch_rules("compare", layer) if rule.variables}
             arrays = probly_flax.to_arrays(layer)

@@ -19,7 +19,7 @@ import probly_flax
 import probly_torch
 from parity_tests._layout import Layout
 from parity_tests._masks import Masks
-from parity_tests._trees import is_floating, leaves, mapped, numpy_of
+from parity_tests._trees import is_floating, jax_of, leaves, mapped, numpy_of
 from probly_flax._torch_names import torch_rules
 
 Key = tuple[str, str]  # kind of tensor, name
@@ -165,7 +165,7 @@ class FlaxModel:
         """(args, kwargs) of NumPy as JAX arrays in Flax's layout."""
 
         def array(values: np.ndarray) -> jax.Array:
-            return jnp.asarray(layout.to_flax(values), self.dtype if is_floating(values) else None)
+            return jax_of(layout.to_flax(values), self.dtype if is_floating(values) else None)
 
         with self.x64():
             return mapped(inputs, array)
@@ -192,7 +192,7 @@ class FlaxModel:
                 grads = None
             else:
                 g = {
-                    name: jnp.asarray(layout.to_flax_output(cotangent(name, shapes[name]), struct.shape), self.dtype)
+                    name: jax_of(layout.to_flax_output(cotangent(name, shapes[name]), struct.shape), self.dtype)
                     for name, struct in self.outputs(inputs, layout, shapes).items()
                     if is_floating(struct)
                 }
@@ -311,7 +311,7 @@ def _cast(module: nnx.Module, dtype: str) -> nnx.Module:
         model = nnx.clone(module)
         for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState))):
             if is_floating(variable.get_value()):
-                variable.set_value(variable.get_value().astype(dtype))
+                variable.set_value(jax_of(np.asarray(variable.get_value()), dtype))
         for _, layer in nnx.iter_modules(model):
             for name in ("dtype", "param_dtype"):
                 current = getattr(layer, name, None)

@@ -12,6 +12,7 @@ import numpy as np
 import optax  # type: ignore[import-untyped]
 import torch
 
+from parity_tests._trees import jax_of
 from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, error
 
 KEPT = 2**28  # bytes of weights and gradients, for steps that are tried again
@@ -193,11 +194,11 @@ def _choices(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> Iterat
 
 def _step(transform: optax.GradientTransformation, name: str, history: History, scales: Sequence[float]) -> np.ndarray:
     """New weights of one tensor, after all that was fed before."""
-    new = weights = jnp.asarray(history.steps[0].weights[name])
+    new = weights = jax_of(history.steps[0].weights[name])
     state = transform.init(weights)
     for fed, scale in zip(history.steps, scales, strict=True):
-        weights = jnp.asarray(fed.weights[name])
-        updates, state = transform.update(jnp.asarray(fed.gradients[name] * scale), state, weights)
+        weights = jax_of(fed.weights[name])
+        updates, state = transform.update(jax_of(fed.gradients[name] * scale), state, weights)
         new = weights + updates
     return np.asarray(new)
 

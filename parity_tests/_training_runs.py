@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import probly_flax
 from parity_tests._masks import Masks
 from parity_tests._runs import _STATISTICS, FlaxModel, Layout, TorchModel
-from parity_tests._trees import is_array, is_floating, leaves, mapped, numpy_of, rounded
+from parity_tests._trees import is_array, is_floating, jax_of, leaves, mapped, numpy_of, rounded
 from probly_torch._checks import type_name
 
 WHAT = "compare_training"
@@ -284,7 +284,7 @@ class FlaxRun:
         return self.loss(outputs, targets), nnx.state(model, _STATISTICS)
 
     def _target(self, array: np.ndarray) -> jax.Array:
-        return jnp.asarray(self.layout.to_flax(array), self.model.dtype) if is_floating(array) else jnp.asarray(array)
+        return jax_of(self.layout.to_flax(array), self.model.dtype) if is_floating(array) else jax_of(array)
 
     def _arrays(self, module: nnx.Module) -> Arrays:
         with self.model.x64():

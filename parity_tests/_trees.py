@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
@@ -62,7 +63,7 @@ def is_floating(array: Any) -> bool:
     """Whether an array of any framework has a floating dtype, bfloat16 too."""
     if isinstance(array, torch.Tensor):
         return array.is_floating_point()
-    return bool(jax.numpy.issubdtype(array.dtype, jax.numpy.floating))
+    return bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
 def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -70,7 +71,7 @@ def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
     if not is_floating(array):
         return array
     with np.errstate(over="ignore"):
-        return array.astype(jax.numpy.dtype(dtype)).astype(np.float64)
+        return array.astype(jnp.dtype(dtype)).astype(np.float64)
 
 
 def numpy_of(array: Any) -> np.ndarray:
@@ -80,3 +81,9 @@ def numpy_of(array: Any) -> np.ndarray:
         return np.array((array.double() if array.is_floating_point() else array).numpy())
     values = np.asarray(array)
     return values.astype(np.float64) if is_floating(array) else np.array(values)
+
+
+def jax_of(array: np.ndarray, dtype: Any = None) -> jax.Array:
+    """On JAX's device. NumPy converts, and the dtype is named: JAX compiles a program for each shape otherwise."""
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype if dtype is None else dtype)
+    return jnp.asarray(np.asarray(array, dtype), dtype)

@@ -18,6 +18,7 @@ import torch
 from flax import nnx
 
 import probly_flax as pf
+from parity_tests._trees import jax_of
 
 Arrays = dict[str, np.ndarray]
 
@@ -151,16 +152,16 @@ def run_flax(subject: Subject, arrays: Arrays, dtype: str, compiled: bool = Fals
     """Outputs and gradients by vjp, op by op or under jax.jit."""
     model, run = _flax_call(subject, dtype, compiled)
     values = {name: v.astype(jnp.dtype(dtype)) if v.dtype.kind == "f" else v for name, v in arrays.items()}
-    g = jnp.asarray(values.pop("g"))
+    g = jax_of(values.pop("g"))
     if subject.model:
-        x = jnp.asarray(values.pop("x"))
+        x = jax_of(values.pop("x"))
         pf.load_arrays(model, values)
         output, (x_grad, params_grad) = run(g, x, nnx.state(model, nnx.Param))
         nnx.update(model, params_grad)
         grads = {"x": x_grad, **pf.to_arrays(model)}
     else:
-        leaves = {name: jnp.asarray(v) for name, v in values.items() if v.dtype.kind != "i"}
-        integers = {name: jnp.asarray(v) for name, v in values.items() if v.dtype.kind == "i"}
+        leaves = {name: jax_of(v) for name, v in values.items() if v.dtype.kind != "i"}
+        integers = {name: jax_of(v) for name, v in values.items() if v.dtype.kind == "i"}
         output, grads = run(g, leaves, **integers)
         grads = grads[0]
     results = {"output": output} | {f"gradient by {name}": grad for name, grad in grads.items()}
@@ -190,7 +191,7 @@ def without_draws(make: Callable[[], Any]) -> Any:
 
     def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return jax.random.key(0) if is_key else jnp.asarray(np.zeros(leaf.shape, leaf.dtype))
+        return jax.random.key(0) if is_key else jax_of(np.zeros(leaf.shape, leaf.dtype))
 
     graph, state = nnx.split(nnx.eval_shape(make))
     return nnx.merge(graph, jax.tree.map(zeros, state))

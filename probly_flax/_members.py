@@ -21,14 +21,26 @@ def stack(members: Sequence[nnx.Module]) -> nnx.Module:
     structure = _structure(members[0])
     for i, member in enumerate(members):
         check_same_structure("Ensemble", structure, i, _structure(member), len(members))
-    states = [nnx.state(member) for member in members]
-    return nnx.merge(nnx.graphdef(members[0]), jax.tree.map(lambda *values: jnp.stack(values), *states))
+    return nnx.merge(nnx.graphdef(members[0]), _stacked([nnx.state(member) for member in members]))
 
 
 def member(stacked: nnx.Module, i: int) -> nnx.Module:
     """Member i of a stacked network, with variables of its own."""
     graph, state = nnx.split(stacked)
-    return nnx.merge(graph, jax.tree.map(lambda value: jnp.copy(value[i]), state))
+    return nnx.merge(graph, _row(state, i))
+
+
+# One program for all arrays: op by op JAX would compile several for each shape.
+
+
+@jax.jit
+def _stacked(states: Sequence[nnx.State]) -> nnx.State:
+    return jax.tree.map(lambda *values: jnp.stack(values), *states)
+
+
+@jax.jit
+def _row(state: nnx.State, i: int) -> nnx.State:
+    return jax.tree.map(lambda value: value[i], state)
 
 
 def is_stateful(value: Any) -> bool:

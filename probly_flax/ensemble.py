@@ -192,4 +192,9 @@ def _rekey(member: nnx.Module, rngs: Rngs) -> None:
 
 def _members_differ(model: Ensemble) -> bool:
     values = [p[...] for _, p in named_parameters(model)]
-    return any(isinstance(v, jax.core.Tracer) or bool((v != v[:1]).any()) for v in values)
+    return any(isinstance(v, jax.core.Tracer) or bool(_rows_differ(v)) for v in values)
+
+
+@jax.jit
+def _rows_differ(values: Array) -> Array:
+    return (values != values[:1]).any()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import optax  # type: ignore[import-untyped]
 from flax import nnx
@@ -111,6 +111,7 @@ def load_optimizer_arrays(
             have taken different numbers of steps, since optax counts them once.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
         >>> source, target = (nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param) for _ in range(2))
         >>> _ = source.update(model, nnx.grad(lambda model: model(jnp.ones((1, 3))).sum())(model))
@@ -206,7 +207,7 @@ def _load(what: str, state: _State, optimizer: nnx.Optimizer, arrays: Mapping[st
     check_one_step(what, steps)
     check_step_known(what, bool(steps) or not state.counts, (state.steps or [""])[0])
     for name, spec in expected.items():
-        check_loaded_dtype(what, name, spec.dtype, jnp.array(np.zeros((), spec.dtype)).dtype.name)
+        check_loaded_dtype(what, name, spec.dtype, jax.dtypes.canonicalize_dtype(spec.dtype).name)
     for name, rule in state.moments.items():
         if rule.refuses:
             rule.from_torch(np.asarray(arrays[name]))
@@ -214,10 +215,10 @@ def _load(what: str, state: _State, optimizer: nnx.Optimizer, arrays: Mapping[st
         warn_state_not_finite(what, arrays.not_finite({name: spec.dtype for name, spec in expected.items()}))
     for name, rule in state.moments.items():
         for moment, array in zip(rule.variables, rule.from_torch(np.asarray(arrays[name])), strict=True):
-            _set(moment, jnp.array(array))
+            _set(moment, np.array(array))
     for step in {*steps.values()}:
         for count in (*state.counts.values(), optimizer.step):
-            _set(count, jnp.asarray(step, count.dtype))
+            _set(count, np.asarray(step, count.dtype))
 
 
 def _arrays(what: str, state: _State) -> Arrays:

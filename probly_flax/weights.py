@@ -204,7 +204,7 @@ def _load(what: str, rules: Mapping[str, Rule], arrays: Arrays, **options: Any) 
     final = {here: dtype if dtype in dtypes[here] else expected[here].dtype for here, dtype in given.items()}
     for here, dtype in final.items():
         if rules[here].variables:
-            check_loaded_dtype(what, here, dtype, jnp.array(np.zeros((), dtype)).dtype.name)
+            check_loaded_dtype(what, here, dtype, jax.dtypes.canonicalize_dtype(dtype).name)
         check_together(what, here, [name for name in rules[here].also if name not in names])
 
     def parts(here: str) -> Sequence[np.ndarray]:
@@ -220,7 +220,7 @@ def _load(what: str, rules: Mapping[str, Rule], arrays: Arrays, **options: Any) 
     def put(here: str) -> None:
         for variable, array in zip(rules[here].variables, parts(here), strict=True):
             kept = None if rules[here].dtypes else variable.dtype
-            _set(variable, jnp.asarray(array, kept) if arrays.fresh else jnp.array(array, kept))
+            _set(variable, np.asarray(array, kept) if arrays.fresh else np.array(array, kept))
 
     for here in names:
         if rules[here].refuses:
@@ -242,7 +242,10 @@ def _load(what: str, rules: Mapping[str, Rule], arrays: Arrays, **options: Any) 
         put(here)  # back: at the end of its heap
 
 
-def _set(variable: nnx.Variable, value: jax.Array) -> None:
+def _set(variable: nnx.Variable, array: np.ndarray) -> None:
+    """Takes the array, whose memory may become the variable's."""
+    # Its dtype is named, since JAX compiles a program for every shape otherwise.
+    value = jnp.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
     old = variable.get_value()
     # Only then: a jitted step would compile again for arrays that are tied to a device.
     placed = isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer) and old.committed

@@ -12,7 +12,7 @@ from flax import nnx
 from torch import nn
 
 from parity_tests._suspects.trial import LayerPair, Suspect, Trial, exact_attention
-from parity_tests._trees import is_array, is_floating, leaves, mapped, numpy_of
+from parity_tests._trees import is_array, is_floating, jax_of, leaves, mapped, numpy_of
 
 Function = Callable[[Any], Any]
 
@@ -31,7 +31,7 @@ def _arrays(pair: LayerPair) -> list[Any]:
 
 def _edit_inputs(trial: Trial, applies: Callable[[Any], bool], function: Function) -> None:
     trial.args, trial.kwargs = mapped(
-        (trial.args, trial.kwargs), lambda leaf: jnp.asarray(function(np.asarray(leaf))) if applies(leaf) else leaf
+        (trial.args, trial.kwargs), lambda leaf: jax_of(function(np.asarray(leaf))) if applies(leaf) else leaf
     )
 
 
@@ -56,7 +56,7 @@ def _masks(pair: LayerPair) -> Iterator[Suspect]:
         return
     shape: tuple[int, ...] = pair.flax_args[0].shape if pair.flax_args else ()
     if len(shape) >= 2:
-        causal = jnp.asarray(np.tri(shape[-2])[None, None] > 0)
+        causal = jax_of(np.tri(shape[-2])[None, None] > 0)
         yield Suspect(
             "torch attends to the past only, nnx to all",
             "mask=nnx.make_causal_mask(x[..., 0])",
@@ -84,7 +84,7 @@ def _masks_of_torch(pair: LayerPair) -> Iterator[Suspect]:
     ):
         mask = pair.torch_kwargs.get(name)
         if _is_numpy_bool(mask):
-            seen = jnp.asarray(~numpy_of(mask)[axes])
+            seen = jax_of(~numpy_of(mask)[axes])
             yield Suspect(
                 f"nnx does not take torch's {name} (True where a key is hidden)", code, partial(_set_mask, mask=seen)
             )

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from parity_tests._suspects.trial import LayerPair, Suspect, Trial, run_torch
+from parity_tests._trees import jax_of
 from probly_flax import _options as flax_options
 from probly_flax._checks_options import Missing, Text
 from probly_torch import _options as torch_options
@@ -97,9 +97,9 @@ def _set(layer: Any, name: str, value: Any, torch_layer: Any) -> None:
     setattr(_owner(layer, name), name, value)
     if name == "feature_group_count":  # which is in the shape of the kernel, so that no weights were loaded
         weight = torch_layer.weight.detach().numpy()
-        layer.kernel.set_value(jnp.asarray(weight.transpose(*range(2, weight.ndim), 1, 0)))
+        layer.kernel.set_value(jax_of(weight.transpose(*range(2, weight.ndim), 1, 0)))
         if layer.bias is not None and torch_layer.bias is not None:
-            layer.bias.set_value(jnp.asarray(torch_layer.bias.detach().numpy()))
+            layer.bias.set_value(jax_of(torch_layer.bias.detach().numpy()))
     elif name == "num_heads" and isinstance(layer, nnx.MultiHeadAttention):
         heads = (value, layer.qkv_features // value)
         layer.head_dim = heads[1]

@@ -15,6 +15,7 @@ from flax import nnx
 from torch import nn
 
 from parity_tests._suspects.trial import Court, LayerPair, Suspect, Trial, run_torch
+from parity_tests._trees import jax_of
 from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR
 from probly_flax import load_arrays
 from probly_flax import to_arrays as flax_arrays
@@ -48,7 +49,7 @@ def _weights(layer: nnx.Module) -> dict[str, Any]:
 def _change(trial: Trial, names: Sequence[str], function: Function) -> None:
     variables = _weights(trial.layer)
     for name in names:
-        variables[name].set_value(jnp.asarray(function(np.asarray(variables[name].get_value()))))
+        variables[name].set_value(jax_of(function(np.asarray(variables[name].get_value()))))
 
 
 def _exchange(trial: Trial, names: Sequence[str], others: Sequence[str]) -> None:
@@ -285,7 +286,7 @@ def _regroup(trial: Trial, into: np.ndarray, out: np.ndarray) -> None:
     def take(array: Any, order: np.ndarray) -> Any:
         return np.take(np.asarray(array), order, axis=-1) if array.shape[-1:] == order.shape else array
 
-    trial.args = tuple(jnp.asarray(take(each, into)) if hasattr(each, "shape") else each for each in trial.args)
+    trial.args = tuple(jax_of(take(each, into)) if hasattr(each, "shape") else each for each in trial.args)
     _change(trial, list(_weights(trial.layer)), lambda value: take(value, into))
     trial.finish = lambda outputs: take(outputs, out)
 
