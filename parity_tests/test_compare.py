@@ -15,13 +15,19 @@ import probly_torch
 from parity_tests import Integers, ParityReport, assert_parity, compare
 from parity_tests._exact import Certificate, NotExactError
 from parity_tests.standard import Verdict
+from parity_tests.subject import without_draws
 
 X = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
 QUICK = {"gradients": False, "exact": False, "jit": False, "seeds": 1}
 
 
+def flax(layer, *sizes, **options):
+    """A layer whose weights come from torch, by compare."""
+    return without_draws(lambda: layer(*sizes, rngs=nnx.Rngs(0), **options))
+
+
 def linear(**options):
-    return nnx.Linear(3, 2, rngs=nnx.Rngs(0), **options)
+    return flax(nnx.Linear, 3, 2, **options)
 
 
 def kinds(report):
@@ -49,8 +55,7 @@ class TorchBlock(nn.Module):
 class FlaxBlock(nnx.Module):
     """The twin."""
 
-    def __init__(self, momentum=0.9, rate=0.3):
-        rngs = nnx.Rngs(0)
+    def __init__(self, momentum=0.9, rate=0.3, *, rngs):
         self.conv = nnx.Conv(3, 4, (3, 3), padding=1, rngs=rngs)
         self.bn = nnx.BatchNorm(4, momentum=momentum, epsilon=1e-5, rngs=rngs)
         self.drop = nnx.Dropout(rate, rngs=rngs)
@@ -78,12 +83,12 @@ def test_every_kind_of_tensor_is_compared(passed):
 
 
 def test_neither_model_is_changed():
-    ours, theirs = TorchBlock(), FlaxBlock()
+    ours, theirs = TorchBlock(), flax(FlaxBlock)
     theirs.eval()
     before = copy.deepcopy(ours.state_dict()), probly_flax.to_arrays(theirs)
     hooks = [len(module._forward_hooks) for module in ours.modules()]
     compare(
-        ours, theirs, (4, 3, 5, 5), mode="train", weights="random", gradients=False, exact=False, jit=False, layers=True
+        ours, theirs, (3, 3, 4, 4), mode="train", weights="random", gradients=False, exact=False, jit=False, layers=True
     )
     assert all(torch.equal(a, b) for a, b in zip(before[0].values(), ours.state_dict().values(), strict=True))
     assert all(np.array_equal(before[1][name], array) for name, array in probly_flax.to_arrays(theirs).items())
@@ -95,7 +100,9 @@ def test_neither_model_is_changed():
 
 
 @pytest.mark.parametrize(
-    "inputs", [(X,), (torch.tensor(X),), (jnp.asarray(X),), ((5, 3),), ([5, 3],)], ids=lambda i: type(i[0]).__name__
+    "inputs",
+    [(X,), (torch.tensor(X),), (jnp.asarray(X, X.dtype),), ((5, 3),), ([5, 3],)],
+    ids=lambda i: type(i[0]).__name__,
 )
 def test_inputs_of_every_form(inputs):
     assert compare(nn.Linear(3, 2), linear(), *inputs, **QUICK)
@@ -109,13 +116,13 @@ def test_integers_are_drawn_below_their_bound():
             seen.append(ids.numpy().copy())
             return super().forward(ids)
 
-    assert compare(Tokens(7, 3), nnx.Embed(7, 3, rngs=nnx.Rngs(0)), Integers((4, 50), high=7), **QUICK)
+    assert compare(Tokens(7, 3), flax(nnx.Embed, 7, 3), Integers((4, 50), high=7), **QUICK)
     assert {int(i) for ids in seen for i in ids.reshape(-1)} == set(range(7))
 
 
 def test_trees_keyword_arguments_and_integer_outputs():
     report = compare(
-        TorchBlock(), FlaxBlock(), (2, 3, 5, 5), kwargs={"scale": np.float32(2.0)}, weights="random", **QUICK
+        TorchBlock(), flax(FlaxBlock), (3, 3, 4, 4), kwargs={"scale": np.float32(2.0)}, weights="random", **QUICK
     )
     assert report, str(report)
     names = {each.name for each in report.comparisons if each.kind == "output"}
@@ -133,7 +140,7 @@ def test_one_integer_that_differs_is_seen():
         def forward(self, x):
             return super().forward(x).argmax(-1)
 
-    report = compare(TorchMost(3, 2), Most(3, 2, rngs=nnx.Rngs(0)), (50, 3), **QUICK)
+    report = compare(TorchMost(3, 2), flax(Most, 3, 2), (50, 3), **QUICK)
     assert failing(report) == [("output", "output")]
     assert report.comparisons[0].worst.measured == 1
 
@@ -150,15 +157,14 @@ def test_what_cannot_be_compared_does_not_pass():
 
 def test_statistics_and_equal_masks_in_train_mode():
     gaps = {"bn.running_var": "nnx keeps the biased variance"}
-    report = compare(TorchBlock(), FlaxBlock(), (3, 3, 4, 4), mode="train", weights="random", known_gaps=gaps, seeds=2)
+    options = {"mode": "train", "weights": "random", "known_gaps": gaps}
+    report = compare(TorchBlock(), flax(FlaxBlock), (3, 3, 4, 4), seeds=2, **options)
     assert report, str(report)
     assert {each.name for each in report.comparisons if each.kind == "statistic"} == {
         "bn.running_mean",
         "bn.running_var",
     }
-    wrong = compare(
-        TorchBlock(), FlaxBlock(momentum=0.1), (3, 3, 4, 4), mode="train", weights="random", known_gaps=gaps, **QUICK
-    )
+    wrong = compare(TorchBlock(), flax(FlaxBlock, 0.1), (3, 3, 4, 4), **options, **QUICK)
     assert failing(wrong) == [("statistic", "bn.running_mean")]
     assert wrong.first_divergence.path == "bn"
     assert wrong.first_divergence.what == "statistics"
@@ -174,8 +180,8 @@ def test_a_known_gap_that_starts_to_agree_fails():
 
 
 def test_the_limit_can_be_tightened_and_not_widened():
-    usual = compare(nn.Linear(64, 8), nnx.Linear(64, 8, rngs=nnx.Rngs(0)), (9, 64), **QUICK)
-    tight = compare(nn.Linear(64, 8), nnx.Linear(64, 8, rngs=nnx.Rngs(0)), (9, 64), limit=1e-3, **QUICK)
+    usual = compare(nn.Linear(64, 8), flax(nnx.Linear, 64, 8), (9, 64), **QUICK)
+    tight = compare(nn.Linear(64, 8), flax(nnx.Linear, 64, 8), (9, 64), limit=1e-3, **QUICK)
     assert usual
     assert not tight
     for wrong in (0, -1, 1.5):
@@ -231,17 +237,17 @@ def test_weights_that_one_side_lacks_are_said():
 
 
 def test_fresh_weights_are_noted():
-    pair = nn.LayerNorm(3), nnx.LayerNorm(3, epsilon=1e-5, rngs=nnx.Rngs(0))
+    pair = nn.LayerNorm(3), flax(nnx.LayerNorm, 3, epsilon=1e-5)
     assert any('weights="random"' in note for note in compare(*pair, (4, 3), **QUICK).notes)
     assert not compare(*pair, (4, 3), weights="random", **QUICK).notes
 
 
 def test_a_layout_is_found_or_taken_as_said():
-    ours, theirs = nn.Conv2d(3, 3, 3), nnx.Conv(3, 3, (3, 3), padding="VALID", rngs=nnx.Rngs(0))
+    ours, theirs = nn.Conv2d(3, 3, 3), flax(nnx.Conv, 3, 3, (3, 3), padding="VALID")
     assert compare(ours, theirs, (2, 3, 3, 3), **QUICK)  # where the shapes do not tell
     report = compare(ours, theirs, (2, 3, 3, 3), channels_last=False, **QUICK)
     assert ("output", "output") in failing(report)
-    assert compare(nn.Conv1d(3, 4, 3), nnx.Conv(3, 4, (3,), padding="VALID", rngs=nnx.Rngs(0)), (2, 3, 7), **QUICK)
+    assert compare(nn.Conv1d(3, 4, 3), flax(nnx.Conv, 3, 4, (3,), padding="VALID"), (2, 3, 7), **QUICK)
     assert compare(nn.Linear(3, 2), linear(), (2, 5, 3), **QUICK)
 
 
@@ -258,7 +264,7 @@ def test_outputs_of_other_shapes_are_a_difference():
 
 
 def test_images_of_other_shapes_are_a_difference_of_their_layer():
-    theirs = nnx.Conv(3, 4, (3, 3), padding="VALID", rngs=nnx.Rngs(0))
+    theirs = flax(nnx.Conv, 3, 4, (3, 3), padding="VALID")
     report = compare(nn.Conv2d(3, 4, 3, padding=1), theirs, (2, 3, 7, 6), **QUICK)
     assert "output of shape (2, 4, 7, 6) in torch and (2, 5, 4, 4) in Flax" in str(report)
     assert "padding" in str(report.first_divergence)
@@ -274,7 +280,7 @@ def test_special_values_are_compared_op_by_op():
             return jnp.where(super().__call__(x) > 0, super().__call__(x), 0.0)  # loses NaN
 
     options = QUICK | {"jit": True}
-    report = compare(TorchNet(3, 2), FlaxNet(3, 2, rngs=nnx.Rngs(0)), (5, 3), **options)
+    report = compare(TorchNet(3, 2), flax(FlaxNet, 3, 2), (5, 3), **options)
     assert {name for _, name in failing(report)} >= {"output where inputs are NaN"}
     assert {kind for kind, _ in failing(report)} == {"special value"}
 
@@ -284,11 +290,10 @@ def test_a_gradient_that_is_wrong_is_followed_to_its_layer():
     def relu(x):
         return nnx.relu(x)
 
-    relu.defvjp(lambda x: (nnx.relu(x), x), lambda x, g: (jnp.where(x >= -0.1, g, 0),))
-    ours = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    rngs = nnx.Rngs(0)
-    theirs = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), relu, nnx.Linear(4, 2, rngs=rngs))
-    report = compare(ours, theirs, (20, 3), **QUICK | {"gradients": True})
+    relu.defvjp(lambda x: (nnx.relu(x), x), lambda x, g: (jnp.where(x >= -0.5, g, 0),))
+    ours = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2))
+    theirs = nnx.Sequential(linear(), relu, flax(nnx.Linear, 2, 2))
+    report = compare(ours, theirs, (5, 3), **QUICK | {"gradients": True})
     assert {kind for kind, _ in failing(report)} == {"input gradient", "parameter gradient"}
     assert report.first_divergence.path == "1"
     assert report.first_divergence.what == "gradients"
@@ -300,7 +305,7 @@ def test_what_differs_below_the_rounding_of_float32_is_seen_on_integers():
             return super().__call__(x) * (1 + 2.0**-52)  # within the noise of the outputs
 
     options = QUICK | {"exact": True}
-    report = compare(nn.Linear(3, 2), FlaxNet(3, 2, rngs=nnx.Rngs(0)), (5, 3), **options)
+    report = compare(nn.Linear(3, 2), flax(FlaxNet, 3, 2), (5, 3), **options)
     assert {kind for kind, _ in failing(report)} == {"exact"}
 
 
@@ -348,7 +353,7 @@ def test_assert_parity_raises_with_the_report():
         ((nn.Linear(3, 2), linear(), X), {"dtype": "int8"}, ValueError, "dtype to be one of float32"),
         ((nn.Linear(3, 2), linear(), X), {"weights": "none"}, ValueError, "weights to be one of copy, own, random"),
         ((nn.Linear(3, 2), linear(), X[:, :2]), {}, ValueError, "that the torch model takes"),
-        ((nn.Linear(3, 2), nnx.Linear(4, 2, rngs=nnx.Rngs(0)), X), {}, ValueError, "that the Flax model takes"),
+        ((nn.Linear(3, 2), flax(nnx.Linear, 4, 2), X), {}, ValueError, "that the Flax model takes"),
         ((nn.Linear(3, 2), linear(), X), {"seeds": 0}, ValueError, "seeds to be a number of inputs"),
         ((nn.Tanh(), nnx.Sequential(nnx.tanh), X), {"exact": True}, ValueError, "got one where tanh rounds"),
     ],

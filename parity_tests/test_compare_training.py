@@ -14,6 +14,7 @@ from torch import nn
 
 import probly_flax as pf
 import probly_torch as pt
+from parity_tests.subject import without_draws
 from parity_tests.training import compare_training
 
 SGD, ADAM, ADAMW, RMSPROP = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop
@@ -54,9 +55,9 @@ def batches(count=2, shape=(FEATURES,)):
 
 
 def train(optimizer, transform, steps=2, ours=None, theirs=None, data=None, jit=False, **options):
-    """With jit=False, which has nothing to compile, but for its own test."""
+    """With jit=False, which has little to compile; Flax gets the weights of torch."""
     ours = TorchNet() if ours is None else ours
-    theirs = FlaxNet() if theirs is None else theirs
+    theirs = without_draws(FlaxNet) if theirs is None else theirs
     return compare_training(ours, theirs, optimizer, transform, data or batches(), steps, jit=jit, **options)
 
 
@@ -149,7 +150,7 @@ def clipped(parameters):
 
 def test_a_clip_without_its_epsilon_is_seen():
     """It is less than a rounding in float32."""
-    report = train(clipped, optax.chain(optax.clip_by_global_norm(0.05), optax.sgd(0.1)))
+    report = train(clipped, optax.chain(optax.clip_by_global_norm(0.05), optax.sgd(0.1)), jit=True)
     first = report.first_departure
     assert (first.step, first.kind, first.tensor) == (1, "update", "fc1.weight")
     assert "by 0.05 / (norm + 1e-06), optax.clip_by_global_norm by 0.05 / norm; optax.stateless" in first.cause
@@ -159,7 +160,7 @@ def test_a_clip_without_its_epsilon_is_seen():
         scale = jnp.minimum(1.0, 0.05 / (norm + 1e-6))
         return jax.tree.map(lambda g: g * scale, gradients)
 
-    assert train(clipped, optax.chain(optax.stateless(clip), optax.sgd(0.1)))
+    assert train(clipped, optax.chain(optax.stateless(clip), optax.sgd(0.1)), jit=True)
 
 
 def test_a_parameter_that_only_one_trains_is_seen():
@@ -203,15 +204,17 @@ def test_a_backward_pass_that_differs_is_named():
         return x
 
     wrong.defvjp(lambda x: (x, None), lambda _, g: (g * (1 + 1e-9),))
-    first = train(partial(SGD, lr=0.1), optax.sgd(0.1), theirs=FlaxNet(backward=wrong)).first_departure
+    theirs = without_draws(lambda: FlaxNet(backward=wrong))
+    first = train(partial(SGD, lr=0.1), optax.sgd(0.1), theirs=theirs).first_departure
     assert (first.step, first.kind, first.tensor) == (1, "gradient", "fc1.bias")
 
 
 def test_dropout_has_equal_masks():
-    report = train(partial(ADAM, lr=0.01), optax.adam(0.01), 2, TorchNet(0.4), FlaxNet(0.4))
+    theirs = {rate: without_draws(lambda rate=rate: FlaxNet(rate)) for rate in (0.3, 0.4)}
+    report = train(partial(ADAM, lr=0.01), optax.adam(0.01), 2, TorchNet(0.4), theirs[0.4])
     assert report.passed, report
     assert report.steps[0].loss != train(partial(ADAM, lr=0.01), optax.adam(0.01), 1).steps[0].loss
-    first = train(partial(SGD, lr=0.1), optax.sgd(0.1), 1, TorchNet(0.4), FlaxNet(0.3)).first_departure
+    first = train(partial(SGD, lr=0.1), optax.sgd(0.1), 1, TorchNet(0.4), theirs[0.3]).first_departure
     assert str(first).endswith("mask 1: Dropout p is 0.4, nnx rate is 0.3")
 
 
@@ -239,7 +242,7 @@ class FlaxConv(nnx.Module):
 def test_statistics_of_batch_normalisation():
     """torch keeps the unbiased variance; nothing else differs."""
     data = batches(2, (2, 6, 5))
-    models = {"ours": TorchConv(), "theirs": FlaxConv()}
+    models = {"ours": TorchConv(), "theirs": without_draws(FlaxConv)}
     pair = partial(train, partial(SGD, lr=0.1), optax.sgd(0.1), data=data, jit=True, **models)
     first = pair(steps=1).first_departure
     assert (first.step, first.kind, first.tensor) == (1, "statistic", "norm.running_var")
@@ -254,12 +257,17 @@ def test_statistics_of_batch_normalisation():
     assert "fc1.bias agrees at every step. Remove it from known_gaps." in str(stale)
 
 
-@pytest.mark.parametrize("wrapper", ["ensemble", "batchensemble"])
+MEMBERS = {
+    "ensemble": lambda: pf.ensemble(without_draws(FlaxNet), 4, reset_params=False),
+    "batchensemble": lambda: without_draws(lambda: pf.batchensemble(FlaxNet(), 4)),
+}
+
+
+@pytest.mark.parametrize("wrapper", MEMBERS)
 def test_members_agree(wrapper):
     """Each member's loss counts the same."""
     ours = getattr(pt, wrapper)(TorchNet(), 4, rngs=0)
-    theirs = getattr(pf, wrapper)(FlaxNet(), 4, rngs=0)
-    report = train(partial(SGD, lr=0.1), optax.sgd(0.1), 1, ours, theirs, jit=True)
+    report = train(partial(SGD, lr=0.1), optax.sgd(0.1), 1, ours, MEMBERS[wrapper](), jit=True)
     assert report.passed, report
     assert report.steps[0].loss > 0.5
 
@@ -283,7 +291,7 @@ class FlaxRecurrent(nnx.Module):
 
 def test_two_biases_move_twice_as_far():
     """torch trains both of a sum; their gradients and all else agree."""
-    models = {"ours": TorchRecurrent(), "theirs": FlaxRecurrent()}
+    models = {"ours": TorchRecurrent(), "theirs": without_draws(FlaxRecurrent)}
     report = train(partial(SGD, lr=0.1), optax.sgd(0.1), 1, data=batches(1, (4, FEATURES)), jit=True, **models)
     first = report.first_departure
     assert (first.step, first.kind, first.tensor) == (1, "update", "rnn.bias_ih_l0")
@@ -314,7 +322,7 @@ def test_a_chaotic_network_raises_no_alarm():
 
 
 def test_models_and_optimizer_stay_as_they_are():
-    ours, theirs = TorchNet(), FlaxNet()
+    ours, theirs = TorchNet(), without_draws(FlaxNet)
     optimizer = ADAM(ours.parameters(), lr=0.01)
     before = {name: p.clone() for name, p in ours.named_parameters()}, pf.to_arrays(theirs)
     ours.eval()
@@ -333,16 +341,15 @@ def test_weights_of_their_own_are_compared():
 
 def test_names_may_differ():
     ours = nn.Sequential(nn.Linear(FEATURES, CLASSES))
-    theirs = nnx.Dict(head=nnx.Linear(FEATURES, CLASSES, rngs=nnx.Rngs(0)))
 
     class Net(nnx.Module):
         def __init__(self):
-            self.net = theirs
+            self.net = nnx.Dict(head=nnx.Linear(FEATURES, CLASSES, rngs=nnx.Rngs(0)))
 
         def __call__(self, x):
             return self.net.head(x)
 
-    report = train(partial(SGD, lr=0.1), optax.sgd(0.1), 2, ours, Net(), rename={r"^0\.": "net.head."})
+    report = train(partial(SGD, lr=0.1), optax.sgd(0.1), 2, ours, without_draws(Net), rename={r"^0\.": "net.head."})
     assert report.passed, report
     assert {c.name for c in report.comparisons if c.kind == "update"} == {"0.weight", "0.bias"}
 
@@ -396,7 +403,7 @@ def trained(ours):
         ({"dtype": "int8"}, ValueError, "one of float32, float64"),
         ({"limit": 2}, ValueError, "a fraction of the bound"),
         ({"known_gaps": {"fc3.*": "no reason"}}, ValueError, "which none has: fc1.bias, fc1.weight"),
-        ({"theirs": FlaxConv()}, ValueError, "fc1.weight"),
+        ({"theirs": without_draws(FlaxConv)}, ValueError, "fc1.weight"),
         ({"ours": TorchNet(0.5)}, ValueError, "as many masks of dropout"),
     ],
 )

@@ -16,6 +16,7 @@ from torch import nn
 
 import probly_flax as pf
 import probly_torch as pt
+from parity_tests._trees import jax_of
 from parity_tests.standard import assert_close
 from parity_tests.subject import without_draws
 
@@ -61,29 +62,49 @@ TOKENS = np.arange(10).reshape(2, 5)
 jitted = nnx.jit(lambda network, *inputs: network(*inputs))  # one program for all members of a structure
 
 
+def fill(network, seed=0):
+    """With weights that NumPy draws: JAX would compile a program for each shape."""
+    rng = np.random.default_rng(seed)
+    for _, variable in nnx.to_flat_state(nnx.state(network, nnx.Param)):
+        variable[...] = jax_of(0.5 * rng.standard_normal(variable.shape), variable.dtype)
+    return network
+
+
+def filled(make, seed=0):
+    return fill(without_draws(lambda: make(nnx.Rngs(0))), seed)
+
+
+def make_linear(rngs):
+    """Most tests share this layer, a batch for it and a count of members, for which JAX compiles once."""
+    return nnx.Linear(4, 8, rngs=rngs)
+
+
+X = jax_of(np.random.default_rng(0).standard_normal((5, 4)), "float32")
+
+
 def torch_outputs(model, **options):
     tokens, scale = torch.tensor(TOKENS), torch.tensor(2.0)
     return model(tokens, scale, **options)
 
 
 def flax_outputs(model):
-    return model(jnp.asarray(TOKENS), jnp.float32(2.0))
+    return model(jax_of(TOKENS), jnp.float32(2.0))
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
 def test_a_call_equals_the_loop_over_members(chunk_size):
-    model = pt.ensemble(TorchNet(), 5, chunk_size=chunk_size)
+    model = pt.ensemble(TorchNet(), 3, chunk_size=chunk_size)
     y, extra = torch_outputs(model)
-    assert y.shape == (5, 2, 5, 11)
+    assert y.shape == (3, 2, 5, 11)
     for i, member in enumerate(model):
         assert type(member) is TorchNet
         alone, alone_extra = torch_outputs(member)
         assert_close(y[i].detach(), alone.detach(), "float32")
         assert_close(extra["pooled"][i].detach(), alone_extra["pooled"].detach(), "float32")
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        model = pf.ensemble(without_draws(lambda: FlaxNet(nnx.Rngs(0))), 5, chunk_size=chunk_size)
-        y, extra = flax_outputs(partial(jitted, model))
-        assert y.shape == (5, 2, 5, 11)
+        model = pf.ensemble(without_draws(lambda: FlaxNet(nnx.Rngs(0))), 3, chunk_size=chunk_size)
+        y, extra = jax.tree.map(np.asarray, flax_outputs(partial(jitted, model)))
+        assert y.shape == (3, 2, 5, 11)
         for i, member in enumerate(model):
             assert type(member) is FlaxNet
             alone, alone_extra = flax_outputs(partial(jitted, member))
@@ -103,17 +124,17 @@ TORCH_ARCHITECTURES = {
     "attention": lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=5),
     "embeddings": lambda: nn.ModuleList([nn.Embedding(7, 4), nn.EmbeddingBag(7, 4), nn.Bilinear(3, 4, 5)]),
 }
-FLAX_ARCHITECTURES = {
-    "MLP": lambda rngs: nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.relu, nnx.Linear(8, 3, rngs=rngs)),
+FLAX_ARCHITECTURES = {  # many of one shape: JAX compiles the draws of each
+    "MLP": lambda rngs: nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.relu, nnx.Linear(8, 8, rngs=rngs)),
     "CNN": lambda rngs: nnx.Sequential(nnx.Conv(3, 8, (3, 3), rngs=rngs), nnx.BatchNorm(8, rngs=rngs)),
     "transposed": lambda rngs: nnx.ConvTranspose(3, 8, (3, 3), rngs=rngs),
-    "LSTM": lambda rngs: nnx.RNN(nnx.LSTMCell(4, 5, rngs=rngs), rngs=rngs),
-    "optimized LSTM": lambda rngs: nnx.RNN(nnx.OptimizedLSTMCell(4, 5, rngs=rngs), rngs=rngs),
-    "GRU": lambda rngs: nnx.RNN(nnx.GRUCell(4, 5, rngs=rngs), rngs=rngs),
+    "LSTM": lambda rngs: nnx.RNN(nnx.LSTMCell(4, 8, rngs=rngs), rngs=rngs),
+    "optimized LSTM": lambda rngs: nnx.RNN(nnx.OptimizedLSTMCell(4, 8, rngs=rngs), rngs=rngs),
+    "GRU": lambda rngs: nnx.RNN(nnx.GRUCell(4, 8, rngs=rngs), rngs=rngs),
     "attention": lambda rngs: nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs),
     "embedding": lambda rngs: nnx.Embed(7, 4, rngs=rngs),
-    "general": lambda rngs: nnx.LinearGeneral((2, 3), (4, 5), axis=(-2, -1), rngs=rngs),
-    "LoRA": lambda rngs: nnx.LoRALinear(4, 5, lora_rank=2, rngs=rngs),
+    "general": lambda rngs: nnx.LinearGeneral((2, 2), (4, 2), axis=(-2, -1), rngs=rngs),
+    "LoRA": lambda rngs: nnx.LoRALinear(4, 8, lora_rank=2, rngs=rngs),
 }
 
 
@@ -153,12 +174,12 @@ def test_members_in_two_modes_are_refused():
 @pytest.mark.parametrize(
     ("make", "parameter"),
     [
-        (lambda rngs: nnx.Linear(4, 8, rngs=rngs), "kernel"),
-        (lambda rngs: nnx.LinearGeneral((2, 3), (4, 5), axis=(-2, -1), rngs=rngs), "kernel"),
-        (lambda rngs: nnx.Conv(4, 6, (3, 3), feature_group_count=2, rngs=rngs), "kernel"),
+        (make_linear, "kernel"),
+        (lambda rngs: nnx.LinearGeneral((2, 2), (4, 2), axis=(-2, -1), rngs=rngs), "kernel"),
+        (lambda rngs: nnx.Conv(6, 8, (3, 3), feature_group_count=2, rngs=rngs), "kernel"),
         (lambda rngs: nnx.ConvTranspose(3, 8, (3, 3), rngs=rngs), "kernel"),
         (lambda rngs: nnx.Embed(7, 4, rngs=rngs), "embedding"),
-        (lambda rngs: nnx.Einsum("bi,io->bo", (4, 3), (3,), rngs=rngs), "kernel"),
+        (lambda rngs: nnx.Einsum("bi,io->bo", (4, 8), (8,), rngs=rngs), "kernel"),
         (lambda rngs: nnx.LayerNorm(4, rngs=rngs), "scale"),
         (lambda rngs: nnx.PReLU(), "negative_slope"),
     ],
@@ -199,17 +220,16 @@ def test_names_are_natural_and_ties_are_kept():
 
 
 def test_a_constructor_gives_the_numbers_of_the_recipe_with_split_rngs_and_vmap():
-    @nnx.split_rngs(splits=4)
+    @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=(0,), out_axes=0)
     def make_model(rngs):
-        return nnx.Linear(3, 2, rngs=rngs)
+        return make_linear(rngs)
 
     recipe = make_model(nnx.Rngs(7))
-    model = pf.ensemble(lambda rngs: nnx.Linear(3, 2, rngs=rngs), 4, rngs=nnx.Rngs(7))
+    model = pf.ensemble(make_linear, 3, rngs=nnx.Rngs(7))
     np.testing.assert_array_equal(model.stacked.kernel[...], recipe.kernel[...])
-    x = jnp.ones((5, 3), "float32")
     forward = nnx.vmap(lambda model, x: model(x), in_axes=(0, None))
-    np.testing.assert_array_equal(model(x), forward(recipe, x))
+    np.testing.assert_array_equal(model(X), forward(recipe, X))
 
 
 class LinenNet(linen.Module):
@@ -218,21 +238,23 @@ class LinenNet(linen.Module):
     @linen.compact
     def __call__(self, x):
         x = linen.relu(linen.Dense(8)(x))
-        return linen.Dense(3)(linen.BatchNorm(use_running_average=True)(x))
+        return linen.Dense(8)(linen.BatchNorm(use_running_average=True)(x))
 
 
-@pytest.mark.parametrize("network", [linen.Dense(3), LinenNet()], ids=["Dense", "LinenNet"])
+@pytest.mark.parametrize("network", [linen.Dense(8), LinenNet()], ids=["Dense", "LinenNet"])
 def test_a_linen_module_gives_the_numbers_of_the_recipe_with_split_and_vmap(network):
-    x = jnp.arange(5, dtype="float32")
-    keys = jax.random.split(jax.random.PRNGKey(7), 4)
+    x = jax_of(np.arange(4), "float32")
+    keys = jax.random.split(jax.random.PRNGKey(7), 3)
     variables = jax.vmap(network.init, in_axes=(0, None))(keys, x)
     expected = jax.vmap(network.apply, in_axes=(0, None))(variables, x)
-    model = pf.ensemble(network, 4, rngs=7, example_input=x)
+    model = pf.ensemble(network, 3, rngs=7, example_input=x)
     np.testing.assert_array_equal(model(x), expected)
+    variables, apply = jax.tree.map(np.asarray, variables), jax.jit(network.apply)
     for i, member in enumerate(model):
-        assert_close(member(x), network.apply(jax.tree.map(lambda v, i=i: v[i], variables), x), "float32")
+        own = jax.tree.map(lambda v, i=i: jax_of(v[i]), variables)
+        assert_close(jitted(member, x), apply(own, x), "float32")
     with pytest.raises(TypeError, match="example_input=x"):
-        pf.ensemble(network, 4)
+        pf.ensemble(network, 3)
 
 
 def test_constructors_may_name_rngs_as_keyword_only():
@@ -256,7 +278,7 @@ def test_a_list_of_trained_networks_is_stacked_as_it_is_and_comes_back():
         assert all(torch.equal(v, back.state_dict()[k]) for k, v in member.state_dict().items())
     again = pt.Ensemble(list(model))
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
-    twins = [FlaxNet(nnx.Rngs(i)) for i in range(3)]
+    twins = [filled(FlaxNet, seed) for seed in range(3)]
     model = pf.ensemble(twins, 3)
     again = pf.Ensemble(list(model))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
@@ -273,9 +295,9 @@ def test_reset_params_false_starts_every_member_from_the_base():
     base = TorchNet()
     model = pt.ensemble(base, 3, reset_params=False)
     assert all((p == q).all() for p, q in zip(model.parameters(), base.parameters(), strict=True))
-    base = FlaxNet(nnx.Rngs(0))
+    base = filled(FlaxNet)
     model = pf.ensemble(base, 3, reset_params=False)
-    assert (model.stacked.embed.embedding[...] == base.embed.embedding[...][None]).all()
+    assert (np.asarray(model.stacked.embed.embedding) == np.asarray(base.embed.embedding)).all()
 
 
 def test_a_rule_for_one_call_gives_twins_the_same_numbers():
@@ -286,7 +308,7 @@ def test_a_rule_for_one_call_gives_twins_the_same_numbers():
         return jax.random.normal(rngs.params(), parameter.shape, "float32")
 
     ours = pt.ensemble(nn.Linear(3, 3), 4, rngs=3, reset=torch_rule)
-    theirs = pf.ensemble(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), 4, rngs=3, reset=flax_rule)
+    theirs = pf.ensemble(filled(lambda rngs: nnx.Linear(3, 3, rngs=rngs)), 4, rngs=3, reset=flax_rule)
     np.testing.assert_array_equal(ours.bias.detach().numpy(), theirs.stacked.bias[...])
     np.testing.assert_array_equal(ours.weight.detach().numpy(), theirs.stacked.kernel[...])
 
@@ -308,14 +330,13 @@ def test_dropout_differs_between_members():
     y = model(torch.ones(1, 4))
     assert not torch.equal(y[0] == 0, y[1] == 0)
     assert torch.equal(*model.eval()(torch.ones(1, 4))[:2])
-    rngs = nnx.Rngs(0)
-    base = nnx.Sequential(nnx.Linear(4, 64, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
-    model = pf.ensemble(base, 3, reset_params=False)
-    first, second = model(jnp.ones((1, 4), "float32")), model(jnp.ones((1, 4), "float32"))
+    base = filled(lambda rngs: nnx.Sequential(nnx.Linear(4, 64, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)))
+    model, x = pf.ensemble(base, 3, reset_params=False), jax_of(np.ones((1, 4)), "float32")
+    first, second = (np.asarray(model(x)) for _ in range(2))
     assert not (first[0] == first[1]).all()
     assert not (first == second).all(), "the members' streams do not advance"
     model.eval()
-    y = model(jnp.ones((1, 4), "float32"))
+    y = np.asarray(model(x))
     assert (y[0] == y[1]).all()
 
 
@@ -325,10 +346,10 @@ def test_a_batch_for_each_member():
     y = model(torch.tensor(x), in_axes=0).detach()
     for i in range(3):
         assert_close(y[i], model[i](torch.tensor(x[i])).detach(), "float32")
-    twin = pf.ensemble(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), 3)
-    y = twin(jnp.asarray(x), in_axes=0)
+    twin = pf.ensemble(filled(make_linear), 3)
+    y = np.asarray(twin(jax_of(x), in_axes=0))
     for i in range(3):
-        assert_close(y[i], twin[i](jnp.asarray(x[i])), "float32")
+        assert_close(y[i], jitted(twin[i], jax_of(x[i])), "float32")
 
 
 def test_running_statistics_are_each_members_own():
@@ -346,17 +367,17 @@ def test_running_statistics_are_each_members_own():
     assert not torch.equal(*model.get_buffer("1.running_mean")[:2])
     with jax.numpy_rank_promotion("allow"):
         base = without_draws(lambda: FLAX_ARCHITECTURES["CNN"](nnx.Rngs(0)))
-        twin, images = pf.ensemble(base, 3), jnp.asarray(x.transpose(0, 2, 3, 1))
+        twin, images = pf.ensemble(base, 3), jax_of(x.transpose(0, 2, 3, 1))
         alone = list(twin)
         for _ in range(2):
-            y = twin(images)
+            y = np.asarray(jitted(twin, images))
             for i, member in enumerate(alone):
-                assert_close(y[i], member(images), "float32")
+                assert_close(y[i], jitted(member, images), "float32")
+        statistics = {name: np.asarray(getattr(twin.stacked.layers[1], name)) for name in ("mean", "var")}
         for i, member in enumerate(alone):
-            for name in ("mean", "var"):
-                ours = getattr(twin.stacked.layers[1], name)
+            for name, ours in statistics.items():
                 assert_close(ours[i], getattr(member.layers[1], name)[...], "float32")
-        assert not (twin.stacked.layers[1].mean[0] == twin.stacked.layers[1].mean[1]).all()
+        assert not (statistics["mean"][0] == statistics["mean"][1]).all()
 
 
 class Recurrent(nn.Module):
@@ -391,13 +412,13 @@ def test_torch_recurrent_networks_run_in_a_loop_behind_the_same_call(kind):
 
 @pytest.mark.parametrize("cell", [nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell])
 def test_flax_recurrent_networks(cell):
-    x = jnp.ones((5, 6, 4), "float32")
+    x = jax_of(np.ones((5, 6, 4)), "float32")
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        model = pf.ensemble(without_draws(lambda: nnx.RNN(cell(4, 5, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))), 3)
-        y = model(x)
+        model = pf.ensemble(without_draws(lambda: nnx.RNN(cell(4, 8, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))), 3)
+        y = np.asarray(jitted(model, x))
         for i, member in enumerate(model):
             assert_close(y[i], jitted(member, x), "float32")
-    assert y.shape == (3, 5, 6, 5)
+    assert y.shape == (3, 5, 6, 8)
     assert not (y[0] == y[1]).any()
 
 
@@ -418,27 +439,28 @@ def test_torch_ensembles_are_copied_pickled_and_moved():
 
 
 def test_flax_ensembles_work_under_nnx_transforms():
-    model, x = pf.ensemble(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), 3), jnp.ones((5, 4), "float32")
-    y = model(x)
-    assert_close(nnx.jit(lambda model, x: model(x))(model, x), y, "float32")
-    assert nnx.grad(lambda model: model(x).sum())(model)["stacked"]["kernel"].shape == (3, 4, 2)
-    assert_close(jax.jit(lambda x: model(x))(x), y, "float32")
-    assert_close(nnx.clone(model)(x), y, "float32")
-    assert_close(copy.deepcopy(model)(x), y, "float32")
+    model = pf.ensemble(filled(make_linear), 3)
+    y = model(X)
+    assert_close(jitted(model, X), y, "float32")
+    gradient = nnx.jit(nnx.grad(lambda model: model(X).sum()))(model)
+    assert gradient["stacked"]["kernel"].shape == (3, 4, 8)
+    assert_close(jax.jit(lambda x: model(x))(X), y, "float32")
+    assert_close(nnx.clone(model)(X), y, "float32")
+    assert_close(copy.deepcopy(model)(X), y, "float32")
 
 
 def test_flax_members_spread_over_devices_without_communication_until_they_are_averaged():
     cpus = jax.devices("cpu")[:8]
     mesh = jax.make_mesh((8,), ("members",), axis_types=(jax.sharding.AxisType.Auto,), devices=cpus)
     mlp = without_draws(lambda: FLAX_ARCHITECTURES["MLP"](nnx.Rngs(0)))
-    model, x = pf.ensemble(mlp, 16), jnp.ones((5, 4), "float32")
-    expected = model(x)
+    model = fill(pf.ensemble(mlp, 16, reset_params=False))
+    expected = np.asarray(jitted(model, X))
     nnx.update(model, jax.device_put(nnx.state(model), jax.NamedSharding(mesh, jax.P("members"))))
     graph, state = nnx.split(model)
     for reduce, communication in ((lambda y: y, set()), (lambda y: y.mean(0), {"all-reduce"})):
-        compiled = jax.jit(lambda state, x, reduce=reduce: reduce(nnx.merge(graph, state)(x))).lower(state, x).compile()
+        compiled = jax.jit(lambda state, x, reduce=reduce: reduce(nnx.merge(graph, state)(x))).lower(state, X).compile()
         assert set(re.findall(r"(all-[a-z]+|collective-[a-z]+)\(", compiled.as_text())) == communication
-        y = compiled(state, x)
+        y = compiled(state, X)
         assert_close(y, reduce(expected), "float32")
         assert len(y.sharding.device_set) == 8
         assert tuple(y.sharding.spec) == (() if communication else ("members",))
@@ -456,19 +478,19 @@ def test_a_layer_used_twice_is_one_layer():
         model(torch.randn(5, 3))
     assert all(isinstance(p, nn.Parameter) for p in model[0].parameters())
     assert_close(model(x).detach(), y.detach(), "float32")
-    shared = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
-    twin, x = pf.ensemble(nnx.Sequential(shared, nnx.relu, shared), 3), jnp.asarray(x.numpy())
-    y = twin(x)
+    shared, x = filled(lambda rngs: nnx.Linear(8, 8, rngs=rngs)), jax_of(np.ones((5, 8)), "float32")
+    twin = pf.ensemble(nnx.Sequential(shared, nnx.relu, shared), 3)
+    y = np.asarray(jitted(twin, x))
     for i, member in enumerate(twin):
         assert member.layers[0] is member.layers[2]
-        assert_close(y[i], member(x), "float32")
+        assert_close(y[i], jitted(member, x), "float32")
 
 
 def test_numpy_batches_for_each_member():
-    model = pf.ensemble(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), 3)
-    x = np.ones((3, 5, 4), "float32")
-    assert_close(model(x, in_axes=0), model(jnp.asarray(x), in_axes=0), "float32")
-    assert model(x[0]).shape == (3, 5, 2)
+    model = pf.ensemble(filled(make_linear), 3)
+    x = np.random.default_rng(0).standard_normal((3, 5, 4)).astype("float32")
+    assert_close(model(x, in_axes=0), model(jax_of(x), in_axes=0), "float32")
+    assert model(x[0]).shape == (3, 5, 8)
 
 
 def test_the_networks_own_train_is_called():
@@ -535,12 +557,12 @@ def test_a_subclass_with_a_parameter_of_its_own_needs_a_rule_of_its_own():
 
     class FlaxGain(nnx.Linear):
         def __init__(self, rngs):
-            super().__init__(2, 2, rngs=rngs)
-            self.gain = nnx.Param(jnp.ones(2))
+            super().__init__(4, 8, rngs=rngs)
+            self.gain = nnx.Param(jnp.ones(8))
 
-    for package, network in ((pt, TorchGain()), (pf, FlaxGain(nnx.Rngs(0)))):
+    for package, network in ((pt, TorchGain()), (pf, filled(FlaxGain))):
         with pytest.raises(ValueError, match="got none for gain"):
-            package.ensemble(network, 2)
+            package.ensemble(network, 3)
 
 
 def test_a_container_with_a_rule_is_reset_by_it_after_its_layers():
@@ -563,9 +585,9 @@ def test_an_rngs_given_to_a_call_is_split_between_members_and_advances():
         def __call__(self, x, rngs):
             return self.drop(x, rngs=rngs)
 
-    rngs, x = nnx.Rngs(5), jnp.ones((1, 64), "float32")
-    model = pf.ensemble(Noisy(), 2)
-    first, second = model(x, rngs), model(x, rngs)
+    rngs, x = nnx.Rngs(5), jax_of(np.ones((1, 64)), "float32")
+    model = pf.ensemble(Noisy(), 3)
+    first, second = (np.asarray(model(x, rngs)) for _ in range(2))
     assert not (first[0] == first[1]).all()
     assert not (first == second).all()
     assert int(rngs.default.count[...]) == 2
@@ -627,13 +649,13 @@ def test_scalars_are_shared_under_in_axes():
 def test_flax_networks_that_sow_and_hold_their_own_functions():
     class Sows(nnx.Module):
         def __init__(self, rngs):
-            self.layer, self.act = nnx.Linear(4, 2, rngs=rngs), lambda x: x
+            self.layer, self.act = make_linear(rngs), lambda x: x
 
         def __call__(self, x):
             return self.act(self.layer(x))
 
-    model = pf.Ensemble([Sows(nnx.Rngs(0)), Sows(nnx.Rngs(1))])
-    assert model(jnp.ones((5, 4), "float32")).shape == (2, 5, 2)
+    model = pf.Ensemble([filled(Sows, seed) for seed in range(3)])
+    assert model(X).shape == (3, 5, 8)
 
 
 def test_torch_classes_that_take_no_rngs_are_refused():
@@ -650,10 +672,9 @@ def test_flax_classes_and_partials_are_constructors():
         def __call__(self, x):
             return self.layer(x)
 
-    x = jnp.ones((5, 4), "float32")
-    assert pf.ensemble(Net, 3)(x).shape == (3, 5, 4)
-    assert pf.ensemble(partial(Net, width=2), 3)(x).shape == (3, 5, 2)
-    assert pf.ensemble(partial(nnx.Linear, 4, 6), 3)(x).shape == (3, 5, 6)
+    for constructor, width in ((Net, 4), (partial(Net, width=2), 2), (partial(nnx.Linear, 4, 6), 6)):
+        y = nnx.eval_shape(lambda make=constructor: pf.ensemble(make, 3)(X))
+        assert y.shape == (3, 5, width)
 
 
 def test_ensembles_without_memory():
@@ -664,20 +685,20 @@ def test_ensembles_without_memory():
 
 
 def test_a_rule_that_ignores_its_rngs_is_no_ensemble():
-    for package, linear in ((pt, nn.Linear(2, 2)), (pf, nnx.Linear(2, 2, rngs=nnx.Rngs(0)))):
+    for package, linear in ((pt, nn.Linear(2, 2)), (pf, filled(make_linear))):
         with pytest.raises(ValueError, match="got 3 equal ones"):
             package.ensemble(linear, 3, reset=lambda p, rngs: p * 0)
 
 
 @pytest.mark.parametrize("options", [{"reset_params": False}, {"reset": lambda p, rngs: p}])
 def test_options_without_a_meaning_are_refused(options):
-    for package, linear in ((pt, nn.Linear(2, 2)), (pf, nnx.Linear(2, 2, rngs=nnx.Rngs(0)))):
+    for package, linear in ((pt, nn.Linear(2, 2)), (pf, filled(make_linear))):
         with pytest.raises(TypeError, match="a list of networks, for which it has no meaning"):
             package.ensemble([linear], 1, **options)
         with pytest.raises(TypeError, match="a constructor, for which it has no meaning"):
             package.ensemble(lambda rngs, linear=linear: linear, 1, **options)
     with pytest.raises(TypeError, match="example_input"):
-        pf.ensemble(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), 2, example_input=jnp.ones(2))
+        pf.ensemble(filled(make_linear), 2, example_input=X)
 
 
 def test_a_registered_rule_goes_first_and_serves_subclasses():

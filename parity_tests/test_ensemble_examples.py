@@ -1,7 +1,6 @@
 """The examples of deep ensembles in Flax run, and show what they say they show."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,6 +8,13 @@ from examples import custom_lift, flax_ensemble, vmap_over_ensemble
 from parity_tests.standard import assert_close
 
 N, D, F, B = (getattr(vmap_over_ensemble, name) for name in "NDFB")
+
+
+@pytest.fixture(autouse=True)
+def _x32():
+    """As the examples ran for the fixtures below, so that JAX compiles each draw once and not once more for x64."""
+    with jax.enable_x64(False):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +42,14 @@ def test_architectures(members):
 def test_members_are_independent(members):
     """By each way of making them; and the check would see members that are not."""
     for r in members[0]:
-        parameters = len(flax_ensemble.weights(r.model))
+        parameters, y = len(flax_ensemble.weights(r.model)), np.asarray(r.y)
         if r.way == flax_ensemble.UNCHANGED:
             assert len(set(r.draws)) * len(r.model) == len(r.draws)
-            assert_close(r.y, r.y[:1].repeat(len(r.model), 0), "float32")
+            assert_close(y, y[:1].repeat(len(r.model), 0), "float32")
         else:
             drawn = parameters if r.way == flax_ensemble.RULE else parameters // 2  # biases start as zeros
             assert len(set(r.draws)) == len(r.draws) == drawn * len(r.model)
-            assert (r.y.var(axis=0) > 1e-6).all()
+            assert (y.var(axis=0) > 1e-6).all()
 
 
 def test_base_is_untouched(members):
@@ -61,7 +67,7 @@ def test_normal_rule_draws_standard_normals(members):
 
 def test_members_taken_out(members):
     results, found = members
-    y = results[0].y
+    y = np.asarray(results[0].y)
     assert_close(y + found["by index"], y, "float32")
     assert_close(y + found["by iteration"], y, "float32")
     assert found["pruning keeps weights"] is True
@@ -72,13 +78,14 @@ def test_recipe(lanes):
     assert all(lanes["recipe"].values())
 
 
-@pytest.mark.parametrize(("seed", "inputs", "num_models", "features"), [(1.0, 3, 2.0, 4.0), (5.9, 2, 3.0, 1.0)])
+# Sizes of the example, whose draws JAX has compiled then.
+@pytest.mark.parametrize(("seed", "inputs", "num_models", "features"), [(1.0, 3, 4.0, 2.0), (5.9, 16, 5.0, 3.0)])
 def test_recipe_takes_floats(seed, inputs, num_models, features):
-    x = jnp.linspace(-1, 1, inputs, dtype=jnp.float32)
+    x = jax.device_put(np.linspace(-1, 1, inputs, dtype=np.float32))
     ours = vmap_over_ensemble.vmap_over_ensemble(seed, x, num_models, features)
     assert ours.shape == (int(num_models) * int(features),)
     np.testing.assert_array_equal(ours, vmap_over_ensemble.by_hand(seed, x, num_models, features))
-    rows = ours.reshape(int(num_models), -1)
+    rows = np.asarray(ours).reshape(int(num_models), -1)
     assert len(np.unique(rows, axis=0)) == num_models
 
 
@@ -102,16 +109,16 @@ def test_pitfalls(lanes):
 
 
 def test_another_seed_gives_other_members():
-    case, x = flax_ensemble.CASES[0], jnp.ones(D, jnp.float32)
+    case, x = flax_ensemble.CASES[0], jax.device_put(np.ones(D, np.float32))
     draws = [set(flax_ensemble.run(case, flax_ensemble.REINITIALISED, seed).draws) for seed in (0, 1)]
     assert not draws[0] & draws[1]
-    outputs = [vmap_over_ensemble.vmap_over_ensemble(seed, x, N, F) for seed in (0, 1)]
+    outputs = [np.asarray(vmap_over_ensemble.vmap_over_ensemble(seed, x, N, F)) for seed in (0, 1)]
     assert (outputs[0] != outputs[1]).all()
 
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_the_lift_by_hand_and_by_ensemble_agree(seed):
-    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         means = custom_lift.main(["--seed", str(seed)])
     for mean in means.values():
         assert_close(mean, means["loop"], "float32")

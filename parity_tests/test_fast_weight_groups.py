@@ -11,6 +11,7 @@ from torch import nn
 
 import probly_flax as pf
 import probly_torch as pt
+from parity_tests.subject import without_draws
 from parity_tests.training import compare_training
 from probly_flax.training import fast_weight_groups as flax_groups
 from probly_torch.training import fast_weight_groups as torch_groups
@@ -40,13 +41,13 @@ def chained(groups):
 
 
 def test_steps_are_those_of_torch():
-    ours, theirs = pt.batchensemble(torch_net(), 4), pf.batchensemble(flax_net(), 4)
+    ours, theirs = pt.batchensemble(torch_net(), 4), without_draws(lambda: pf.batchensemble(flax_net(), 4))
     rng = np.random.default_rng(0)
     batches = [(rng.normal(size=(6, 5)), rng.integers(0, 3, 6)) for _ in range(2)]
 
     def compare(transform):
         optimizer = torch.optim.AdamW(torch_groups(ours, DECAY, 0.25), lr=RATE)
-        return compare_training(ours, theirs, optimizer, transform, batches, jit=False)
+        return compare_training(ours, theirs, optimizer, transform, batches)
 
     report = compare(chained(flax_groups(theirs, DECAY, 0.25)))
     assert report.passed, report
@@ -74,7 +75,7 @@ def test_what_a_parameter_is_follows_from_its_type():
         updates, _ = transform.update(params, transform.init(params), params)
         return {".".join(map(str, path)): float(x.mean()) for path, x in nnx.to_flat_state(nnx.as_pure(updates))}
 
-    model = pf.batchensemble(Net(Scale()), 2)
+    model = without_draws(lambda: pf.batchensemble(Net(Scale()), 2))
     with pytest.raises(
         ValueError, match=r"got 'network.kernel.r' of a Scale. Say it: fast_weight_groups.model, 0.25, dec"
     ):
@@ -92,8 +93,8 @@ def test_what_a_parameter_is_follows_from_its_type():
 
 
 def test_an_optimizer_of_another_model_is_refused():
-    groups = flax_groups(pf.batchensemble(flax_net(), 4), DECAY)
-    other = pf.batchensemble(nnx.Dict(head=nnx.Linear(5, 7, rngs=nnx.Rngs(0))), 4)
+    groups = flax_groups(without_draws(lambda: pf.batchensemble(flax_net(), 4)), DECAY)
+    other = without_draws(lambda: pf.batchensemble(nnx.Dict(head=nnx.Linear(5, 7, rngs=nnx.Rngs(0))), 4))
     with pytest.raises(ValueError, match=r"of the model that it was given; got one of .* such as 'network.head.bias'"):
         nnx.Optimizer(other, chained(groups), wrt=nnx.Param)
 
@@ -116,7 +117,7 @@ def case(says, error=ValueError, convert=True, **options):
 def test_models_without_groups_say_so_in_the_same_words(framework, convert, options, error, says):
     package, groups, net, linear = {
         "torch": (pt, torch_groups, torch_net(), pt.BatchEnsembleLinear),
-        "flax": (pf, flax_groups, flax_net(), pf.BatchEnsembleLinear),
+        "flax": (pf, flax_groups, without_draws(flax_net), pf.BatchEnsembleLinear),
     }[framework]
     if "no_decay" in options:
         options = {"no_decay": (linear,)}

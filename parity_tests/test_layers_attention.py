@@ -16,6 +16,7 @@ from torch import nn
 import probly_flax as pf
 import probly_torch as pt
 from parity_tests import standard
+from parity_tests._trees import jax_of
 from parity_tests.oracle_attention import batch_ensemble_attention
 from parity_tests.standard import assert_close
 from parity_tests.subject import without_draws
@@ -57,11 +58,23 @@ def from_torch(layer, arrays):
         biases = [*np.split(arrays["in_proj_bias"], 3, axis=-1), arrays["out_proj.bias"]]
     projections = (layer.query, layer.key, layer.value, layer.out)
     for name, p, weight, bias in zip(("q_", "k_", "v_", "out_proj."), projections, weights, biases, strict=True):
-        p.kernel[...] = jnp.asarray(weight.T.reshape(p.kernel.shape))
+        p.kernel[...] = jax_of(weight.T.reshape(p.kernel.shape))
         if bias is not None:
-            p.bias[...] = jnp.asarray(bias.reshape(p.bias.shape))
+            p.bias[...] = jax_of(bias.reshape(p.bias.shape))
         if isinstance(layer, FlaxAttention):
-            p.r[...], p.s[...] = jnp.asarray(arrays[f"{name}r"]), jnp.asarray(arrays[f"{name}s"])
+            p.r[...], p.s[...] = jax_of(arrays[f"{name}r"]), jax_of(arrays[f"{name}s"])
+
+
+def random_flax(make):
+    """A Flax layer with weights that NumPy draws, around 1 for those that scale."""
+    layer, rng = without_draws(make), np.random.default_rng(0)
+    for path, variable in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
+        center = 1.0 if path[-1] in ("r", "s", "scale") else 0.0
+        variable[...] = jax_of(center + 0.4 * rng.standard_normal(variable.shape), variable.dtype)
+    return layer
+
+
+run_jitted = nnx.jit(lambda layer, *inputs, **kwargs: layer(*inputs, **kwargs))
 
 
 @dataclass(frozen=True)
@@ -187,7 +200,7 @@ def run_torch(case, arrays, dtype, need_weights=True):
 def run_flax(case, arrays, dtype, **options):
     layer, run = _flax_call(case, dtype, **options)
     values = {name: value.astype(jnp.dtype(dtype)) for name, value in arrays.items()}
-    g, *inputs = (jnp.asarray(values[name]) for name in ("g", "query", "key", "value"))
+    g, *inputs = (jax_of(values[name]) for name in ("g", "query", "key", "value"))
     from_torch(layer, values)
     y, weights, (params_grad, *inputs_grad) = run(nnx.state(layer, nnx.Param), g, *inputs)
     nnx.update(layer, params_grad)
@@ -201,7 +214,7 @@ def _flax_call(case, dtype, sow=True, compiled=True, dropout_rate=0.1):
     base = partial(case.flax, dtype, dropout_rate=dropout_rate)
     layer = without_draws(lambda: FlaxAttention(base(), num_members=case.num_members))
     hidden = case.hidden()
-    mask = jnp.asarray(~hidden) if hidden.any() else None
+    mask = jax_of(~hidden) if hidden.any() else None
     graph, _, rest = nnx.split(layer, nnx.Param, ...)
 
     def forward(params, *inputs):
@@ -462,8 +475,9 @@ FLAX_OPTIONS = {
 
 
 def flax_base(num_heads=2, **options):
+    """With zeros for kernels: these tests draw others, or give them to the layer itself."""
     options = {"param_dtype": jnp.float64, "deterministic": False, "decode": False, "rngs": nnx.Rngs(0)} | options
-    return nnx.MultiHeadAttention(num_heads, 8, **options)
+    return nnx.MultiHeadAttention(num_heads, 8, kernel_init=nnx.initializers.zeros, **options)
 
 
 @pytest.fixture
@@ -475,40 +489,49 @@ def promotion_of_nnx():
 
 @pytest.mark.usefixtures("promotion_of_nnx")
 @pytest.mark.parametrize(
-    ("name", "masked", "middle"), [("plain", False, ()), *((name, True, (3,)) for name in FLAX_OPTIONS)]
+    ("name", "masked", "middle"),
+    # without those that compute what "plain" does
+    [
+        ("plain", False, ()),
+        *((name, True, (3,)) for name in FLAX_OPTIONS if name not in ("dropout of each", "no rngs")),
+    ],
 )
 def test_member_of_flax_is_an_ordinary_layer_that_computes_the_same(name, masked, middle):
-    base = flax_base(kernel_init=nnx.initializers.constant(0.3), **FLAX_OPTIONS[name])
-    layer = FlaxAttention(base, num_members=3, use_base_weights=True)
-    rng = np.random.default_rng(0)
-    for _, variable in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
-        noise = 0.3 * rng.standard_normal(variable.shape)
-        variable[...] = jnp.asarray(np.asarray(variable[...]) + noise, variable.dtype)
+    layer = random_flax(lambda: FlaxAttention(flax_base(**FLAX_OPTIONS[name]), num_members=3))
+    rng = np.random.default_rng(1)
     dtype = layer.dtype or jnp.float64
-    q, k, v = (
-        jnp.asarray(rng.standard_normal((6, *middle, n, f)), dtype)
-        for n, f in ((4, 8), (5, base.in_kv_features), (5, base.in_kv_features))
-    )
-    mask = jnp.asarray(rng.random((6, *middle, 1, 4, 5)) < 0.6).at[..., 0].set(True) if masked else None
+    inputs = [rng.standard_normal((6, *middle, n, f)) for n, f in ((4, 8), *[(5, layer.in_kv_features)] * 2)]
+    mask = rng.random((6, *middle, 1, 4, 5)) < 0.6 if masked else None
+    if masked:
+        mask[..., 0] = True
+
+    def run(layer, rows):
+        q, k, v = (jax_of(x[rows], dtype) for x in inputs)
+        return call_and_sow(layer, q, k, v, None if mask is None else jax_of(mask[rows]))
+
+    call_and_sow = nnx.jit(lambda layer, q, k, v, mask: sown(layer, q, k, v, mask=mask))
     members = [layer.member(i) for i in range(3)]
-    run = nnx.jit(lambda layer, q, k, v, mask: sown(layer, q, k, v, mask=mask))
-    y, weights = run(layer, q, k, v, mask)
-    folded = jnp.dtype(base.param_dtype).name  # the dtype that a member's weights are rounded to
-    assert y.shape == (6, *middle, 4, base.out_features)
+    y, weights = (np.asarray(result) for result in run(layer, slice(None)))
+    folded = jnp.dtype(layer.param_dtype).name  # the dtype that a member's weights are rounded to
+    assert y.shape == (6, *middle, 4, layer.out_features)
     for i, member in enumerate(members):
         rows = slice(2 * i, 2 * i + 2)
         assert type(member) is nnx.MultiHeadAttention
         assert {type(child) for child in (member.query, member.key, member.value, member.out)} == {nnx.LinearGeneral}
-        own = run(member, q[rows], k[rows], v[rows], None if mask is None else mask[rows])
+        own = run(member, rows)
         assert_close(own[0], y[rows], folded)
         assert_close(own[1], weights[rows], folded)
 
 
 @pytest.mark.parametrize("name", FLAX_OPTIONS)
 def test_a_member_of_flax_has_the_state_of_its_base(name):
-    base = flax_base(**FLAX_OPTIONS[name])
-    base.eval()
-    member = FlaxAttention(base, num_members=3, use_base_weights=True).member(-1)
+    def make():
+        base = flax_base(**FLAX_OPTIONS[name])
+        base.eval()
+        return base
+
+    base = without_draws(make)
+    member = without_draws(lambda: FlaxAttention(make(), num_members=3, use_base_weights=True).member(-1))
     one, other = (nnx.to_flat_state(nnx.state(layer)) for layer in (base, member))
     assert [(path, type(v), v.shape, v.dtype) for path, v in one] == [(p, type(v), v.shape, v.dtype) for p, v in other]
     assert str(nnx.graphdef(member)) == str(nnx.graphdef(base))
@@ -528,10 +551,10 @@ def test_the_base_layer_is_copied_and_left_alone():
         for parameter in layer.parameters():
             parameter.zero_()
     assert all(torch.equal(before[name], value) for name, value in ours.state_dict().items())
-    theirs = flax_base(normalize_qk=True, dropout_rate=0.3)
-    before = jax.tree.map(jnp.copy, nnx.state(theirs, nnx.Param))
+    theirs = random_flax(lambda: flax_base(normalize_qk=True, dropout_rate=0.3))
+    before = jax.tree.map(np.array, nnx.state(theirs, nnx.Param))
     layer = FlaxAttention(theirs, num_members=3, use_base_weights=True)
-    nnx.update(layer, jax.tree.map(jnp.zeros_like, nnx.state(layer, nnx.Param)))
+    nnx.update(layer, jax.tree.map(lambda p: jax_of(np.zeros(p.shape, p.dtype)), nnx.state(layer, nnx.Param)))
     layer.rngs()
     assert int(theirs.rngs.count[...]) == 0
     jax.tree.map(np.testing.assert_array_equal, nnx.state(theirs, nnx.Param), before)
@@ -545,18 +568,16 @@ def test_members_start_from_the_biases_of_the_base():
 
 
 def test_keep_members():
-    for layer, x in zip(pair(), (torch.randn(6, 4, 8), jnp.ones((6, 4, 8), "float32")), strict=True):
-        call = (
-            (lambda layer, x: layer(x, x, x)[0].detach())
-            if isinstance(x, torch.Tensor)
-            else (lambda layer, x: layer(x))
-        )
-        y = call(layer, x)
+    x, rows = np.random.default_rng(0).standard_normal((6, 4, 8)).astype("float32"), [4, 5, 0, 1]
+    for layer, call in zip(
+        pair(),
+        (lambda layer, x: layer(*[torch.tensor(x)] * 3)[0].detach(), lambda layer, x: run_jitted(layer, jax_of(x))),
+        strict=True,
+    ):
+        y = np.asarray(call(layer, x))
         layer.keep_members([2, -3])
         assert layer.num_members == 2
-        some = np.asarray(x)[[4, 5, 0, 1]]
-        kept = call(layer, torch.tensor(some) if isinstance(x, torch.Tensor) else jnp.asarray(some))
-        assert_close(np.asarray(kept), np.asarray(y)[[4, 5, 0, 1]], "float32")
+        assert_close(np.asarray(call(layer, x[rows])), y[rows], "float32")
         with pytest.raises(IndexError, match="from -2 to 1"):
             layer.keep_members([0, 2])
         with pytest.raises(IndexError, match="from -2 to 1"):
@@ -589,16 +610,17 @@ def test_dropout_of_torch_is_that_of_the_base_layer(need_weights):
 
 
 def test_dropout_of_flax_is_that_of_the_base_layer():
-    layer = FlaxAttention(flax_base(dropout_rate=0.5, broadcast_dropout=False), num_members=1)
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6, 8)))
+    base = partial(flax_base, dropout_rate=0.5, param_dtype="float32")
+    layer = random_flax(lambda: FlaxAttention(base(broadcast_dropout=False), num_members=1))
+    x = jax_of(np.random.default_rng(0).standard_normal((6, 4, 8)), "float32")
     member = layer.member(0)
     y = layer(x)
-    assert_close(y, member(x), "float64")
+    assert_close(y, member(x), "float32")
     assert not np.allclose(layer(x), y)
     np.testing.assert_array_equal(layer(x, rngs=nnx.Rngs(dropout=5)), layer(x, rngs=nnx.Rngs(dropout=5)))
     layer.eval()
     np.testing.assert_array_equal(layer(x), layer(x))
-    without = FlaxAttention(flax_base(dropout_rate=0.5, keep_rngs=False), num_members=2)
+    without = without_draws(lambda: FlaxAttention(base(keep_rngs=False), num_members=2))
     with pytest.raises(ValueError, match="keep_rngs=False"):
         without(x)
 
@@ -720,13 +742,13 @@ def test_torch_layer_is_a_torch_citizen(tmp_path):
 
 def test_flax_layer_is_an_nnx_citizen():
     layer = pair()[1]
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4, 8)), "float32")
+    x = jax_of(np.random.default_rng(0).standard_normal((6, 4, 8)), "float32")
     y = layer(x)
     assert isinstance(layer, nnx.MultiHeadAttention)
     graph, state = nnx.split(layer)
     for variant in (nnx.merge(graph, state), nnx.clone(layer), copy.deepcopy(layer)):
         np.testing.assert_array_equal(variant(x), y)
-    assert_close(nnx.jit(lambda layer, x: layer(x))(layer, x), y, "float32")
+    assert_close(run_jitted(layer, x), y, "float32")
     grads = nnx.eval_shape(nnx.grad(lambda layer: layer(x).sum()), layer)
     assert {path for path, _ in nnx.to_flat_state(grads)} == {
         (projection, name) for projection in ("query", "key", "value", "out") for name in ("kernel", "r", "s", "bias")
@@ -746,10 +768,11 @@ def test_flax_layer_is_an_nnx_citizen():
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_flax_dtype_options_give_the_dtype_of_the_base_layer(dtype, param_dtype):
-    base = flax_base(dtype=dtype, param_dtype=param_dtype)
-    layer = FlaxAttention(base, num_members=3)
-    for x in (jnp.ones((6, 4, 8), "float32"), jnp.ones((6, 4, 8), "bfloat16")):
-        assert layer(x).dtype == base(x).dtype
+    base = without_draws(lambda: flax_base(dtype=dtype, param_dtype=param_dtype))
+    layer = without_draws(lambda: FlaxAttention(base, num_members=3))
+    for x in (jax.ShapeDtypeStruct((6, 4, 8), "float32"), jax.ShapeDtypeStruct((6, 4, 8), "bfloat16")):
+        ours, theirs = (nnx.eval_shape(lambda layer, x: layer(x), each, x) for each in (layer, base))
+        assert ours.dtype == theirs.dtype
 
 
 @pytest.mark.usefixtures("promotion_of_nnx")
@@ -771,10 +794,11 @@ def test_flax_custom_functions_are_called_as_nnx_calls_them():
         out_promote_dtype=promote_dtype,
         dtype=jnp.float64,
     )
-    x = jnp.ones((6, 4, 8))
-    FlaxAttention(base, num_members=3)(x)
+    x = jax.ShapeDtypeStruct((6, 4, 8), "float64")
+    layer = without_draws(lambda: FlaxAttention(base, num_members=3))
+    nnx.eval_shape(lambda layer, x: layer(x), layer, x)
     ours, seen[:] = list(seen), []
-    base(x)
+    nnx.eval_shape(lambda layer, x: layer(x), base, x)
     assert len(ours) == 8
     assert ours == seen
 
@@ -783,19 +807,20 @@ def test_flax_custom_functions_are_called_as_nnx_calls_them():
 def test_decoding_step_by_step_is_what_causal_attention_does_at_once():
     base = flax_base(decode=True)
     base.init_cache((2, 5, 8), jnp.float64)
-    layer = FlaxAttention(base, num_members=3)
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 5, 8)))
+    layer = random_flax(lambda: FlaxAttention(base, num_members=3))
+    x = np.random.default_rng(0).standard_normal((6, 5, 8))
     with pytest.raises(ValueError, match="init_cache"):
-        layer(x[:, :1])
-    at_once = nnx.jit(lambda layer, x: sown(layer, x, decode=False, is_causal=True)[0])(layer, x)
+        layer(jax_of(x[:, :1]))
+    at_once = nnx.jit(lambda layer, x: sown(layer, x, decode=False, is_causal=True)[0])(layer, jax_of(x))
+    at_once = np.asarray(at_once)
     layer.init_cache(x.shape, jnp.float64)
     run = nnx.jit(lambda layer, x: sown(layer, x)[0])
     for step in range(3):
-        assert_close(run(layer, x[:, step : step + 1]), at_once[:, step : step + 1], "float64")
-    member, kept = layer.member(1), jnp.array([4, 5, 0, 1])
+        assert_close(run(layer, jax_of(x[:, step : step + 1])), at_once[:, step : step + 1], "float64")
+    member, kept = layer.member(1), [4, 5, 0, 1]
     layer.keep_members([2, 0])
-    assert_close(run(layer, x[kept, 3:4]), at_once[kept, 3:4], "float64")
-    assert_close(run(member, x[2:4, 3:4]), at_once[2:4, 3:4], "float64")
+    assert_close(run(layer, jax_of(x[kept, 3:4])), at_once[kept, 3:4], "float64")
+    assert_close(run(member, jax_of(x[2:4, 3:4])), at_once[2:4, 3:4], "float64")
     assert int(member.cache_index[...]) == int(layer.cache_index[...]) == 4
 
 
@@ -809,7 +834,7 @@ def test_sharding_of_the_base_layer_is_kept_on_four_devices():
         out_bias_metadata={"out_sharding": ("data",)},
         **options,
     )
-    layer = FlaxAttention(base, num_members=2)
+    layer = FlaxAttention(base, num_members=3)
     for p, expected in (
         (layer.query, [("data", "model", None), (None, "data"), (None, "model"), (None, "model", None)]),
         (layer.out, [("model", None, "data"), (None, "model"), (None, "data"), (None, "data")]),
@@ -817,19 +842,25 @@ def test_sharding_of_the_base_layer_is_kept_on_four_devices():
         assert [getattr(p, n).get_metadata("out_sharding") for n in ("kernel", "r", "s", "bias")] == expected
         assert len(p.kernel.sharding.device_set) == 4
     assert layer.member(1).out.kernel.get_metadata("out_sharding") == ("model", None, "data")
-    x = jnp.ones((6, 3, 8), "float32")
-    plain = FlaxAttention(flax_base(**options), num_members=2)
-    assert_close(nnx.jit(lambda layer, x: layer(x))(layer, x), plain(x), "float32")
+    x = jax_of(np.ones((6, 3, 8)), "float32")
+    plain = FlaxAttention(flax_base(**options), num_members=3)
+    assert_close(run_jitted(layer, x), run_jitted(plain, x), "float32")
 
 
 # Bad input.
 
 
-def call(f, query=(12, 4, 8), key=None, value=None, **options):
-    zeros = torch.zeros if f is torch else jnp.zeros
-    ours, theirs = pair(num_members=4, **options)
+def with_four_members(f):
+    case = CASES["self"]
+    if f is torch:
+        return TorchAttention(case.torch(), num_members=4)
+    return without_draws(lambda: FlaxAttention(case.flax(), num_members=4))
+
+
+def call(f, query=(12, 4, 8), key=None, value=None):
+    zeros = torch.zeros if f is torch else (lambda shape: jax_of(np.zeros(shape)))
     key = query if key is None else key
-    return (ours if f is torch else theirs)(zeros(query), zeros(key), zeros(key if value is None else value))
+    return with_four_members(f)(zeros(query), zeros(key), zeros(key if value is None else value))
 
 
 def build(f, *args, **options):
@@ -898,22 +929,22 @@ def test_the_sentence_in_full():
     ],
 )
 def test_masks_that_torch_refuses(kwargs, error, next_step):
-    layer, x = pair(num_members=4)[0], torch.zeros(12, 4, 8)
+    layer, x = with_four_members(torch), torch.zeros(12, 4, 8)
     with pytest.raises(error) as raised:
         layer(x, x, x, **kwargs)
     assert str(raised.value).endswith(next_step)
 
 
 def test_inputs_that_only_one_refuses():
-    ours, theirs = pair(num_members=4)
+    ours, theirs = with_four_members(torch), with_four_members(jnp)
     with pytest.raises(ValueError, match=r"instead of 3.*tile_members\(query\[None\], 4\)\.$"):
         ours(*[torch.zeros(4, 8)] * 3)
     with pytest.raises(ValueError, match=r"instead of 3.*query.flatten\(1, -2\)\.$"):
         ours(*[torch.zeros(4, 2, 3, 8)] * 3)
     with pytest.raises(ValueError, match=r"instead of at least 3.*tile_members\(query\[None\], 4\)\.$"):
-        theirs(jnp.zeros((4, 8), "float32"))
+        theirs(jax_of(np.zeros((4, 8))))
     with pytest.raises(ValueError, match=r"tile_members\(mask, 4\)\.$"):
-        theirs(jnp.zeros((12, 4, 8), "float32"), mask=jnp.ones((3, 1, 4, 4), bool))
+        theirs(jax_of(np.zeros((12, 4, 8))), mask=jax_of(np.ones((3, 1, 4, 4), bool)))
     second = TorchAttention(nn.MultiheadAttention(8, 2), num_members=4)
     with pytest.raises(ValueError, match=r"\[length, num_members\*B, features\].*query.repeat\(1, 4, 1\)\.$"):
         second(*[torch.zeros(12, 3, 8)] * 3)
@@ -923,14 +954,14 @@ def test_inputs_that_only_one_refuses():
 
 def test_one_mask_for_all_rows():
     layer = pair()[1]
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4, 8)), "float32")
-    mask = nnx.make_causal_mask(x[:1, :, 0])
-    assert_close(layer(x, mask=mask), layer(x, mask=jnp.tile(mask, (6, 1, 1, 1))), "float32")
+    x = jax_of(np.random.default_rng(0).standard_normal((6, 4, 8)), "float32")
+    mask = np.tril(np.ones((1, 1, 4, 4), bool))
+    assert_close(layer(x, mask=jax_of(mask)), layer(x, mask=jax_of(np.tile(mask, (6, 1, 1, 1)))), "float32")
 
 
 def test_a_layer_with_projections_of_another_kind_is_refused():
     base = flax_base()
-    base.query = nnx.LoRA(8, 2, 8, rngs=nnx.Rngs(0))
+    base.query = without_draws(lambda: nnx.LoRA(8, 2, 8, rngs=nnx.Rngs(0)))
     with pytest.raises(TypeError, match="LinearGeneral layer; got LoRA"):
         FlaxAttention(base, num_members=3)
 
@@ -951,7 +982,7 @@ def test_cases_hide_something_and_never_everything():
 
 @pytest.mark.parametrize("case", [Case(), Case(kv_features=6), Case(bias=False)], ids=str)
 def test_weights_have_torchs_names_and_layouts(case):
-    for layer in (case.flax(), FlaxAttention(case.flax(), num_members=3)):
+    for layer in (random_flax(case.flax), random_flax(lambda: FlaxAttention(case.flax(), num_members=3))):
         expected = to_torch(layer)
         arrays = pf.to_arrays(layer)
         assert arrays.keys() == expected.keys()
@@ -965,10 +996,10 @@ def test_weights_have_torchs_names_and_layouts(case):
     assert pt.to_arrays(ours).keys() == arrays.keys()
     pt.load_arrays(ours, arrays)
     plain = case.torch()
-    pt.load_arrays(plain, pf.to_arrays(case.flax()))
+    pt.load_arrays(plain, pf.to_arrays(without_draws(case.flax)))
 
 
 def test_stacked_weights_have_torchs_names():
-    stacked = pf.ensemble(Case().flax(), 2)
-    assert pf.to_arrays(stacked)["out_proj.weight"].shape == (2, 8, 8)
+    stacked = pf.ensemble(without_draws(Case().flax), 3, reset_params=False)
+    assert pf.to_arrays(stacked)["out_proj.weight"].shape == (3, 8, 8)
     pf.load_arrays(stacked, pf.to_arrays(stacked))

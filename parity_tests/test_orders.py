@@ -3,7 +3,6 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import probly_flax as pf
 import probly_torch as pt
+from parity_tests._trees import jax_of
 from parity_tests.standard import assert_close
 from probly_torch.functional.linear import _scale_activations
 
@@ -35,7 +35,7 @@ def test_the_rule_is_that_of_the_docstring_in_both():
     for rows, expected in ((FEW, False), (MANY, True), (11, False), (12, True)):  # 12 * 12 >= 4 * 35
         y = pt.functional.batch_ensemble_linear(*arguments(rows))
         assert ("ScaledWeights" in str(y.grad_fn.next_functions[0][0]) + str(y.grad_fn)) == expected
-        arrays = [jnp.asarray(a.detach().numpy()) for a in arguments(rows)]
+        arrays = [a.detach().numpy() for a in arguments(rows)]
         arrays[1] = arrays[1].T
         jaxpr = jax.make_jaxpr(pf.functional.batch_ensemble_linear)(*arrays)
         assert ("remat" in str(jaxpr) or "checkpoint" in str(jaxpr)) == expected
@@ -145,8 +145,9 @@ def test_many_rows_in_a_network_under_ensembles_and_autocast():
 def test_flax_orders_agree_under_transforms():
     from probly_flax.functional.linear import _scale_activations as activations
 
-    leaves = [jnp.asarray(leaf.detach().numpy()) for leaf in arguments(MANY)]
+    leaves = [leaf.detach().numpy() for leaf in arguments(MANY)]
     leaves[1] = leaves[1].T
+    leaves = list(map(jax_of, leaves))
     numbers = tuple(range(5))
 
     def loss(f):
@@ -156,17 +157,22 @@ def test_flax_orders_agree_under_transforms():
         return activations(x.reshape(3, -1, 5), *weights, jax.lax.dot_general).reshape(-1, 7)
 
     function = pf.functional.batch_ensemble_linear
+    # jax.jit around each: op by op, JAX compiles each op for each shape
     for transform in (lambda f: jax.grad(loss(f), numbers), jax.jit, lambda f: jax.jacfwd(f, numbers)):
         for ours, theirs in zip(
-            jax.tree.leaves(transform(function)(*leaves)), jax.tree.leaves(transform(reference)(*leaves)), strict=True
+            jax.tree.leaves(jax.jit(transform(function))(*leaves)),
+            jax.tree.leaves(jax.jit(transform(reference))(*leaves)),
+            strict=True,
         ):
             assert_close(np.asarray(ours), np.asarray(theirs), "float64")
     hessians = [
-        jax.hessian(lambda r, f=f: loss(f)(*leaves[:2], r, *leaves[3:]))(leaves[2]) for f in (function, reference)
+        jax.jit(jax.hessian(lambda r, f=f: loss(f)(*leaves[:2], r, *leaves[3:])))(leaves[2])
+        for f in (function, reference)
     ]
     assert_close(*hessians, "float64")
-    batched = jnp.stack([leaves[0], 2 * leaves[0]])
-    assert_close(jax.vmap(lambda x: function(x, *leaves[1:]))(batched)[1], function(batched[1], *leaves[1:]), "float64")
+    batched = np.stack([leaves[0], 2 * np.asarray(leaves[0])])
+    y = jax.jit(jax.vmap(lambda x: function(x, *leaves[1:])))(batched)
+    assert_close(np.asarray(y)[1], function(jax_of(batched[1]), *leaves[1:]), "float64")
 
 
 # The kernel has 12 numbers and a row 24, so 2 rows reach the rule's 4 * 12; the last case has too many members.
@@ -182,21 +188,21 @@ def test_convolutions_of_many_activations_run_member_by_member(num_members, rows
         y = getattr(pt.functional, name)(*leaves)
     calls = sum(event.count for event in profile.key_averages() if event.key == "aten::convolution")
     assert calls == (num_members if one_by_one else 1)
-    x, weight, *rest = (jnp.asarray(leaf.numpy()) for leaf in leaves)
+    x, weight, *rest = (leaf.numpy() for leaf in leaves)
     options = {"transpose_kernel": True} if transposed else {}
     function = partial(getattr(pf.functional, name), **options)
     arguments = x.swapaxes(1, 2), weight.transpose(2, 1, 0), *rest
     assert str(jax.make_jaxpr(function)(*arguments)).count("conv_general_dilated[") == calls
-    assert_close(y, np.asarray(function(*arguments)).swapaxes(1, 2), "float64")
+    assert_close(y, np.asarray(jax.jit(function)(*arguments)).swapaxes(1, 2), "float64")
     per_row = vmap(lambda x: getattr(pt.functional, name)(x, *leaves[1:]))(leaves[0][None])[0]
     assert_close(y, per_row, "float64")
-    batch, tiled = x[:rows], pf.functional.tile_members(x[:rows], num_members)
+    batch = x[:rows]
+    tiled = np.asarray(pf.functional.tile_members(jax_of(batch), num_members))
     shared = getattr(pt.functional, name)(leaves[0][:rows], *leaves[1:], shared=True)
-    assert_close(shared, getattr(pt.functional, name)(torch.from_numpy(np.array(tiled)), *leaves[1:]), "float64")
+    assert_close(shared, getattr(pt.functional, name)(torch.tensor(tiled), *leaves[1:]), "float64")
     arguments = arguments[1:]
-    assert_close(
-        function(batch.swapaxes(1, 2), *arguments, shared=True), function(tiled.swapaxes(1, 2), *arguments), "float64"
-    )
+    shared = jax.jit(partial(function, shared=True))(batch.swapaxes(1, 2), *arguments)
+    assert_close(shared, jax.jit(function)(tiled.swapaxes(1, 2), *arguments), "float64")
 
 
 @pytest.mark.parametrize("rows", [1, 40])
@@ -209,14 +215,14 @@ def test_a_batch_that_members_share_is_not_tiled(kind, rows):
         rngs = nnx.Rngs(0)
         first = nnx.Sequential(nnx.Linear(5, 7, rngs=rngs))
         theirs = nnx.Sequential(first, nnx.relu, nnx.Linear(7, 2, rngs=rngs))
-        arrays = jnp.asarray(x.numpy())
+        arrays = jax_of(x.numpy())
     else:
         x = torch.randn(rows, 4, 3)
         ours = torch.nn.Sequential(torch.nn.Conv1d(4, 6, 2, groups=2, padding=1, padding_mode="circular"))
         theirs = nnx.Sequential(
             nnx.Conv(4, 6, (2,), feature_group_count=2, padding=((1, 1),), rngs=nnx.Rngs(0)),
         )
-        arrays = jnp.asarray(x.swapaxes(1, 2).numpy())
+        arrays = jax_of(x.swapaxes(1, 2).numpy())
     for model, batch, package in (
         (pt.batchensemble(ours, 3), x, pt),
         (pf.batchensemble(theirs, 3), arrays, pf),

@@ -158,7 +158,8 @@ def ensemble(
 
 
 def _from_stacked(stacked: nnx.Module, num_members: int, chunk_size: int | None) -> Ensemble:
-    model = Ensemble([member(stacked, 0)], chunk_size=chunk_size)
+    # Its checks need no values, whose rows would have to be compiled.
+    model = nnx.eval_shape(lambda: Ensemble([member(stacked, 0)], chunk_size=chunk_size))
     model.stacked, model.num_members = stacked, num_members
     return model
 
