@@ -195,3 +195,18 @@ def without_draws(make: Callable[[], Any]) -> Any:
 
     graph, state = nnx.split(nnx.eval_shape(make))
     return nnx.merge(graph, jax.tree.map(zeros, state))
+
+
+def numbered(model: Any, seed: int = 0) -> Any:
+    """The Flax model with weights that NumPy draws, those that scale around 1."""
+    rng = np.random.default_rng(seed)
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        center = 1.0 if path[-1] in ("r", "s", "scale") else 0.0
+        variable.set_value(jax_of(center + 0.4 * rng.standard_normal(variable.shape), variable.dtype))
+    return model
+
+
+@nnx.jit  # one program: op by op, JAX compiles each operation for each shape
+def jitted(model: Any, *inputs: Any, **options: Any) -> Any:
+    """A call of a Flax model under jit."""
+    return model(*inputs, **options)

@@ -14,15 +14,11 @@ from torch import nn
 
 import probly_flax
 import probly_torch
-from parity_tests.subject import without_draws
+from parity_tests.subject import numbered, without_draws
 
 
-def numbered(make, *args):
-    """A Flax network with random weights of NumPy; JAX would take half a second to compile each draw."""
-    network, rng = without_draws(lambda: make(*args, rngs=nnx.Rngs(0))), np.random.default_rng(0)
-    for _, weight in nnx.to_flat_state(nnx.state(network, nnx.Param)):
-        weight.set_value(jnp.asarray(rng.standard_normal(weight.shape, "float32"), "float32"))
-    return network
+def drawn(make, *args):
+    return numbered(without_draws(lambda: make(*args, rngs=nnx.Rngs(0))))
 
 
 def torch_mlp():
@@ -117,13 +113,13 @@ TORCH = Framework(
 )
 FLAX = Framework(
     probly_flax,
-    partial(numbered, flax_mlp),
-    partial(numbered, FlaxCNN),
-    partial(numbered, FlaxLSTM),
-    partial(numbered, FlaxEncoder),
+    partial(drawn, flax_mlp),
+    partial(drawn, FlaxCNN),
+    partial(drawn, FlaxLSTM),
+    partial(drawn, FlaxEncoder),
     nnx.Sequential,
-    partial(numbered, nnx.Linear),
-    partial(numbered, nnx.LayerNorm, 4),
+    partial(drawn, nnx.Linear),
+    partial(drawn, nnx.LayerNorm, 4),
     lambda array: jnp.asarray(array, array.dtype),
 )
 
@@ -281,12 +277,12 @@ def test_images_of_other_shapes(torch_shape, flax_shape, next_step):
 
 def test_a_mode_of_padding_that_flax_lacks():
     assert probly_torch.batchensemble(TorchCNN(padding_mode="replicate"), 3)(torch.zeros(2, 3, 6, 7)).shape == (3, 2, 2)
-    text = sentence(lambda: probly_flax.batchensemble(numbered(FlaxCNN, "REPLICATE"), 3), ValueError)
+    text = sentence(lambda: probly_flax.batchensemble(drawn(FlaxCNN, "REPLICATE"), 3), ValueError)
     assert "one of SAME, SAME_LOWER, VALID, CIRCULAR, REFLECT, CAUSAL; got 'REPLICATE'" in text
-    base = numbered(partial(nnx.ConvTranspose, padding="REFLECT"), 3, 2, (2,))
+    base = drawn(partial(nnx.ConvTranspose, padding="REFLECT"), 3, 2, (2,))
     text = sentence(lambda: probly_flax.batchensemble(nnx.Sequential(base), 3), ValueError)
     assert "one of SAME, VALID, CIRCULAR; got 'REFLECT'" in text
-    assert probly_flax.batchensemble(numbered(FlaxCNN, "same"), 3)(FLAX.zeros(2, 6, 7, 3)).shape == (3, 2, 2)
+    assert probly_flax.batchensemble(drawn(FlaxCNN, "same"), 3)(FLAX.zeros(2, 6, 7, 3)).shape == (3, 2, 2)
 
 
 def test_lazy_layers_are_named():
@@ -307,7 +303,7 @@ def failures(f):
     """Networks whose conversion fails after its first layers, and its options."""
     yield f.lstm(), {"exclude": "embde"}
     yield f.mlp(), {"exclude": "*"}
-    yield (TorchLSTM(max_norm=1.0) if f is TORCH else numbered(FlaxCNN, "REPLICATE")), {}
+    yield (TorchLSTM(max_norm=1.0) if f is TORCH else drawn(FlaxCNN, "REPLICATE")), {}
     time_major = f.lstm()
     time_major.rnn = nn.LSTM(4, 3) if f is TORCH else nnx.RNN(time_major.rnn.cell, time_major=True)
     yield time_major, {"use_base_weights": False}
@@ -389,7 +385,7 @@ def of_five_inputs(path, layer):
     ids=["inside", "a parent", "end", "type of a parent", "type of a list", "predicate", "several", "mixed"],
 )
 def test_excluded_inside_containers(torch_exclude, flax_exclude, excluded):
-    for f, base, exclude in ((TORCH, TorchNested(), torch_exclude), (FLAX, numbered(FlaxNested), flax_exclude)):
+    for f, base, exclude in ((TORCH, TorchNested(), torch_exclude), (FLAX, drawn(FlaxNested), flax_exclude)):
         partly = f.package.batchensemble(base, 3, exclude=exclude)
         actions = {row.path.removeprefix("parts.").replace("layers.", ""): row.action for row in partly.report.rows}
         assert actions.keys() == {"trunk.0.0", "trunk.0.2", "trunk.1", "head"}

@@ -10,8 +10,9 @@ from torch import nn
 
 import probly_flax as pf
 import probly_torch as pt
+from parity_tests._trees import jax_of
 from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, assert_close, error
-from parity_tests.subject import without_draws
+from parity_tests.subject import jitted, numbered, without_draws
 
 
 class TorchBlock(nn.Module):
@@ -203,21 +204,18 @@ def test_recurrent_networks():
         assert type(member.rnn) is nn.LSTM
         assert_close(y[i].detach(), member(x).detach(), "float32")
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        rng, z = np.random.default_rng(0), jnp.asarray(x.numpy(), "float32")
-        call = nnx.jit(lambda network, z: network(z))
+        z = jax_of(x.numpy())
         for cell in (nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell):
 
             def convert(cell=cell):
                 return pf.batchensemble(nnx.RNN(cell(4, 5, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), 3)
 
-            twin = without_draws(convert)
-            for _, weight in nnx.to_flat_state(nnx.state(twin, nnx.Param)):
-                weight.set_value(jnp.asarray(rng.standard_normal(weight.shape, "float32"), "float32"))
-            y = np.asarray(call(twin, z))
+            twin = numbered(without_draws(convert))
+            y = np.asarray(jitted(twin, z))
             for i, member in enumerate(twin):
                 assert type(member) is nnx.RNN
                 assert type(member.cell) is cell
-                assert_close(y[i], np.asarray(call(member, z)), "float32")
+                assert_close(y[i], np.asarray(jitted(member, z)), "float32")
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", nn.functional.silu])

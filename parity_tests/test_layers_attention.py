@@ -19,7 +19,7 @@ from parity_tests import standard
 from parity_tests._trees import jax_of
 from parity_tests.oracle_attention import batch_ensemble_attention
 from parity_tests.standard import assert_close
-from parity_tests.subject import without_draws
+from parity_tests.subject import jitted, numbered, without_draws
 from parity_tests.twins import Twins, assert_same_steps, assert_special_values
 from probly_flax.layers.attention import BatchEnsembleMultiHeadAttention as FlaxAttention
 from probly_torch.layers.attention import BatchEnsembleMultiHeadAttention as TorchAttention
@@ -63,18 +63,6 @@ def from_torch(layer, arrays):
             p.bias[...] = jax_of(bias.reshape(p.bias.shape))
         if isinstance(layer, FlaxAttention):
             p.r[...], p.s[...] = jax_of(arrays[f"{name}r"]), jax_of(arrays[f"{name}s"])
-
-
-def random_flax(make):
-    """A Flax layer with weights that NumPy draws, around 1 for those that scale."""
-    layer, rng = without_draws(make), np.random.default_rng(0)
-    for path, variable in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
-        center = 1.0 if path[-1] in ("r", "s", "scale") else 0.0
-        variable[...] = jax_of(center + 0.4 * rng.standard_normal(variable.shape), variable.dtype)
-    return layer
-
-
-run_jitted = nnx.jit(lambda layer, *inputs, **kwargs: layer(*inputs, **kwargs))
 
 
 @dataclass(frozen=True)
@@ -497,7 +485,7 @@ def promotion_of_nnx():
     ],
 )
 def test_member_of_flax_is_an_ordinary_layer_that_computes_the_same(name, masked, middle):
-    layer = random_flax(lambda: FlaxAttention(flax_base(**FLAX_OPTIONS[name]), num_members=3))
+    layer = numbered(without_draws(lambda: FlaxAttention(flax_base(**FLAX_OPTIONS[name]), num_members=3)))
     rng = np.random.default_rng(1)
     dtype = layer.dtype or jnp.float64
     inputs = [rng.standard_normal((6, *middle, n, f)) for n, f in ((4, 8), *[(5, layer.in_kv_features)] * 2)]
@@ -551,7 +539,7 @@ def test_the_base_layer_is_copied_and_left_alone():
         for parameter in layer.parameters():
             parameter.zero_()
     assert all(torch.equal(before[name], value) for name, value in ours.state_dict().items())
-    theirs = random_flax(lambda: flax_base(normalize_qk=True, dropout_rate=0.3))
+    theirs = numbered(without_draws(lambda: flax_base(normalize_qk=True, dropout_rate=0.3)))
     before = jax.tree.map(np.array, nnx.state(theirs, nnx.Param))
     layer = FlaxAttention(theirs, num_members=3, use_base_weights=True)
     nnx.update(layer, jax.tree.map(lambda p: jax_of(np.zeros(p.shape, p.dtype)), nnx.state(layer, nnx.Param)))
@@ -571,7 +559,7 @@ def test_keep_members():
     x, rows = np.random.default_rng(0).standard_normal((6, 4, 8)).astype("float32"), [4, 5, 0, 1]
     for layer, call in zip(
         pair(),
-        (lambda layer, x: layer(*[torch.tensor(x)] * 3)[0].detach(), lambda layer, x: run_jitted(layer, jax_of(x))),
+        (lambda layer, x: layer(*[torch.tensor(x)] * 3)[0].detach(), lambda layer, x: jitted(layer, jax_of(x))),
         strict=True,
     ):
         y = np.asarray(call(layer, x))
@@ -611,7 +599,7 @@ def test_dropout_of_torch_is_that_of_the_base_layer(need_weights):
 
 def test_dropout_of_flax_is_that_of_the_base_layer():
     base = partial(flax_base, dropout_rate=0.5, param_dtype="float32")
-    layer = random_flax(lambda: FlaxAttention(base(broadcast_dropout=False), num_members=1))
+    layer = numbered(without_draws(lambda: FlaxAttention(base(broadcast_dropout=False), num_members=1)))
     x = jax_of(np.random.default_rng(0).standard_normal((6, 4, 8)), "float32")
     member = layer.member(0)
     y = layer(x)
@@ -748,7 +736,7 @@ def test_flax_layer_is_an_nnx_citizen():
     graph, state = nnx.split(layer)
     for variant in (nnx.merge(graph, state), nnx.clone(layer), copy.deepcopy(layer)):
         np.testing.assert_array_equal(variant(x), y)
-    assert_close(run_jitted(layer, x), y, "float32")
+    assert_close(jitted(layer, x), y, "float32")
     grads = nnx.eval_shape(nnx.grad(lambda layer: layer(x).sum()), layer)
     assert {path for path, _ in nnx.to_flat_state(grads)} == {
         (projection, name) for projection in ("query", "key", "value", "out") for name in ("kernel", "r", "s", "bias")
@@ -807,7 +795,7 @@ def test_flax_custom_functions_are_called_as_nnx_calls_them():
 def test_decoding_step_by_step_is_what_causal_attention_does_at_once():
     base = flax_base(decode=True)
     base.init_cache((2, 5, 8), jnp.float64)
-    layer = random_flax(lambda: FlaxAttention(base, num_members=3))
+    layer = numbered(without_draws(lambda: FlaxAttention(base, num_members=3)))
     x = np.random.default_rng(0).standard_normal((6, 5, 8))
     with pytest.raises(ValueError, match="init_cache"):
         layer(jax_of(x[:, :1]))
@@ -844,7 +832,7 @@ def test_sharding_of_the_base_layer_is_kept_on_four_devices():
     assert layer.member(1).out.kernel.get_metadata("out_sharding") == ("model", None, "data")
     x = jax_of(np.ones((6, 3, 8)), "float32")
     plain = FlaxAttention(flax_base(**options), num_members=3)
-    assert_close(run_jitted(layer, x), run_jitted(plain, x), "float32")
+    assert_close(jitted(layer, x), jitted(plain, x), "float32")
 
 
 # Bad input.
@@ -982,7 +970,10 @@ def test_cases_hide_something_and_never_everything():
 
 @pytest.mark.parametrize("case", [Case(), Case(kv_features=6), Case(bias=False)], ids=str)
 def test_weights_have_torchs_names_and_layouts(case):
-    for layer in (random_flax(case.flax), random_flax(lambda: FlaxAttention(case.flax(), num_members=3))):
+    for layer in (
+        numbered(without_draws(case.flax)),
+        numbered(without_draws(lambda: FlaxAttention(case.flax(), num_members=3))),
+    ):
         expected = to_torch(layer)
         arrays = pf.to_arrays(layer)
         assert arrays.keys() == expected.keys()

@@ -16,7 +16,7 @@ import probly_flax as pf
 import probly_torch as pt
 from parity_tests import oracle_conv, standard
 from parity_tests.standard import assert_close
-from parity_tests.subject import Subject, run_flax, run_oracle, run_torch, with_cotangent, without_draws
+from parity_tests.subject import Subject, jitted, run_flax, run_oracle, run_torch, with_cotangent, without_draws
 from parity_tests.subjects_conv import SUBJECTS, TORCH_CONV, TORCH_CONV_TRANSPOSE, flax_padding, shapes
 from parity_tests.twins import assert_same_steps, assert_special_values, of_subject
 from probly_flax.functional import conv as flax_functional
@@ -122,9 +122,6 @@ def flax_base(kind, axes=2, channels=(4, 6), taps=3, **options):
     return getattr(nnx, kind)(*channels, (taps,) * axes, **({"padding": "VALID", "rngs": nnx.Rngs(0)} | options))
 
 
-compiled = nnx.jit(lambda layer, x: layer(x))  # one program for each layer: op by op, JAX compiles each operation
-
-
 def on_device(*shape, dtype="float32", seed=None):
     """Ones, or numbers, of which JAX compiles nothing."""
     values = np.ones(shape) if seed is None else numbers(*shape, seed=seed)
@@ -228,27 +225,27 @@ def test_each_member_of_flax_is_the_ordinary_layer(kind, options):
     layer = make_exact(batch_ensemble(flax_conv, kind)(base, num_members=3, use_base_weights=True))
     x = numbers(6, 6, 5, 4).astype(np.float32)
     with jax.numpy_dtype_promotion("standard"):  # the base layer too adds a bias of another dtype
-        y = compiled(layer, x)
+        y = jitted(layer, x)
         expected = jax.eval_shape(lambda x: base(x), x)
         assert (y.shape, y.dtype) == (expected.shape, expected.dtype)
         graph, state = nnx.split(layer)
-        np.testing.assert_array_equal(compiled(nnx.merge(graph, state), x), y)
+        np.testing.assert_array_equal(jitted(nnx.merge(graph, state), x), y)
         for i in range(3):
             member = layer.member(i)
             assert type(member) is type(base)
             assert vars(member).keys() == vars(base).keys()
             rows = slice(2 * i, 2 * i + 2)
-            np.testing.assert_array_equal(compiled(member, x[rows]), np.asarray(y)[rows])
+            np.testing.assert_array_equal(jitted(member, x[rows]), np.asarray(y)[rows])
 
 
 def test_four_spatial_axes_of_flax():
     base = flax_base("Conv", 4, taps=2, kernel_init=nnx.initializers.zeros)
     layer = make_exact(flax_conv.BatchEnsembleConv(base, num_members=3, use_base_weights=True))
     x = numbers(6, 3, 2, 3, 2, 4).astype(np.float32)
-    y = np.asarray(compiled(layer, x))
+    y = np.asarray(jitted(layer, x))
     for i in range(3):
         rows = slice(2 * i, 2 * i + 2)
-        np.testing.assert_array_equal(compiled(layer.member(i), x[rows]), y[rows])
+        np.testing.assert_array_equal(jitted(layer.member(i), x[rows]), y[rows])
     with pytest.raises(ValueError, match="4 spatial axes, in_channels"):
         layer(x[..., :1])
 
@@ -259,11 +256,11 @@ def test_causal_and_more_batch_axes_and_a_mask_of_its_own():
     layer = make_exact(flax_conv.BatchEnsembleConv(base, num_members=3, use_base_weights=True))
     assert layer.mask is not base.mask
     x = numbers(6, 3, 5, 4).astype(np.float32)
-    y = np.asarray(compiled(layer, x))
+    y = np.asarray(jitted(layer, x))
     assert y.shape == (6, 3, 5, 6)
     for i in range(3):
         rows = slice(2 * i, 2 * i + 2)
-        np.testing.assert_array_equal(compiled(layer.member(i), x[rows]), y[rows])
+        np.testing.assert_array_equal(jitted(layer.member(i), x[rows]), y[rows])
 
 
 DRAWS = [
@@ -365,7 +362,7 @@ def test_no_rows_and_other_devices(kind, axes):
     sizes = (5,) * axes
     ours, theirs = pair(kind, axes)
     assert ours(torch.ones(0, 4, *sizes)).shape[:2] == (0, 6)
-    y = compiled(theirs, on_device(0, *sizes, 4))
+    y = jitted(theirs, on_device(0, *sizes, 4))
     assert (y.shape[0], y.shape[-1]) == (0, 6)
     for init in ("normal", "random_sign"):
         base = torch_base(kind, axes, device="meta")
@@ -470,7 +467,7 @@ def test_flax_layer_is_an_nnx_citizen(kind):
     variants = [nnx.merge(graph, state), nnx.clone(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
     for variant in variants:
         np.testing.assert_array_equal(variant(x), y)
-    assert_close(compiled(layer, x), y, "float32")
+    assert_close(jitted(layer, x), y, "float32")
     grads = nnx.eval_shape(nnx.grad(lambda layer: layer(x).sum()), layer)
     assert {path[-1] for path, _ in nnx.to_flat_state(grads)} == {"kernel", "r", "s", "bias"}
     layer.train()
@@ -663,7 +660,7 @@ def test_sharding_of_the_base_layer_is_kept_on_four_devices(kind, options, axes)
     assert len(layer.kernel.sharding.device_set) == 4
     assert layer.member(1).kernel.get_metadata("out_sharding") == axes
     x = np.ones((6, 5, 4), np.float32)
-    assert_close(compiled(layer, x), compiled(plain, x), "float32")
+    assert_close(jitted(layer, x), jitted(plain, x), "float32")
 
 
 def test_twins_with_torch_default_padding():
@@ -671,5 +668,5 @@ def test_twins_with_torch_default_padding():
         ours, theirs = pair(kind, dtype="float64", use_base_weights=True)
         x = np.random.default_rng(0).standard_normal((6, 4, 5, 6))
         y = ours(torch.tensor(x)).detach().numpy()
-        assert_close(np.moveaxis(np.asarray(compiled(theirs, np.moveaxis(x, 1, -1))), -1, 1), y, "float64")
+        assert_close(np.moveaxis(np.asarray(jitted(theirs, np.moveaxis(x, 1, -1))), -1, 1), y, "float64")
     assert flax_padding((3,), (0,), (2,), (1,)) == [(4, 5)]

@@ -17,7 +17,7 @@ import probly_torch as pt
 from parity_tests import oracle_norm, standard
 from parity_tests._trees import jax_of
 from parity_tests.standard import assert_close
-from parity_tests.subject import each_run, run_flax, run_oracle, run_torch, with_cotangent, without_draws
+from parity_tests.subject import each_run, jitted, run_flax, run_oracle, run_torch, with_cotangent, without_draws
 from parity_tests.subjects_norm import SUBJECTS, with_arrays, with_tensors
 from parity_tests.twins import assert_same_steps, assert_special_values, of_subject
 from probly_flax.layers.embed import BatchEnsembleEmbed as FlaxEmbed
@@ -84,11 +84,6 @@ def embed_pair(dtype="float32", num_members=3, size=(7, 5), **options):
     pf.load_arrays(theirs, pt.to_arrays(ours))
     options = {"num_members": num_members} | options
     return TorchEmbed(ours, **options), FlaxEmbed(theirs, **options)
-
-
-@nnx.jit  # op by op, JAX compiles each op for each shape
-def jitted(layer, *inputs, **options):
-    return layer(*inputs, **options)
 
 
 def dyadic(*shape):

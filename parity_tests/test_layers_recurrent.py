@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import probly_torch as pt
 from parity_tests import oracle_recurrent, standard
+from parity_tests._trees import jax_of
 from parity_tests.standard import assert_close, assert_holds, error
 from parity_tests.subject import without_draws
 from parity_tests.twins import Twins, assert_same_steps, assert_special_values
@@ -162,8 +163,7 @@ def numpys():
     rng = np.random.default_rng(0)
 
     def init(key, shape, dtype, *_, **__):
-        values = (0.4 * rng.standard_normal(shape)).astype(dtype)
-        return jnp.asarray(values, values.dtype)
+        return jax_of(0.4 * rng.standard_normal(shape), dtype)
 
     return init
 
@@ -497,9 +497,7 @@ def test_the_base_layer_is_copied_and_left_alone(kind, is_cell):
 
 
 def on_device(values, dtype="float32"):
-    """Converted by NumPy, for which JAX would compile a program for each shape."""
-    values = np.asarray(values).astype(dtype)
-    return jnp.asarray(values, values.dtype)
+    return jax_of(values, dtype)
 
 
 def carry_of(kind, shape, dtype="float32", seed=0):
