@@ -15,6 +15,7 @@ ROLLED = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=true"
 def pytest_configure(config):
     """Tests compile many equal programs: JAX keeps them in pytest's cache, for workers, subprocesses and later runs."""
     jax.config.update("jax_num_cpu_devices", 8)  # for sharding
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of subprocesses: more threads than cores wait for one another
     if ROLLED not in (flags := os.environ.get("XLA_FLAGS", "")):
         os.environ["XLA_FLAGS"] = f"{flags} {ROLLED}".strip()
     if CACHE not in os.environ:

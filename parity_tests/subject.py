@@ -197,7 +197,7 @@ def without_draws(make: Callable[[], Any]) -> Any:
     return nnx.merge(graph, jax.tree.map(zeros, state))
 
 
-def numbered(model: Any, seed: int = 0) -> Any:
+def randomized(model: Any, seed: int = 0) -> Any:
     """The Flax model with weights that NumPy draws, those that scale around 1."""
     rng = np.random.default_rng(seed)
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):

@@ -14,11 +14,12 @@ from torch import nn
 
 import probly_flax
 import probly_torch
-from parity_tests.subject import numbered, without_draws
+from parity_tests._trees import jax_of
+from parity_tests.subject import randomized, without_draws
 
 
 def drawn(make, *args):
-    return numbered(without_draws(lambda: make(*args, rngs=nnx.Rngs(0))))
+    return randomized(without_draws(lambda: make(*args, rngs=nnx.Rngs(0))))
 
 
 def torch_mlp():
@@ -120,7 +121,7 @@ FLAX = Framework(
     nnx.Sequential,
     partial(drawn, nnx.Linear),
     partial(drawn, nnx.LayerNorm, 4),
-    lambda array: jnp.asarray(array, array.dtype),
+    jax_of,
 )
 
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import cache
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -16,6 +15,7 @@ import probly_torch
 from examples import port_and_resume, port_resnet, two_moons
 from parity_tests import compare
 from parity_tests._localize import flax_parts
+from parity_tests._trees import jax_of
 from parity_tests.port_networks import NETWORKS, randomized
 from parity_tests.subject import without_draws
 from probly_torch import port as ports
@@ -93,7 +93,7 @@ def weight(name, edit):
         for part in name.split("."):
             variable = getattr(variable, part)
         values = edit(np.asarray(variable.get_value()))
-        variable.set_value(jnp.asarray(values, values.dtype))
+        variable.set_value(jax_of(values))
 
     return edit_layer
 
@@ -109,7 +109,7 @@ def gates(*order):
     def edit(layer):
         for _, variable in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
             blocks = np.asarray(variable.get_value()).reshape(*variable.shape[:-1], len(order), -1)
-            variable.set_value(jnp.asarray(blocks[..., list(order), :].reshape(variable.shape), variable.dtype))
+            variable.set_value(jax_of(blocks[..., list(order), :].reshape(variable.shape), variable.dtype))
 
     return edit
 
@@ -226,7 +226,7 @@ def test_a_slip_in_one_member_of_an_ensemble_is_named():
     kernel = of_flax.stacked.net.layers[2].kernel
     values = np.array(kernel[...])
     values[1] = values[1].T
-    kernel.set_value(jnp.asarray(values, values.dtype))
+    kernel.set_value(jax_of(values))
     report = compare(of_torch, of_flax, shape, weights="own", seeds=1, gradients=False, exact=False)
     assert report.first_divergence.path == "[1].net.2"
     assert "transpose" in str(report.first_divergence)

@@ -1,7 +1,6 @@
 """batchensemble() on the networks that people have, in both packages and with the same weights."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,7 +11,7 @@ import probly_flax as pf
 import probly_torch as pt
 from parity_tests._trees import jax_of
 from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, assert_close, error
-from parity_tests.subject import jitted, numbered, without_draws
+from parity_tests.subject import jitted, randomized, without_draws
 
 
 class TorchBlock(nn.Module):
@@ -110,8 +109,8 @@ class FlaxTransformer(nnx.Module):
 IMAGES = np.random.default_rng(0).standard_normal((6, 3, 8, 8)).astype("float32")
 TOKENS = np.random.default_rng(0).integers(0, 11, (6, 7), "int32")
 NETWORKS = {
-    "ResNet": (TorchResNet, FlaxResNet, torch.tensor(IMAGES), jnp.asarray(IMAGES.transpose(0, 2, 3, 1), "float32")),
-    "Transformer": (TorchTransformer, FlaxTransformer, torch.tensor(TOKENS), jnp.asarray(TOKENS, "int32")),
+    "ResNet": (TorchResNet, FlaxResNet, torch.tensor(IMAGES), jax_of(IMAGES.transpose(0, 2, 3, 1), "float32")),
+    "Transformer": (TorchTransformer, FlaxTransformer, torch.tensor(TOKENS), jax_of(TOKENS, "int32")),
 }
 
 
@@ -210,7 +209,7 @@ def test_recurrent_networks():
             def convert(cell=cell):
                 return pf.batchensemble(nnx.RNN(cell(4, 5, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), 3)
 
-            twin = numbered(without_draws(convert))
+            twin = randomized(without_draws(convert))
             y = np.asarray(jitted(twin, z))
             for i, member in enumerate(twin):
                 assert type(member) is nnx.RNN

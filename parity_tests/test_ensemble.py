@@ -18,7 +18,7 @@ import probly_flax as pf
 import probly_torch as pt
 from parity_tests._trees import jax_of
 from parity_tests.standard import assert_close
-from parity_tests.subject import jitted, numbered, without_draws
+from parity_tests.subject import jitted, randomized, without_draws
 
 
 class TorchNet(nn.Module):
@@ -62,7 +62,7 @@ TOKENS = np.arange(10).reshape(2, 5)
 
 
 def filled(make, seed=0):
-    return numbered(without_draws(lambda: make(nnx.Rngs(0))), seed)
+    return randomized(without_draws(lambda: make(nnx.Rngs(0))), seed)
 
 
 def make_linear(rngs):
@@ -444,7 +444,7 @@ def test_flax_members_spread_over_devices_without_communication_until_they_are_a
     cpus = jax.devices("cpu")[:8]
     mesh = jax.make_mesh((8,), ("members",), axis_types=(jax.sharding.AxisType.Auto,), devices=cpus)
     mlp = without_draws(lambda: FLAX_ARCHITECTURES["MLP"](nnx.Rngs(0)))
-    model = numbered(pf.ensemble(mlp, 16, reset_params=False))
+    model = randomized(pf.ensemble(mlp, 16, reset_params=False))
     expected = np.asarray(jitted(model, X))
     nnx.update(model, jax.device_put(nnx.state(model), jax.NamedSharding(mesh, jax.P("members"))))
     graph, state = nnx.split(model)

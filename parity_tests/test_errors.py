@@ -13,6 +13,7 @@ from torch import nn
 
 import probly_flax.metrics
 import probly_torch.metrics
+from parity_tests._trees import jax_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ FLAX = Framework(
     probly_flax,
     lambda i, o: nnx.clone(flax_linear(i, o)),
     nnx.Sequential,
-    lambda *shape: jnp.zeros(shape),
+    lambda *shape: jax_of(np.zeros(shape)),
     lambda: nnx.LayerNorm(4, rngs=nnx.Rngs(0)),
 )
 
@@ -63,7 +64,7 @@ def deep(f):
 
 def labels(f, *shape, dtype="int64"):
     array = np.zeros(shape, dtype)
-    return torch.tensor(array) if f is TORCH else jnp.asarray(array)
+    return torch.tensor(array) if f is TORCH else jax_of(array)
 
 
 def loss(f, logits, target):

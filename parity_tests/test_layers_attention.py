@@ -19,7 +19,7 @@ from parity_tests import standard
 from parity_tests._trees import jax_of
 from parity_tests.oracle_attention import batch_ensemble_attention
 from parity_tests.standard import assert_close
-from parity_tests.subject import jitted, numbered, without_draws
+from parity_tests.subject import jitted, randomized, without_draws
 from parity_tests.twins import Twins, assert_same_steps, assert_special_values
 from probly_flax.layers.attention import BatchEnsembleMultiHeadAttention as FlaxAttention
 from probly_torch.layers.attention import BatchEnsembleMultiHeadAttention as TorchAttention
@@ -485,7 +485,7 @@ def promotion_of_nnx():
     ],
 )
 def test_member_of_flax_is_an_ordinary_layer_that_computes_the_same(name, masked, middle):
-    layer = numbered(without_draws(lambda: FlaxAttention(flax_base(**FLAX_OPTIONS[name]), num_members=3)))
+    layer = randomized(without_draws(lambda: FlaxAttention(flax_base(**FLAX_OPTIONS[name]), num_members=3)))
     rng = np.random.default_rng(1)
     dtype = layer.dtype or jnp.float64
     inputs = [rng.standard_normal((6, *middle, n, f)) for n, f in ((4, 8), *[(5, layer.in_kv_features)] * 2)]
@@ -539,7 +539,7 @@ def test_the_base_layer_is_copied_and_left_alone():
         for parameter in layer.parameters():
             parameter.zero_()
     assert all(torch.equal(before[name], value) for name, value in ours.state_dict().items())
-    theirs = numbered(without_draws(lambda: flax_base(normalize_qk=True, dropout_rate=0.3)))
+    theirs = randomized(without_draws(lambda: flax_base(normalize_qk=True, dropout_rate=0.3)))
     before = jax.tree.map(np.array, nnx.state(theirs, nnx.Param))
     layer = FlaxAttention(theirs, num_members=3, use_base_weights=True)
     nnx.update(layer, jax.tree.map(lambda p: jax_of(np.zeros(p.shape, p.dtype)), nnx.state(layer, nnx.Param)))
@@ -599,7 +599,7 @@ def test_dropout_of_torch_is_that_of_the_base_layer(need_weights):
 
 def test_dropout_of_flax_is_that_of_the_base_layer():
     base = partial(flax_base, dropout_rate=0.5, param_dtype="float32")
-    layer = numbered(without_draws(lambda: FlaxAttention(base(broadcast_dropout=False), num_members=1)))
+    layer = randomized(without_draws(lambda: FlaxAttention(base(broadcast_dropout=False), num_members=1)))
     x = jax_of(np.random.default_rng(0).standard_normal((6, 4, 8)), "float32")
     member = layer.member(0)
     y = layer(x)
@@ -795,7 +795,7 @@ def test_flax_custom_functions_are_called_as_nnx_calls_them():
 def test_decoding_step_by_step_is_what_causal_attention_does_at_once():
     base = flax_base(decode=True)
     base.init_cache((2, 5, 8), jnp.float64)
-    layer = numbered(without_draws(lambda: FlaxAttention(base, num_members=3)))
+    layer = randomized(without_draws(lambda: FlaxAttention(base, num_members=3)))
     x = np.random.default_rng(0).standard_normal((6, 5, 8))
     with pytest.raises(ValueError, match="init_cache"):
         layer(jax_of(x[:, :1]))
@@ -971,8 +971,8 @@ def test_cases_hide_something_and_never_everything():
 @pytest.mark.parametrize("case", [Case(), Case(kv_features=6), Case(bias=False)], ids=str)
 def test_weights_have_torchs_names_and_layouts(case):
     for layer in (
-        numbered(without_draws(case.flax)),
-        numbered(without_draws(lambda: FlaxAttention(case.flax(), num_members=3))),
+        randomized(without_draws(case.flax)),
+        randomized(without_draws(lambda: FlaxAttention(case.flax(), num_members=3))),
     ):
         expected = to_torch(layer)
         arrays = pf.to_arrays(layer)

@@ -249,8 +249,8 @@ def run_flax(case, arrays, dtype):
     for name, variable, transposed in named(case, stack):
         value = (weights[name].T if transposed else weights[name]).astype(jnp.dtype(dtype))
         assert value.shape == variable.shape
-        variable.set_value(jnp.asarray(value))
-    g, inputs = ({name: jnp.asarray(v.astype(jnp.dtype(dtype))) for name, v in part.items()} for part in (g, inputs))
+        variable.set_value(jax_of(value))
+    g, inputs = ({name: jax_of(v, dtype) for name, v in part.items()} for part in (g, inputs))
     outputs, (params, grads) = run(g, nnx.state(stack, nnx.Param), inputs)
     nnx.update(stack, params)
     for name, variable, transposed in named(case, stack):

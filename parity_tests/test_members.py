@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import probly_flax as pf
 import probly_torch as pt
+from parity_tests._trees import jax_of
 from parity_tests.standard import assert_close, assert_same_trajectory
 from parity_tests.subject import without_draws
 from parity_tests.subjects import WithForward
@@ -312,7 +313,7 @@ class LinenNet(linen.Module):
 
 
 def test_linen_modules_train_as_linen_modules_do():
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 4)), "float32")
+    x = jax_of(np.random.default_rng(0).standard_normal((5, 4)), "float32")
     model = pf.ensemble(LinenNet(), 3, rngs=7, example_input=x)
     with jax.numpy_rank_promotion("allow"):
         members = list(model)
@@ -411,8 +412,8 @@ def test_the_sum_of_member_losses_is_num_members_times_their_mean():
 
 def test_flax_member_losses_train_each_member_as_alone():
     optax = pytest.importorskip("optax")
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((16, 4)))
-    labels = jnp.asarray(np.random.default_rng(1).integers(0, 3, 16))
+    x = jax_of(np.random.default_rng(0).standard_normal((16, 4)))
+    labels = jax_of(np.random.default_rng(1).integers(0, 3, 16))
     linear = lambda i, o: nnx.Linear(i, o, param_dtype="float64", rngs=nnx.Rngs(0))  # noqa: E731
     model = pf.ensemble(without_draws(lambda: nnx.Sequential(linear(4, 8), jnp.tanh, linear(8, 3))), 3)
     alone = list(model)

@@ -12,6 +12,7 @@ from torch import nn
 
 import probly_flax as pf
 import probly_torch as pt
+from parity_tests._trees import jax_of
 from parity_tests.standard import assert_close
 
 
@@ -158,7 +159,7 @@ def test_members_are_plain_networks_with_the_same_outputs():
         assert not any(type(m).__module__.startswith("probly") for m in member.modules())
         assert member.again is member.block
         assert_close(member(x)["logits"].detach(), y[i], "float64")
-    model, x = flax_model(), jnp.asarray(x.numpy(), "float32")
+    model, x = flax_model(), jax_of(x.numpy(), "float32")
     y = model(x)["logits"]
     for i, member in enumerate(model):
         assert type(member) is FlaxNet
@@ -177,7 +178,7 @@ def test_pruning_keeps_the_chosen_members(item):
     assert pruned.network.again is pruned.network.block
     assert_close(pruned(x)["logits"].detach(), model(x)["logits"].detach()[chosen], "float32")
     assert len(model) == 3
-    model, x = flax_model(), jnp.asarray(x.numpy())
+    model, x = flax_model(), jax_of(x.numpy())
     assert_close(model[item](x)["logits"], model(x)["logits"][chosen], "float32")
 
 
@@ -214,7 +215,7 @@ def test_the_fast_path_of_transformer_layers_does_not_pass_the_new_layers_by():
 def test_numpy_inputs_are_tiled_as_arrays_are():
     x = np.ones((8, 4), "float32")
     model = flax_model()
-    assert_close(model(x)["logits"], model(jnp.asarray(x))["logits"], "float32")
+    assert_close(model(x)["logits"], model(jax_of(x))["logits"], "float32")
     batches = np.ones((3, 2, 4), "float32")
     assert model(batches, in_axes=0)["logits"].shape == (3, 2, 5)
 
@@ -382,7 +383,7 @@ def test_folded_into_an_ensemble_the_members_are_the_same():
     assert_close(deep(x)["logits"].detach(), model(x)["logits"].detach(), "float32")
     twin = flax_model()
     with jax.numpy_rank_promotion("allow"):
-        ours, theirs = twin.fold()(jnp.asarray(x.numpy())), twin(jnp.asarray(x.numpy()))
+        ours, theirs = twin.fold()(jax_of(x.numpy())), twin(jax_of(x.numpy()))
     assert isinstance(twin.fold(), pf.Ensemble)
     assert_close(ours["logits"], theirs["logits"], "float32")
 

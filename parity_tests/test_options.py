@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -21,6 +20,7 @@ from torch.nn import functional
 
 import probly_flax as pf
 import probly_torch as pt
+from parity_tests._trees import jax_of
 from probly_flax import _options as flax_options
 from probly_torch import _options as torch_options
 from probly_torch._checks_options import KINDS, Missing
@@ -547,9 +547,9 @@ def test_padding_by_a_word_is_the_padding_that_is_recorded(padding, size, stride
         explicit = flax_options._arguments(record["kind"], record)["padding"]
         outputs = []
         for each in (named, flax(layer, 2, 5, size, strides=stride, kernel_dilation=dilation)(padding=explicit)):
-            each.kernel.set_value(jnp.asarray(kernel))
-            each.bias.set_value(jnp.asarray(bias))
-            outputs.append(np.asarray(each(jnp.asarray(x))))
+            each.kernel.set_value(jax_of(kernel))
+            each.bias.set_value(jax_of(bias))
+            outputs.append(np.asarray(each(jax_of(x))))
         np.testing.assert_array_equal(*outputs)
         arguments = torch_options._arguments(record["kind"], record)
         if not isinstance(arguments["padding"], Missing):

@@ -28,7 +28,7 @@ EAGER = (
     "Ensemble-shared_batch",
     "split_members",
 )
-EAGER_LOSS = ("mixture_cross_entropy-3x5x4-labels1d",)
+EAGER_LOSS = ("member_brier-3x5x4-labels2d",)
 # What differs from another subject in how many members run at once, or in a shape of logits, is no other in bfloat16.
 ONE_MORE = ("-chunks", "-vmap", "-loop", "-4x3x2", "member_losses-labels1d")
 IN_BFLOAT16 = [subject for subject in SUBJECTS if not subject.name.endswith(ONE_MORE)]

@@ -15,6 +15,7 @@ from scipy.stats import binomtest, norm
 
 import probly_flax.plots
 import probly_torch.plots
+from parity_tests._trees import jax_of
 from parity_tests.standard import assert_close
 from probly_flax import _plots as drawing
 
@@ -151,8 +152,8 @@ def kinds(values):
         (probly_torch, torch.tensor(values, requires_grad=True)),
         (probly_torch, torch.tensor(values, dtype=torch.bfloat16)),
         (probly_torch, values),
-        (probly_flax, jnp.asarray(values)),
-        (probly_flax, jnp.asarray(values, "bfloat16")),
+        (probly_flax, jax_of(values)),
+        (probly_flax, jax_of(values, "bfloat16")),
     )
 
 

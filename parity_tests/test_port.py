@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 import probly_flax as pf
+from parity_tests._trees import jax_of
 from parity_tests.port_networks import NETWORKS, BasicBlock, ResNet, images, randomized
 from parity_tests.standard import TRAJECTORY_LIMIT
 from probly_torch import port as ports
@@ -40,7 +41,7 @@ def last(tensor):
     """As the twin takes it: images channels last."""
     array = tensor.detach().numpy()
     array = np.moveaxis(array, 1, -1) if array.ndim in (4, 5) and array.dtype.kind == "f" else array
-    return jnp.asarray(array, array.dtype)  # without a dtype JAX compiles a program for each shape
+    return jax_of(array)
 
 
 def assert_equal(ours, theirs, layouts):

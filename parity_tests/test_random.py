@@ -4,9 +4,9 @@ import copy
 import math
 import os
 import pickle
-import shutil
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -191,23 +191,25 @@ def test_rngs_is_copied_pickled_and_moved_with_its_counts():
     assert rngs.params().tolist() == expected
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is none")
+# torch.compile as far as its C++ compiler, which takes some 20 s for each draw.
+compiled = partial(torch.compile, fullgraph=True, backend="aot_eager")
+
+
 def test_compiled_draws_and_counts():
     def draw(rngs):
         return rngs.params()
 
-    eager, compiled = random.Rngs(0), random.Rngs(0)
-    step = torch.compile(draw, fullgraph=True)
+    rngs, twin = random.Rngs(0), random.Rngs(0)
+    step = compiled(draw)
     for _ in range(2):
-        assert torch.equal(draw(eager), step(compiled))
-    assert int(compiled.default.count) == 2
+        assert torch.equal(draw(rngs), step(twin))
+    assert int(twin.default.count) == 2
 
 
 @pytest.mark.parametrize("name", ["bits", "uniform", "normal"])
 def test_compiled_draws_are_those_of_eager(name):
     draw = getattr(random, name)
-    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")  # a C++ compiler takes some 20 s for each
-    ours, theirs = (each(random.key(3), (64,)).to(torch.float64) for each in (compiled, draw))
+    ours, theirs = (each(random.key(3), (64,)).to(torch.float64) for each in (compiled(draw), draw))
     assert torch.equal(ours, theirs)
 
 

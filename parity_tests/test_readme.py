@@ -49,7 +49,7 @@ def test_members_spread_over_devices_and_processes(tmp_path):
             ["-m", "torch.distributed.run", "--nproc-per-node=2"],
         ),
     }
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     for block, (name, (before, after, launch)) in zip(blocks, frameworks.items(), strict=True):
         (tmp_path / f"{name}_block.py").write_text(before + block + after)
         command = [sys.executable, *launch, f"{name}_block.py"]

@@ -24,7 +24,7 @@ from parity_tests._suspects import (
     cause_in_statistics,
 )
 from parity_tests._suspects.trial import run_flax, run_torch
-from parity_tests._trees import mapped
+from parity_tests._trees import jax_of, mapped
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def made(kind, *args, **options):
     for _, variable in nnx.to_flat_state(nnx.state(layer)):
         key = isinstance(variable, nnx.RngKey)
         dtype = None if not isinstance(variable, nnx.RngState) else variable.dtype
-        variable.set_value(jax.random.key(0) if key else jnp.asarray(np.zeros(variable.shape, dtype)))
+        variable.set_value(jax.random.key(0) if key else jax_of(np.zeros(variable.shape, dtype)))
     layer.eval()
     return layer
 
@@ -64,8 +64,8 @@ def loaded(flax_layer, torch_layer):
 
 def pair(torch_layer, flax_layer, *inputs, last=False, flax_inputs=None, flax_kwargs=None, **kwargs):
     """The two layers and their calls on the same inputs."""
-    given = flax_inputs or tuple(jnp.asarray(to_flax_layout(x.numpy(), last)) for x in inputs)
-    given_kwargs = mapped(kwargs, lambda v: jnp.asarray(v.numpy())) if flax_kwargs is None else flax_kwargs
+    given = flax_inputs or tuple(jax_of(to_flax_layout(x.numpy(), last)) for x in inputs)
+    given_kwargs = mapped(kwargs, lambda v: jax_of(v.numpy())) if flax_kwargs is None else flax_kwargs
     outputs = run_torch(torch_layer, inputs, kwargs)
     flax_outputs = run_flax(flax_layer, given, given_kwargs)
     return LayerPair(
@@ -89,7 +89,7 @@ def change(layer, **functions):
         variable = layer
         for part in name.split("__"):
             variable = getattr(variable, part)
-        variable.set_value(jnp.asarray(function(np.asarray(variable.get_value()))))
+        variable.set_value(jax_of(function(np.asarray(variable.get_value()))))
     return layer
 
 
@@ -192,7 +192,7 @@ def test_circular_padding():
     conv = randomised(nn.Conv1d(3, 5, 3, padding=1, padding_mode="circular"))
     flax_conv = loaded(made(nnx.Conv, 3, 5, (3,), padding=1), conv)
     agrees(
-        cause_in_layer(pair(conv, flax_conv, draw(2, 3, 8), flax_inputs=(jnp.asarray(draw(2, 3, 8).mT.numpy()),))),
+        cause_in_layer(pair(conv, flax_conv, draw(2, 3, 8), flax_inputs=(jax_of(draw(2, 3, 8).mT.numpy()),))),
         "CIRCULAR",
     )
 
@@ -248,7 +248,7 @@ def attention_pair(mutate=lambda layer: layer, **kwargs):
     attention = randomised(nn.MultiheadAttention(6, 2, batch_first=True))
     flax_attention = loaded(made(nnx.MultiHeadAttention, 2, 6, decode=False), attention)
     x = draw(3, 5, 6)
-    given = {"flax_inputs": (jnp.asarray(x.numpy()),), "flax_kwargs": {}, "need_weights": False, **kwargs}
+    given = {"flax_inputs": (jax_of(x.numpy()),), "flax_kwargs": {}, "need_weights": False, **kwargs}
     return pair(attention, mutate(flax_attention), x, x, x, **given)
 
 
@@ -258,14 +258,14 @@ def test_softmax_in_float32():
 
 def test_masks():
     mask = draw(5, 5) > 1
-    polar = attention_pair(attn_mask=mask, flax_kwargs={"mask": jnp.asarray(mask.numpy())[None, None]})
+    polar = attention_pair(attn_mask=mask, flax_kwargs={"mask": jax_of(mask.numpy()[None, None])})
     agrees(cause_in_layer(polar), "True where a key is hidden, nnx's where it is seen; with ~mask")
     causal = attention_pair(attn_mask=torch.ones(5, 5, dtype=torch.bool).triu(1))
     agrees(cause_in_layer(causal), "torch attends to the past only, nnx to all")
     padded = attention_pair(key_padding_mask=draw(3, 5) > 1)
     agrees(cause_in_layer(padded), "nnx does not take torch's key_padding_mask")
     added = draw(5, 5)
-    bias = attention_pair(attn_mask=added, flax_kwargs={"mask": jnp.asarray(added.numpy())[None, None]})
+    bias = attention_pair(attn_mask=added, flax_kwargs={"mask": jax_of(added.numpy()[None, None])})
     agrees(cause_in_layer(bias), "takes it for a boolean one")
 
 
@@ -306,7 +306,7 @@ def test_gates():
     take = partial(np.take, indices=(np.arange(20).reshape(4, 5)[[0, 2, 1, 3]].reshape(-1)), axis=-1)
     flax_cell = change(flax_cell, dense_i__kernel=take, dense_h__kernel=take, dense_h__bias=take)
     x, h, c = draw(2, 3), draw(2, 5), draw(2, 5, seed=1)
-    given = ((jnp.asarray(c.numpy()), jnp.asarray(h.numpy())), jnp.asarray(x.numpy()))
+    given = ((jax_of(c.numpy()), jax_of(h.numpy())), jax_of(x.numpy()))
     agrees(cause_in_layer(pair(cell, flax_cell, x, (h, c), flax_inputs=given)), "the gates of nnx lie as (i, g, f, o)")
 
 
@@ -325,7 +325,7 @@ def test_reset_gate():
     cell = randomised(nn.GRUCell(3, 5))
     cell.bias_hh.data.zero_()
     x, h = draw(2, 3), draw(2, 5)
-    given = jnp.asarray(h.numpy()), jnp.asarray(x.numpy())
+    given = jax_of(h.numpy()), jax_of(x.numpy())
     before = pair(cell, loaded(made(ResetBefore, 3, 5), cell), x, h, flax_inputs=given)
     agrees(
         cause_in_layer(before), "torch computes n = tanh(x W + b + r * (h U + c))", "nnx n = tanh(x W + b + (r * h) U"
@@ -537,7 +537,7 @@ def test_no_false_cause(shape):
 
 def gap(values, torch_function, flax_function, last=False):
     """Of values in torch's layout, by name, the last first."""
-    theirs = [jnp.asarray(to_flax_layout(value.numpy(), last)) for value in values.values()]
+    theirs = [jax_of(to_flax_layout(value.numpy(), last)) for value in values.values()]
     before = [(name, value, their) for (name, value), their in zip(values.items(), theirs, strict=True)]
     ours = torch_function(*values.values())
     return Gap("block", nn.Identity(), nnx.Module(), "fc1", before, ours, flax_function(*theirs), "fc2", last)

@@ -27,6 +27,7 @@ from torch import nn
 
 import probly_flax as pf
 import probly_torch as pt
+from parity_tests._trees import jax_of
 from parity_tests.standard import assert_close
 from parity_tests.subject import without_draws
 
@@ -35,7 +36,7 @@ RNGS, NUMBERS = nnx.Rngs(0), np.random.default_rng(0)
 
 def drawn(_, shape, dtype=jnp.float32, out_sharding=None):
     """By numpy: JAX compiles its draws for each shape."""
-    return jnp.asarray(NUMBERS.normal(size=shape, scale=shape[0] ** -0.5), dtype)
+    return jax_of(NUMBERS.normal(size=shape, scale=shape[0] ** -0.5), dtype)
 
 
 KERNEL = {"kernel_init": drawn, "rngs": RNGS}
@@ -432,7 +433,7 @@ def conv_net(f, height, width, channels=6):
 def test_what_a_convolution_flattens_goes_where_it_belongs(height, width, tmp_path):
     ours, theirs, path = conv_net(TORCH, height, width), conv_net(FLAX, height, width), tmp_path / "w.safetensors"
     x = torch.randn(2, 3, height + 2, width + 2, dtype=torch.float64)
-    channels_last = jnp.asarray(x.permute(0, 2, 3, 1).numpy())
+    channels_last = jax_of(x.permute(0, 2, 3, 1).numpy())
     flatten = {"3": (6, height, width)}
     pt.save_weights(ours, path, flatten=flatten)
     pf.load_weights(theirs, path)
@@ -547,7 +548,7 @@ def test_normalisations_of_a_flattened_convolution_are_put_in_order_too(tmp_path
     assert 'Pass flatten={..., "2": (5, height, width), "3": (5, height, width)}' in sentence
     pt.save_weights(ours, path, flatten=flatten)
     pf.load_weights(theirs, path)
-    y = theirs(jnp.asarray(x.permute(0, 2, 3, 1).numpy()))
+    y = theirs(jax_of(x.permute(0, 2, 3, 1).numpy()))
     assert_close(np.asarray(y), ours(x).detach().numpy(), "float32")
     assert_same(pf.to_arrays(theirs, flatten=flatten), pt.to_arrays(ours))
 

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import probly_flax as pf
 import probly_torch as pt
 from parity_tests import standard
+from parity_tests._trees import jax_of
 from parity_tests.standard import assert_close
 from probly_flax import _torch_names
 
@@ -168,7 +169,7 @@ STATE = np.linspace(-1, 2, 4)  # of 4 hidden features, in every row
 
 def carry_of(layer, x):
     """The state, and its negative as c."""
-    h = jnp.asarray(np.tile(STATE, (len(x), 1)))
+    h = jax_of(np.tile(STATE, (len(x), 1)))
     return (-h, h) if isinstance(layer, (nnx.LSTMCell, nnx.OptimizedLSTMCell)) else h
 
 
@@ -553,7 +554,7 @@ def outputs(case):
         y = case.run_torch(ours, torch.tensor(x)).numpy()
     pf.load_arrays(theirs, pt.to_arrays(ours))
     graph, _, rest = nnx.split(theirs, weights, ...)
-    run = jax.jit(lambda params: case.run_flax(nnx.merge(graph, params, rest), jnp.asarray(x)))
+    run = jax.jit(lambda params: case.run_flax(nnx.merge(graph, params, rest), jax_of(x)))
 
     def flax(arrays):
         pf.load_arrays(theirs, arrays)
@@ -757,8 +758,8 @@ def test_axes_of_layers_that_vmap_stacks_stay_first():
     rng = np.random.default_rng(0)
     for single in singles:
         for _, variable in nnx.to_flat_state(nnx.state(single, nnx.Any(nnx.Param, nnx.BatchStat))):
-            variable.set_value(jnp.asarray(rng.standard_normal(variable.shape), variable.dtype))
-        single[9].scales[("kernel",)] = jnp.asarray(rng.standard_normal(4))
+            variable.set_value(jax_of(rng.standard_normal(variable.shape), variable.dtype))
+        single[9].scales[("kernel",)] = jax_of(rng.standard_normal(4))
     own = [pf.to_arrays(single) for single in singles]
     arrays = {name: np.stack([each[name] for each in own]) for name in own[0]}
     pf.load_arrays(stacked, arrays)
@@ -879,11 +880,11 @@ def test_a_mask_is_in_the_kernel_that_torch_has(transposed):
     mask = np.random.default_rng(0).integers(0, 2, (3, 2, 5)).astype("float32")
     kind = partial(nnx.ConvTranspose, transpose_kernel=False) if transposed else nnx.Conv
     make = partial(kind, 2, 5, (3,), padding="VALID", rngs=nnx.Rngs(0))
-    theirs, ours = make(mask=jnp.asarray(mask)), (nn.ConvTranspose1d if transposed else nn.Conv1d)(2, 5, 3)
+    theirs, ours = make(mask=jax_of(mask)), (nn.ConvTranspose1d if transposed else nn.Conv1d)(2, 5, 3)
     pt.load_arrays(ours, arrays := pf.to_arrays(theirs))
     x = np.random.default_rng(1).standard_normal((2, 2, 7)).astype("float32")
-    assert_close(np.asarray(first(theirs(last(jnp.asarray(x))))), ours(torch.tensor(x)).detach().numpy(), "float32")
-    fresh = make(mask=jnp.asarray(mask))
+    assert_close(np.asarray(first(theirs(last(jax_of(x))))), ours(torch.tensor(x)).detach().numpy(), "float32")
+    fresh = make(mask=jax_of(mask))
     pf.load_arrays(fresh, arrays)
     np.testing.assert_array_equal(fresh.kernel[...], theirs.kernel[...] * mask)
     before = np.asarray(fresh.kernel[...])
