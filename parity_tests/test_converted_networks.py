@@ -135,12 +135,11 @@ def test_twins_have_equal_outputs_and_members(name, per_member_norms):
         assert len(drawn) > 8
         for path, array in drawn.items():  # whatever the framework, the same seed
             np.testing.assert_array_equal(pt.to_arrays(ours)[path], array, err_msg=path)
-        call = nnx.jit(lambda network, z: network(z))
         if name == "ResNet":
-            ours(x), call(theirs, z)  # statistics move
+            ours(x), jitted(theirs, z)  # statistics move
             pf.load_arrays(theirs, pt.to_arrays(ours))  # torch's running variance is the unbiased one
         ours.eval(), theirs.eval()
-        y, other = ours(x).detach().numpy(), np.asarray(call(theirs, z))
+        y, other = ours(x).detach().numpy(), np.asarray(jitted(theirs, z))
         assert y.shape == (3, 6, 5 if name == "ResNet" else 8)
         assert error(y, other, y, "float32") <= MEANING_LIMIT * NOISE_FLOOR
         for i, (member, twin) in enumerate(zip(ours, theirs, strict=True)):
@@ -148,11 +147,11 @@ def test_twins_have_equal_outputs_and_members(name, per_member_norms):
             assert not any("probly" in type(layer).__module__ for layer in member.modules())
             assert not any("probly" in type(layer).__module__ for _, layer in nnx.iter_modules(twin))
             assert_close(member(x).detach().numpy(), y[i], "float32")
-            assert_close(np.asarray(call(twin, z)), other[i], "float32")
+            assert_close(np.asarray(jitted(twin, z)), other[i], "float32")
         assert_close(ours.fold()(x).detach().numpy(), y, "float32")
-        assert_close(np.asarray(call(theirs.fold(), z)), other, "float32")
+        assert_close(np.asarray(jitted(theirs.fold(), z)), other, "float32")
         assert_close(ours[[2, 0]](x).detach().numpy(), y[[2, 0]], "float32")
-        assert_close(np.asarray(call(theirs[[2, 0]], z)), other[np.array([2, 0])], "float32")
+        assert_close(np.asarray(jitted(theirs[[2, 0]], z)), other[np.array([2, 0])], "float32")
 
 
 @pytest.mark.parametrize("per_member_norms", [False, True])

@@ -10,6 +10,7 @@ import pytest
 import probly_flax
 import probly_torch.metrics
 from parity_tests import (
+    draws,
     test_ensemble,
     test_metrics,
     test_networks,
@@ -39,10 +40,11 @@ ELSEWHERE = {
     **dict.fromkeys(probly_torch.metrics.__all__, test_metrics),
     **dict.fromkeys(("Rngs", "RngStream"), test_random.test_rngs_gives_the_keys_of_nnx),
     **dict.fromkeys(("key", "split", "fold_in"), test_random.test_keys),
-    **dict.fromkeys(("normal", "truncated_normal"), test_random.test_normal_and_truncated_normal),
     "bits": test_random.test_bits,
-    "uniform": test_random.test_uniform,
-    "bernoulli": test_random.test_bernoulli,
+    "randint": test_random.test_integers,
+    "choice": test_random.test_choices,
+    "categorical": test_random.test_classes,
+    **dict.fromkeys(("bernoulli", "normal", "truncated_normal", "uniform"), draws.draws),
     "permutation": test_random.test_permutation_of_an_array,
     **dict.fromkeys(("to_arrays", "load_arrays", "save_weights", "load_weights"), test_weights),
     **dict.fromkeys(("optimizer_to_arrays", "load_optimizer_arrays"), test_optimizers),

@@ -30,6 +30,7 @@ from parity_tests import (
     test_layers_norm,
     test_layers_recurrent,
     test_losses,
+    test_machines,
     test_metrics,
     test_orders,
     test_parity,
@@ -54,6 +55,7 @@ from probly_torch.layers import linear as torch_linear_layer
 from probly_torch.layers import norm as torch_norm
 from probly_torch.layers import recurrent as torch_recurrent
 from probly_torch.port import _functions as port_functions
+from probly_torch.random import _xla as torch_xla
 
 DTYPES = ("float32", "float64")
 BY_NAME = {subject.name: subject for subject in (*SUBJECTS, *subjects_conv.SUBJECTS, *subjects_norm.SUBJECTS)}
@@ -652,6 +654,23 @@ def drawn_alike() -> None:
         test_layers.test_one_seed_gives_one_layer_bit_for_bit("float32", options)
 
 
+def any_cpu() -> None:
+    for dtype in DTYPES:
+        test_machines.test_no_draw_rests_on_how_a_cpu_rounds(dtype)
+
+
+def truncated() -> None:
+    test_random.test_bounds_of_a_truncated_normal_broadcast_and_are_kept((-1.5, 1.5))
+
+
+def twice_rounded() -> None:
+    test_machines.test_half_precision_is_rounded_twice()
+
+
+def made_under_jit() -> None:
+    test_layers.test_a_layer_made_under_jit_is_the_same_bit_for_bit()
+
+
 def random_bits() -> None:
     test_random.test_bits(1)
 
@@ -706,6 +725,23 @@ BY_A_TEST: list[tuple[str, Any, str, str, Callable[[], None]]] = [
         contiguous,
     ),
     ("fan-out for fan-in", pt.random.lecun_normal, "math.prod(shape[:-1])", "math.prod(shape[1:])", drawn_alike),
+    (
+        "a square root that each CPU rounds in its own way",
+        pt.random.lecun_normal,
+        "np.sqrt(real(1 / math.prod(shape[:-1])))",
+        "real(torch.tensor(1 / math.prod(shape[:-1]), dtype=dtype).sqrt())",
+        any_cpu,
+    ),
+    ("a logarithm that each CPU rounds in its own way", torch_xla.log, "_log_64(f, power)", "x.log()", any_cpu),
+    ("bounds over sqrt(2)", torch_xla.divided, "if x.dtype == torch.bfloat16", "if True", truncated),
+    (
+        "float16 rounded once",
+        torch_xla.fma,
+        "return a * b + c",
+        "return (a.float() * b.float() + c.float()).to(a.dtype)",
+        twice_rounded,
+    ),
+    ("draws that jit merges", pf.random.rounded, "jnp.maximum(x, jnp.finfo(x.dtype).min)", "x", made_under_jit),
     ("s drawn around r's mean", linear_init, "init, s_mean, s_std", "init, r_mean, s_std", drawn_alike),
     ("half of the bits", pt.random.bits, "(high ^ low)", "high", random_bits),
     (

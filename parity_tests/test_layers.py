@@ -20,6 +20,7 @@ from parity_tests.subject import jitted, without_draws
 OPTIONS = [
     {},
     {"init": "random_sign"},
+    {"init": "ones", "r_std": 0.0},
     {"use_base_weights": True, "r_mean": 0.5, "r_std": 0.1, "s_mean": -1.0, "s_std": 2.0},
     {"rngs": 7},
 ]
@@ -54,6 +55,22 @@ def test_random_sign_is_a_sign_and_independent_of_x64():
     assert set(expected.detach().flatten().tolist()) == {-1.0, 1.0}
     with jax.enable_x64(False):
         np.testing.assert_array_equal(pair(init="random_sign")[1].r[...], expected.detach().numpy())
+
+
+def test_ones_are_ones_and_take_the_keys_of_draws():
+    for layer, rngs in zip(pair(init="ones", use_base_weights=True), (pt.Rngs(0), pf.Rngs(0)), strict=True):
+        new = type(layer)(layer.member(0), num_members=2, init="ones", rngs=rngs)
+        assert all((np.asarray(each.tolist()) == 1).all() for each in (new.r, new.s, layer.r, layer.s))
+        assert int(rngs.default.count) == 3
+
+
+def test_a_layer_made_under_jit_is_the_same_bit_for_bit():
+    options = {"r_mean": 0.3, "r_std": 0.7, "s_mean": -0.1, "s_std": 0.0}
+    base = nnx.Linear(5, 7, rngs=nnx.Rngs(0))
+    layer = nnx.jit(lambda base: pf.BatchEnsembleLinear(base, num_members=3, **options))(base)
+    expected = pt.BatchEnsembleLinear(nn.Linear(5, 7), num_members=3, **options)
+    for ours, theirs in ((expected.weight.T, layer.kernel), (expected.r, layer.r), (expected.s, layer.s)):
+        np.testing.assert_array_equal(ours.detach().numpy(), theirs[...])
 
 
 def test_the_draws_follow_the_documented_order():
@@ -95,7 +112,7 @@ def test_a_layer_without_bias_has_none_and_each_member_starts_with_the_base_bias
 
 
 def test_a_base_on_another_device_gives_a_layer_there():
-    for init in ("normal", "random_sign"):
+    for init in ("normal", "random_sign", "ones"):
         layer = pt.BatchEnsembleLinear(nn.Linear(5, 7, device="meta"), num_members=3, init=init)
         assert {p.device.type for p in layer.parameters()} == {"meta"}
         assert layer(torch.zeros(6, 5, device="meta")).shape == (6, 7)
@@ -173,7 +190,7 @@ def test_flax_layer_is_an_nnx_citizen():
     variants = [nnx.merge(graph, state), nnx.clone(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
     for variant in variants:
         np.testing.assert_array_equal(variant(x), y)
-    assert_close(nnx.jit(lambda layer, x: layer(x))(layer, x), y, "float32")
+    assert_close(jitted(layer, x), y, "float32")
     grads = nnx.grad(lambda layer: layer(x).sum())(layer)
     assert {path[-1] for path, _ in nnx.to_flat_state(grads)} == {"kernel", "r", "s", "bias"}
     layer.train()

@@ -15,6 +15,7 @@ from torch import nn
 import probly_flax as pf
 import probly_torch as pt
 from parity_tests import oracle_conv, standard
+from parity_tests._trees import jax_of
 from parity_tests.standard import assert_close
 from parity_tests.subject import Subject, jitted, run_flax, run_oracle, run_torch, with_cotangent, without_draws
 from parity_tests.subjects_conv import SUBJECTS, TORCH_CONV, TORCH_CONV_TRANSPOSE, flax_padding, shapes
@@ -125,7 +126,7 @@ def flax_base(kind, axes=2, channels=(4, 6), taps=3, **options):
 def on_device(*shape, dtype="float32", seed=None):
     """Ones, or numbers, of which JAX compiles nothing."""
     values = np.ones(shape) if seed is None else numbers(*shape, seed=seed)
-    return jax.device_put(values.astype(jnp.dtype(dtype)))
+    return jax_of(values, dtype)
 
 
 def pair(kind, axes=2, dtype="float32", bias=True, flax_options=None, base_options=None, **options):
@@ -576,7 +577,7 @@ CASES = {
         "rngs=4, num_members=1).",
     ),
     "no members": (lambda k, f: pair(k, num_members=0)[f is not torch], ValueError, "Pass num_members=4."),
-    "init": (lambda k, f: pair(k, init="gaussian")[f is not torch], ValueError, "or init='random_sign'."),
+    "init": (lambda k, f: pair(k, init="gaussian")[f is not torch], ValueError, "Pass init='normal'."),
 }
 
 

@@ -898,7 +898,7 @@ def test_bad_constructions_have_one_sentence_in_both(kind):
             (lambda make, base, linear: make(base, 4), TypeError),
             (lambda make, base, linear: make(base, "0", num_members=4), TypeError),
             (lambda make, base, linear: make(base, num_members=4, init="gaussian"), ValueError),
-            (lambda make, base, linear: make(base, num_members=4, r_std=0.0), ValueError),
+            (lambda make, base, linear: make(base, num_members=4, r_std=-0.5), ValueError),
         ]
     for number, (call, error) in enumerate(calls):
         sentences = []

@@ -19,7 +19,7 @@ import probly_torch as pt
 from parity_tests import oracle_recurrent, standard
 from parity_tests._trees import jax_of
 from parity_tests.standard import assert_close, assert_holds, error
-from parity_tests.subject import without_draws
+from parity_tests.subject import jitted, without_draws
 from parity_tests.twins import Twins, assert_same_steps, assert_special_values
 from probly_flax.layers import recurrent as flax_layers
 from probly_torch.layers import recurrent as torch_layers
@@ -787,7 +787,7 @@ def test_sharding_of_the_base_layer_is_kept_on_four_devices(apart):
     assert len(i.kernel.sharding.device_set) == 4
     member = layer.member(1).cell
     assert (member.if_ if apart else member.dense_i).kernel.get_metadata("out_sharding") == ("data", "model")
-    assert nnx.jit(lambda layer, x: layer(x))(layer, on_device(np.ones((6, 3, 4)))).shape == (6, 3, 6)
+    assert jitted(layer, on_device(np.ones((6, 3, 4)))).shape == (6, 3, 6)
 
 
 @dataclass(frozen=True)
@@ -855,7 +855,7 @@ def test_bad_arguments_are_refused_with_the_same_sentence(kind, is_cell):
         ({"num_members": 0}, ValueError),
         ({"num_members": 2.5}, TypeError),
         ({"init": "gaussian"}, ValueError),
-        ({"r_std": 0.0}, ValueError),
+        ({"r_std": -0.5}, ValueError),
         ({"rngs": "0"}, TypeError),
     ):
         sentences = []

@@ -59,7 +59,16 @@ ONLY_FLAX = {
     ("random.key", "dtype"): "jax.random has other generators",
     **{
         (f"random.{name}", "out_sharding"): "jax.random's own; torch shards tensors after they are made"
-        for name in ("bernoulli", "bits", "normal", "permutation", "truncated_normal", "uniform")
+        for name in (
+            "bernoulli",
+            "bits",
+            "categorical",
+            "normal",
+            "permutation",
+            "randint",
+            "truncated_normal",
+            "uniform",
+        )
     },
 }
 ONLY_FLAX_FILES = {
@@ -70,6 +79,9 @@ ONLY_TORCH_FILES = {
     **dict.fromkeys(
         (f"port/_{name}.py" for name in ("functions", "helpers", "layers", "proof", "source", "trace", "translate")),
         "networks are translated from torch to Flax only",
+    ),
+    **dict.fromkeys(
+        (f"random/_{name}.py" for name in ("draws", "instead", "rngs", "threefry", "xla")), "jax.random has its own"
     ),
     **dict.fromkeys(
         (f"training/_{name}.py" for name in ("_main__", "arguments", "callback", "mixin", "modules", "random_states")),

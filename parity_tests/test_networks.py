@@ -14,6 +14,7 @@ import probly_flax as pf
 import probly_torch as pt
 from parity_tests._trees import jax_of
 from parity_tests.standard import assert_close
+from parity_tests.subject import jitted
 
 
 class TorchNet(nn.Module):
@@ -357,7 +358,7 @@ def test_a_padding_mask_does_not_bring_the_fused_inference_back():
 def test_flax_models_work_under_nnx_transforms():
     model, x = flax_model(), jnp.ones((2, 4), "float32")
     y = model(x)["logits"]
-    assert_close(nnx.jit(lambda model, x: model(x))(model, x)["logits"], y, "float32")
+    assert_close(jitted(model, x)["logits"], y, "float32")
     grads = nnx.grad(lambda model: model(x)["logits"].sum())(model)
     assert grads["network"]["again"]["r"].shape == (3, 6)
     graph, state = nnx.split(model)

@@ -19,6 +19,7 @@ import probly_flax as pf
 from parity_tests._trees import jax_of
 from parity_tests.port_networks import NETWORKS, BasicBlock, ResNet, images, randomized
 from parity_tests.standard import TRAJECTORY_LIMIT
+from parity_tests.subject import jitted
 from probly_torch import port as ports
 from probly_torch.port import port, register_rule, to_flax_source
 from probly_torch.port._proof import load
@@ -73,7 +74,7 @@ def written(name):
 
 
 def compiled(model, *inputs):
-    return nnx.jit(lambda model, *inputs: model(*inputs))(model, *inputs)
+    return jitted(model, *inputs)
 
 
 def check(network, *inputs):

@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 from functools import partial
@@ -18,11 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parity_tests.conftest import ROLLED
-from parity_tests.standard import ulps
 from probly_torch import random
+from probly_torch.random import _instead
 
 SEEDS = (0, 1, 42, 2**31, 2**32 - 1)
-FLOATS = ("float32", "float64", "float16", "bfloat16")
 SHAPES = ((), (1,), (7,), (3, 0), (2, 3, 5))
 
 
@@ -87,22 +87,6 @@ def test_bits_of_any_key(seed, data, size):
     np.testing.assert_array_equal(ours.numpy(), np.asarray(theirs))
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 1.0), (-2.3, 1.7), (0.1, 0.7)])
-def test_uniform(dtype, bounds):
-    ours = random.uniform(random.key(3), (1000,), getattr(torch, dtype), *bounds)
-    assert_same(ours, jax.random.uniform(jax.random.key(3), (1000,), dtype, *bounds))
-
-
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("mode", ["low", "high"])
-def test_bernoulli(p, mode):
-    for dtype in ("float32", "float64"):
-        probability = torch.tensor(p, dtype=getattr(torch, dtype))
-        ours = random.bernoulli(random.key(3), probability, (200,), mode)
-        assert_same(ours, jax.random.bernoulli(jax.random.key(3), jnp.array(p, dtype), (200,), mode))
-
-
 @pytest.mark.parametrize("size", [0, 1, 2, 5, 1000, 70_000])
 def test_permutation_of_a_range(size):
     assert_same(random.permutation(random.key(3), size), jax.random.permutation(jax.random.key(3), size))
@@ -116,36 +100,64 @@ def test_permutation_of_an_array(axis, independent):
     assert_same(ours, jax.random.permutation(jax.random.key(3), x, axis, independent))
 
 
-def assert_draws_equal(ours, theirs):
-    """float32 bit for bit; float64 to 2 ULP, but for the few where two correct logarithms round apart: 3 ULP."""
-    distance = ulps(ours, theirs)
-    assert distance.max() <= (0 if ours.dtype == np.float32 else 3)
-    assert (distance > 2).mean() < 1e-5
+@pytest.mark.parametrize("bounds", [(-1.5, 1.5), (0.0, 3.0)])
+def test_bounds_of_a_truncated_normal_broadcast_and_are_kept(bounds):
+    lower, upper = bounds[0], bounds[1] + np.arange(3.0)[:, None]
+    ours = random.truncated_normal(random.key(1), lower, torch.tensor(upper), (3, 500), torch.float32)
+    assert_same(ours, jax.random.truncated_normal(jax.random.key(1), lower, upper, (3, 500), "float32"))
+    assert lower <= ours.min()
+    assert (ours.amax(1) < torch.tensor(upper[:, 0])).all()
+    assert random.truncated_normal(random.key(1), lower, torch.tensor(upper)).shape == (3, 1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_normal_and_truncated_normal(dtype):
-    size, ours, theirs = (1 << 18,), random.key(5), jax.random.key(5)
-    torch_dtype = getattr(torch, dtype)
-    assert_draws_equal(
-        random.normal(ours, size, torch_dtype).numpy(), np.asarray(jax.random.normal(theirs, size, dtype))
-    )
-    for lower, upper, shape in ((-2.0, 2.0, size), (-1.0, 3.0, (1 << 12,)), (0.5, 4.0, (1 << 12,))):
-        a = random.truncated_normal(ours, lower, upper, shape, torch_dtype).numpy()
-        b = np.asarray(jax.random.truncated_normal(theirs, lower, upper, shape, dtype))
-        assert_draws_equal(a, b)
-        assert lower < a.min()
-        assert a.max() < upper
+def test_uniform_takes_bounds_that_broadcast():
+    low, high = np.arange(3.0), 4 + np.arange(2.0)[:, None]
+    ours = random.uniform(random.key(1), (2, 3), torch.float32, torch.tensor(low), torch.tensor(high))
+    assert_same(ours, jax.random.uniform(jax.random.key(1), (2, 3), "float32", low, high))
 
 
-def test_lecun_normal():
-    ours = random.lecun_normal(random.key(3), (64, 32), torch.float32).numpy()
-    theirs = np.asarray(nnx.initializers.lecun_normal()(jax.random.key(3), (64, 32), jnp.float32))
-    assert_draws_equal(ours, theirs)
+def test_integers():
+    key, twin = random.key(9), jax.random.key(9)
+    for name in ("int8", "uint8", "int16", "int32", "uint32", "int64"):
+        least, most = np.iinfo(name).min, np.iinfo(name).max
+        halves = [(least // 2, most // 2)] if name == "int64" else [(least, most), (least, most + 1)]
+        for low, high in [(0, 1), (5, 105), (0, most), (max(least, -3), 2), *halves]:
+            ours = random.randint(key, (300,), low, high, getattr(torch, name)).numpy()
+            assert ours.dtype == name
+            np.testing.assert_array_equal(ours, jax.random.randint(twin, (300,), low, high, name))
+    low, high = np.arange(-3, 0)[None, :, None], np.arange(1, 6)[None, None]
+    ours = random.randint(key, (2, 3, 5), torch.tensor(low), torch.tensor(high))
+    assert_same(ours, jax.random.randint(twin, (2, 3, 5), low, high, "int32"))
+
+
+def test_choices():
+    key, twin = random.key(2), jax.random.key(2)
+    x, p = np.arange(24.0).reshape(2, 4, 3), np.array([0.1, 0.0, 0.6, 0.3])
+    ours, weights = torch.tensor(x), torch.tensor(p)
+    with jax.enable_x64(False):  # JAX draws 64 bits with it
+        assert_same(random.choice(key, 6, (5, 3)), jax.random.choice(twin, 6, (5, 3)))
+    assert_same(random.choice(key, 6, 4, False), jax.random.choice(twin, 6, (4,), False))
+    assert_same(random.choice(key, ours, (2, 2), False, axis=1), jax.random.choice(twin, x, (2, 2), False, axis=1))
+    assert_same(random.choice(key, ours, (9,), p=weights, axis=-2), jax.random.choice(twin, x, (9,), p=p, axis=-2))
+    for mode in ("low", "high"):
+        assert_same(
+            random.choice(key, 4, 3, False, weights, 0, mode), jax.random.choice(twin, 4, (3,), False, p, 0, mode)
+        )
+    assert random.choice(key, 0, 0).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("axis", "shape", "replace"), [(1, None, True), (-1, (5, 2, 3), True), (0, (3, 4), True), (1, (3, 2, 4), False)]
+)
+def test_classes(axis, shape, replace):
+    logits = np.random.default_rng(0).normal(0, 3, (2, 3, 4))
+    ours = random.categorical(random.key(2), torch.tensor(logits), axis, shape, replace)
+    assert_same(ours, jax.random.categorical(jax.random.key(2), logits, axis, shape, replace))
 
 
 def test_default_dtypes_without_x64():
     with jax.enable_x64(False):
+        assert_same(random.randint(random.key(0), (9,), 0, 70), jax.random.randint(jax.random.key(0), (9,), 0, 70))
         assert_same(random.uniform(random.key(0), (9,)), jax.random.uniform(jax.random.key(0), (9,)))
         assert_same(random.bernoulli(random.key(0), 0.3, (9,)), jax.random.bernoulli(jax.random.key(0), 0.3, (9,)))
         assert_same(random.key(2**32 - 1), words(jax.random.key(2**32 - 1)))
@@ -172,6 +184,55 @@ def test_rngs_gives_the_keys_of_nnx():
     with pytest.warns(DeprecationWarning, match="fork"):
         twin = theirs.fork(split=3)
     assert_same(ours.fork(split=3).params.key, words(twin.params.key[...]))
+    assert_same(ours(), words(theirs()))
+
+
+DRAWN = {
+    "bits": ((), "uint32"),
+    "uniform": ((3,), "float32"),
+    "normal": ((3,), "float32"),
+    "truncated_normal": (-1.0, 2.0, (3,), "float32"),
+    "bernoulli": (0.5, (3,)),
+    "categorical": (np.arange(4, dtype="float32"),),
+    "randint": ((3,), 0, 9, "int32"),
+    "choice": (5, (3,), False),
+    "permutation": (5,),
+}
+
+
+@pytest.mark.parametrize("of", [lambda rngs: rngs, lambda rngs: rngs.params, lambda rngs: rngs["dropout"]])
+def test_rngs_and_their_streams_draw(of):
+    ours, theirs = of(random.Rngs(0, params=3)), of(nnx.Rngs(0, params=3))
+    for name, arguments in DRAWN.items():
+        with jax.enable_x64(False):  # with it, a float is of 64 bits in JAX
+            twin = getattr(theirs, name)(*arguments)
+        arguments = [getattr(torch, a) if isinstance(a, str) else a for a in arguments]
+        arguments = [torch.tensor(a) if isinstance(a, np.ndarray) else a for a in arguments]
+        assert_same(getattr(ours, name)(*arguments), twin)
+
+
+def test_every_name_of_nnx_draws_the_same_or_says_what_to_write():
+    names = {n for n in dir(nnx.Rngs) if not n.startswith("_")}
+    assert names == {*DRAWN, *_instead.INSTEAD, "split", "fork", "items"}
+    for name, instead in _instead.INSTEAD.items():
+        rngs = random.Rngs(0)
+        for each in (rngs, rngs.params):
+            with pytest.raises(AttributeError, match=re.escape(instead)):
+                getattr(each, name)
+        code = instead.removeprefix("Write ")
+        made = eval(code, {"torch": torch, "rngs": rngs, "numpy": np, "Rngs": random.Rngs})
+        assert isinstance(made, random.Rngs) or made.numel() > 1, code
+        assert_same(random.Rngs(0)[name](), words(nnx.Rngs(0)[name]()))
+        assert_same(getattr(random.Rngs(**{name: 1}), name)(), words(nnx.Rngs(1)()))  # a stream of this name
+
+
+def test_rngs_split_by_name():
+    ours, theirs = random.Rngs(0, params=1, dropout=2), nnx.Rngs(0, params=1, dropout=2)
+    sizes = {"params": 3, "dropout": None, ...: (2, 2)}
+    for (name, stream), (other, twin) in zip(ours.split(sizes).items(), theirs.split(sizes).items(), strict=True):
+        assert name == other
+        assert_same(stream.key, words(twin.key[...]))
+        assert_same(stream.count, twin.count[...])
     assert_same(ours(), words(theirs()))
 
 
@@ -235,7 +296,22 @@ def test_draws_are_distributed_as_named():
         (lambda: random.bernoulli(random.key(0), 1), TypeError, "Pass a float"),
         (lambda: random.permutation(random.key(0), 2.5), TypeError, "Pass x=10"),
         (lambda: random.truncated_normal(random.key(0), 2.0, -2.0), ValueError, "lower < upper"),
+        (lambda: random.truncated_normal(random.key(0), -1.0, torch.ones(3), (4,)), ValueError, "Pass shape=(3,)"),
+        (lambda: random.bernoulli(random.key(0), torch.ones(3, 1), (4,)), ValueError, "Pass shape=(3, 1)"),
+        (lambda: random.bernoulli(random.key(0), mode="lo"), ValueError, "Pass mode='low'"),
+        (lambda: random.randint(random.key(0), (), 3, 3), ValueError, "minval < maxval"),
+        (lambda: random.randint(random.key(0), (), 0, 257, torch.uint8), ValueError, "that torch.uint8 holds"),
+        (lambda: random.randint(random.key(0), (), -(2**63), 2**63 - 1, torch.int64), ValueError, "Pass minval=0"),
+        (lambda: random.randint(random.key(0), (), 0, 1.5), TypeError, "Pass maxval=10"),
+        (lambda: random.randint(random.key(0), (), 0, 9, torch.float32), TypeError, "Pass dtype=torch.int32"),
+        (lambda: random.choice(random.key(0), 3, 4, False), ValueError, "Pass shape=(3,), or replace=True"),
+        (lambda: random.choice(random.key(0), 0, 1), ValueError, "at least 1 to choose from"),
+        (lambda: random.choice(random.key(0), 3, p=torch.ones(2)), ValueError, "Pass p=torch.ones(3)"),
+        (lambda: random.choice(random.key(0), 2, p=torch.tensor([1.0, -1.0])), ValueError, "not negative"),
+        (lambda: random.categorical(random.key(0), torch.ones(3), shape=4, replace=False), ValueError, "replace=True"),
+        (lambda: random.categorical(random.key(0), torch.ones(5, 3), shape=4), ValueError, "Pass shape=(5,)"),
         (lambda: random.Rngs(params=0).dropout(), AttributeError, "Build it with Rngs(0)"),
+        (lambda: random.Rngs(params=0).params.dropout(), AttributeError, "no attribute 'dropout'"),
     ],
 )
 def test_bad_input(call, error, sentence):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import probly_flax as pf
 import probly_torch as pt
 from parity_tests.standard import assert_close, assert_same_trajectory
-from parity_tests.subject import without_draws
+from parity_tests.subject import jitted, without_draws
 from probly_flax.training import TrainState, fast_weight_groups, fit, make_eval_step, make_train_step
 from probly_torch.training import EnsembleClassifier
 
@@ -88,7 +88,6 @@ def _numpy(x):
 
 
 quiet = partial(fit, progress=False)
-outputs_of = nnx.jit(lambda model, x: model(x))
 
 
 @pytest.mark.parametrize("kind", ["single", "batch"])
@@ -192,9 +191,9 @@ def test_without_its_counts_of_random_numbers_it_would_not_be(tmp_path):
 def test_validation_runs_in_eval_mode_and_leaves_the_model_as_it_is():
     model, _ = new()
     metrics = nnx.MultiMetric(members=pf.metrics.NLL(per_member=True), aurc=pf.metrics.AURC())
-    jitted = nnx.MultiMetric(nll=pf.metrics.NLL(), members=pf.metrics.NLL(per_member=True))
+    under_jit = nnx.MultiMetric(nll=pf.metrics.NLL(), members=pf.metrics.NLL(per_member=True))
     before = nnx.clone(model)
-    for each in (metrics, jitted):
+    for each in (metrics, under_jit):
         step = make_eval_step(model, each)
         losses = [step(batch) for batch in batches(0)]
     assert equal([model], [before])
@@ -202,7 +201,7 @@ def test_validation_runs_in_eval_mode_and_leaves_the_model_as_it_is():
 
     model.eval()
     x, y = (np.concatenate(column) for column in zip(*batches(0), strict=True))
-    logits, op_by_op, computed = outputs_of(model, x), metrics.compute(), jitted.compute()
+    logits, op_by_op, computed = jitted(model, x), metrics.compute(), under_jit.compute()
     first = jax.jit(pf.losses.member_cross_entropy)(np.asarray(logits)[:, :BATCH], y[:BATCH])
     assert_close(losses[0], first, "float32")
     assert_close(computed["nll"], jax.jit(pf.metrics.nll)(logits, y), "float32")
@@ -298,10 +297,10 @@ def test_each_member_can_have_batches_of_its_own():
     for name in ("train_loss", "train_accuracy"):
         assert_close(np.array(row[name]), np.mean([each[name] for each in rows]), "float32")
     model.eval()
-    logits = np.asarray(outputs_of(model, data()[0]))
+    logits = np.asarray(jitted(model, data()[0]))
     for i, member in enumerate(members):
         member.eval()
-        assert_close(logits[i], outputs_of(member, data()[0]), "float32")
+        assert_close(logits[i], jitted(member, data()[0]), "float32")
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ def batchensemble(
         num_members: the number of members E.
         rngs: a seed or an Rngs.
         use_base_weights: start from the network's weights; otherwise draw them anew, lecun_normal.
-        init: "normal" or "random_sign", see BatchEnsembleLinear.
+        init: "normal", "random_sign" or "ones", see BatchEnsembleLinear.
         r_mean: mean of r under init="normal".
         r_std: standard deviation of r under init="normal".
         s_mean: mean of s under init="normal".

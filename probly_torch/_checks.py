@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-INITS = ("normal", "random_sign")
+INITS = ("normal", "random_sign", "ones")
 MAX_SEED = 2**32
 
 
@@ -60,16 +60,15 @@ def check_seed(what: str, rngs: Any) -> int:
 def check_init(what: str, init: Any, r_mean: Any, r_std: Any, s_mean: Any, s_std: Any) -> None:
     if init not in INITS:
         raise ValueError(
-            f"{what} expects init to be 'normal' or 'random_sign'; got {init!r}. Pass init='normal' or "
-            f"init='random_sign'."
+            f"{what} expects init to be 'normal', 'random_sign' or 'ones'; got {init!r}. Pass init='normal'."
         )
     for name, value in (("r_mean", r_mean), ("s_mean", s_mean), ("r_std", r_std), ("s_std", s_std)):
         spread = name.endswith("std")
-        requirement = f"{what} expects {name} to be a finite number" + (" above 0" if spread else "")
+        requirement = f"{what} expects {name} to be a finite number" + (" of at least 0" if spread else "")
         example = f"Pass {name}={0.5 if spread else 1.0}."
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{requirement}; got {value!r} ({type_name(value)}). {example}")
-        if not math.isfinite(value) or (spread and value <= 0):
+        if not math.isfinite(value) or (spread and value < 0):
             raise ValueError(f"{requirement}; got {value!r}. {example}")
 
 

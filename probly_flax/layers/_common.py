@@ -53,7 +53,10 @@ def draw_kernel(rngs: Rngs, like: Array) -> Array:
 
 def draw_fast_weights(rngs: Rngs, shape: tuple[int, int], init: str, mean: float, std: float, dtype: Any) -> Array:
     key = rngs.params()
+    if init == "ones":  # takes a key all the same, so that what is drawn after it does not depend on init
+        return jnp.ones(shape, dtype)
     if init == "random_sign":
         half = jnp.float32(0.5)  # named, since the bits that are drawn depend on it
         return jnp.where(random.bernoulli(key, half, shape), 1, -1).astype(dtype)
-    return (mean + std * random.normal(key, shape, random.draw_dtype(dtype))).astype(dtype)
+    normal = random.rounded(random.normal(key, shape, random.draw_dtype(dtype)))
+    return (mean + random.rounded(std * normal)).astype(dtype)

@@ -90,8 +90,8 @@ class BatchEnsembleMultiHeadAttention(nnx.MultiHeadAttention):
             projection, then the key's, the value's and the output's.
         num_members: the number of members E.
         use_base_weights: share copies of the base layer's kernels; otherwise draw them, lecun_normal.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)) or "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B).
+        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
+            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
         r_mean: mean of r under init="normal".
         r_std: standard deviation of r under init="normal".
         s_mean: mean of s under init="normal".

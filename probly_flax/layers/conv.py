@@ -67,8 +67,8 @@ class BatchEnsembleConv(nnx.Conv):
         num_members: the number of members E.
         use_base_weights: share a copy of the base layer's kernel; otherwise draw one, lecun_normal, of the kernel's
             shape.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)) or "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B).
+        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
+            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
         r_mean: mean of r under init="normal".
         r_std: standard deviation of r under init="normal".
         s_mean: mean of s under init="normal".
@@ -201,8 +201,8 @@ class BatchEnsembleConvTranspose(nnx.ConvTranspose):
         use_base_weights: share a copy of the base layer's kernel; otherwise draw one, lecun_normal, of shape
             (*kernel_size, in_features, out_features). It is laid out so that one seed gives one function with either
             transpose_kernel, which is that of the layer in torch: without it, the draw's mirror image.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)) or "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B).
+        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
+            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
         r_mean: mean of r under init="normal".
         r_std: standard deviation of r under init="normal".
         s_mean: mean of s under init="normal".

@@ -44,8 +44,8 @@ class BatchEnsembleEmbed(nnx.Embed):
         num_members: the number of members E.
         use_base_weights: share a copy of the base layer's embedding; otherwise draw one, normal with variance
             1 / features.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)) or "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B).
+        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
+            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
         r_mean: mean of r under init="normal".
         r_std: standard deviation of r under init="normal".
         s_mean: mean of s under init="normal".
@@ -155,6 +155,8 @@ def _embed(x: Array, embedding: Array, r: Array, s: Array) -> Array:
 
 
 def _draw_table(rngs: Rngs, like: Array) -> Array:
-    """A fresh table as `nnx.Embed` draws it by default."""
-    draw = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
-    return draw(rngs.params(), like.shape, random.draw_dtype(like.dtype)).astype(like.dtype)
+    """A fresh table as `nnx.Embed` draws it by default: variance_scaling(1.0, "fan_in", "normal", out_axis=0)."""
+    dtype = random.draw_dtype(like.dtype)
+    num_embeddings = like.shape[0]
+    variance = jnp.array(1 / (num_embeddings * (like.size / num_embeddings / num_embeddings)), dtype)
+    return (random.rounded(random.normal(rngs.params(), like.shape, dtype)) * jnp.sqrt(variance)).astype(like.dtype)

@@ -45,6 +45,10 @@ class BatchEnsembleLinear(nnx.Linear):
 
     Member i computes  y_i = ((x_i * r_i) W) * s_i + b_i        (Wen et al. 2020, eq. 5)
 
+    In half precision kernel, r and s are drawn in float32 and rounded, and signs are drawn from float32 bits under
+    `jax_enable_x64` too, so that neither has coarser draws than the other: by choice, other numbers than those of
+    probly's layer, which draws in the layer's dtype and in float64. Draws in float32 are the same as there.
+
     Shape:
         x: (E*B, ..., in_features), rows [k*B, (k+1)*B) belong to member k. Returns (E*B, ..., out_features).
     Weights:
@@ -54,8 +58,8 @@ class BatchEnsembleLinear(nnx.Linear):
         rngs: a seed or an Rngs; keys come from `rngs.params()` for the kernel (if drawn), r and s, in this order.
         num_members: the number of members E.
         use_base_weights: share a copy of the base layer's kernel; otherwise draw one, lecun_normal.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)) or "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B).
+        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
+            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
         r_mean: mean of r under init="normal".
         r_std: standard deviation of r under init="normal".
         s_mean: mean of s under init="normal".

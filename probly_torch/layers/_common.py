@@ -31,6 +31,8 @@ def draw_kernel(rngs: Rngs, like: Tensor) -> Tensor:
 
 def draw_fast_weights(rngs: Rngs, shape: tuple[int, int], init: str, mean: float, std: float, like: Tensor) -> Tensor:
     key, dtype = rngs.params().to(like.device), random.draw_dtype(like.dtype)
+    if init == "ones":  # takes a key all the same, so that what is drawn after it does not depend on init
+        return torch.ones(shape, dtype=like.dtype, device=like.device)
     if init == "random_sign":
         half = torch.tensor(0.5, dtype=torch.float32)  # named, since the bits that are drawn depend on it
         return torch.where(random.bernoulli(key, half, shape), 1.0, -1.0).to(like.dtype)

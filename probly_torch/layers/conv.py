@@ -56,8 +56,8 @@ class BatchEnsembleConv(nn.Module):
         num_members: the number of members E.
         use_base_weights: share a copy of the base layer's weight; otherwise draw one, lecun_normal, of shape
             (*kernel_size, in_channels / groups, out_channels).
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)) or "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B).
+        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
+            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
         r_mean: mean of r under init="normal".
         r_std: standard deviation of r under init="normal".
         s_mean: mean of s under init="normal".
@@ -198,8 +198,8 @@ class BatchEnsembleConvTranspose(nn.Module):
         num_members: the number of members E.
         use_base_weights: share a copy of the base layer's weight; otherwise draw one, lecun_normal, of shape
             (*kernel_size, in_channels / groups, out_channels): a member's fan-in is that of a convolution.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)) or "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B).
+        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
+            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
         r_mean: mean of r under init="normal".
         r_std: standard deviation of r under init="normal".
         s_mean: mean of s under init="normal".

@@ -232,8 +232,8 @@ class BatchEnsembleLSTMCell(_Cell):
             the inputs and then of the state.
         num_members: the number of members E.
         use_base_weights: share copies of the base layer's weights; otherwise draw them, lecun_normal.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)) or "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B).
+        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
+            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
         r_mean: mean of r under init="normal".
         r_std: standard deviation of r under init="normal".
         s_mean: mean of s under init="normal".
@@ -317,8 +317,8 @@ class BatchEnsembleGRUCell(_Cell):
             the inputs and then of the state.
         num_members: the number of members E.
         use_base_weights: share copies of the base layer's weights; otherwise draw them, lecun_normal.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)) or "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B).
+        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
+            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
         r_mean: mean of r under init="normal".
         r_std: standard deviation of r under init="normal".
         s_mean: mean of s under init="normal".
@@ -401,8 +401,8 @@ class BatchEnsembleLSTM(_Sequence):
             ih, hh and hr of layer 0, of its reverse direction, of layer 1, and so on.
         num_members: the number of members E.
         use_base_weights: share copies of the base layer's weights; otherwise draw them, lecun_normal.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)) or "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B).
+        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
+            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
         r_mean: mean of r under init="normal".
         r_std: standard deviation of r under init="normal".
         s_mean: mean of s under init="normal".
@@ -483,8 +483,8 @@ class BatchEnsembleGRU(_Sequence):
             ih and hh of layer 0, of its reverse direction, of layer 1, and so on.
         num_members: the number of members E.
         use_base_weights: share copies of the base layer's weights; otherwise draw them, lecun_normal.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)) or "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B).
+        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
+            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
         r_mean: mean of r under init="normal".
         r_std: standard deviation of r under init="normal".
         s_mean: mean of s under init="normal".

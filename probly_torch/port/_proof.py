@@ -238,7 +238,8 @@ def _double(t: Tensor) -> Tensor:
 def _to_jax(value: Value) -> Any:
     import jax.numpy as jnp
 
-    return jnp.asarray(_double(value.example).detach().numpy().transpose(value.order))
+    array = _double(value.example).detach().numpy().transpose(value.order)
+    return jnp.asarray(array, array.dtype)  # named, since JAX compiles a program for every shape otherwise
 
 
 def _distance(values: Any, expected: Any, got: Any) -> float:

@@ -9,7 +9,21 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax.nnx import Rngs, RngStream
-from jax.random import bernoulli, bits, fold_in, key, normal, permutation, split, truncated_normal, uniform
+from jax import Array
+from jax.random import (
+    bernoulli,
+    bits,
+    categorical,
+    choice,
+    fold_in,
+    key,
+    normal,
+    permutation,
+    randint,
+    split,
+    truncated_normal,
+    uniform,
+)
 
 from probly_flax._checks import check_seed
 
@@ -18,10 +32,13 @@ __all__ = [
     "Rngs",
     "bernoulli",
     "bits",
+    "categorical",
+    "choice",
     "fold_in",
     "key",
     "normal",
     "permutation",
+    "randint",
     "split",
     "truncated_normal",
     "uniform",
@@ -36,3 +53,12 @@ def as_rngs(what: str, rngs: Any) -> Rngs:
 def draw_dtype(dtype: Any) -> Any:
     """Half-precision weights are drawn in float32 and rounded: JAX's own draws of them have 7 or 10 random bits."""
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def rounded(x: Array) -> Array:
+    """x as it is, so that XLA rounds it.
+
+    Under jit only, XLA would multiply two constant factors first, and contract a product and a sum. What is neither a
+    product nor a sum, as a maximum, keeps it from both: a layer is the same, to the bit, whether it was made under jit.
+    """
+    return jnp.maximum(x, jnp.finfo(x.dtype).min)
