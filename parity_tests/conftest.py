@@ -2,22 +2,28 @@
 
 import os
 import tempfile
+from importlib.metadata import version
 
 import jax
 import pytest
 import torch
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
-# XLA unrolls the short loops of small arrays, which takes it as long as all else; draws are bit for bit the same.
-ROLLED = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=true"
+# Most of the suite's time is XLA's, compiling small programs that run once. These flags halve it: no unrolling of the
+# short loops of small arrays, and the older of two ways to write the code of an operation, which jaxlib 0.11 no longer
+# has. test_machines.py runs draws and the exact tier without them; PLAIN_XLA=1 pytest runs everything so.
+FLAGS = ["--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=true"]
+if version("jaxlib").startswith("0.10."):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 
 
 def pytest_configure(config):
     """Tests compile many equal programs: JAX keeps them in pytest's cache, for workers, subprocesses and later runs."""
     jax.config.update("jax_num_cpu_devices", 8)  # for sharding
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of subprocesses: more threads than cores wait for one another
-    if ROLLED not in (flags := os.environ.get("XLA_FLAGS", "")):
-        os.environ["XLA_FLAGS"] = f"{flags} {ROLLED}".strip()
+    if "PLAIN_XLA" not in os.environ:
+        flags = os.environ.get("XLA_FLAGS", "").split()
+        os.environ["XLA_FLAGS"] = " ".join([*flags, *(flag for flag in FLAGS if flag not in flags)])
     if CACHE not in os.environ:
         os.environ[CACHE] = str(config.cache.mkdir("jax") if hasattr(config, "cache") else tempfile.mkdtemp())
     for option, value in (("MIN_COMPILE_TIME_SECS", "0"), ("MIN_ENTRY_SIZE_BYTES", "-1")):

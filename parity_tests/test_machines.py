@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parity_tests import draws
+from parity_tests import draws, test_parity
 from parity_tests.standard import ulps
 from probly_torch import random
 
-# Which torch and XLA are told to leave unused. XLA has no fused multiply-add below AVX2, and float16 draws are its own
-# with AVX512-FP16.
-TORCH = [{"ATEN_CPU_CAPABILITY": "avx2"}, {"ATEN_CPU_CAPABILITY": "default"}]
+# The instructions that torch and XLA are allowed. XLA has no fused multiply-add below AVX2, and arithmetic of float16
+# with AVX512-FP16 only, which rounds a product and a sum once.
+TORCH = {"avx2": {"ATEN_CPU_CAPABILITY": "avx2"}, "default": {"ATEN_CPU_CAPABILITY": "default"}}
+FLAX = {"all": {"XLA_FLAGS": ""}, "avx2": {"XLA_FLAGS": "--xla_cpu_max_isa=AVX2"}}
+HALF = sys.platform == "linux" and "avx512_fp16" in Path("/proc/cpuinfo").read_text()
 SIZE = 1000
-FLAX = {"XLA_FLAGS": "--xla_cpu_max_isa=AVX2"}
-HAS_HALF = "avx512_fp16" in Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else False
 
 
 def assert_same(ours, theirs, of=lambda name: True):
@@ -43,7 +43,7 @@ def assert_same(ours, theirs, of=lambda name: True):
 
 def under(settings, framework, path):
     command = [sys.executable, "-m", "parity_tests.draws", framework, path]
-    subprocess.run(command, env=os.environ | {"XLA_FLAGS": ""} | settings, check=True)
+    subprocess.run(command, env=os.environ | settings, check=True)
     return dict(np.load(path))
 
 
@@ -52,20 +52,27 @@ def ours():
     return draws.torch_draws()
 
 
-def test_the_frameworks_draw_the_same(ours):
-    assert_same(ours, draws.flax_draws(), lambda name: "float16" not in name.split() or not HAS_HALF)
+@pytest.mark.parametrize("instructions", FLAX)
+def test_flax_draws_the_same(instructions, ours, tmp_path):
+    theirs = under(FLAX[instructions], "flax", tmp_path / "draws.npz")
+    assert_same(ours, theirs, lambda name: instructions == "avx2" or not HALF or "float16" not in name.split())
 
 
-def test_xla_draws_the_same_without_the_widest_instructions(ours, tmp_path):
-    assert_same(ours, under(FLAX, "flax", tmp_path / "draws.npz"))
-
-
-@pytest.mark.parametrize("settings", TORCH, ids=lambda settings: settings["ATEN_CPU_CAPABILITY"])
-def test_torch_draws_the_same_without_the_widest_instructions(settings, ours, tmp_path):
-    theirs = under(settings, "torch", tmp_path / "draws.npz")
+@pytest.mark.parametrize("instructions", TORCH)
+def test_torch_draws_the_same(instructions, ours, tmp_path):
+    theirs = under(TORCH[instructions], "torch", tmp_path / "draws.npz")
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+@pytest.mark.parametrize("instructions", FLAX)
+def test_what_is_exact_is_exact_in_the_programs_that_users_run(instructions):
+    command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", "-k"]
+    chosen = ["test_exact and float32 and (BatchEnsemble or batch_each or E3)", Path(test_parity.__file__)]
+    settings = FLAX[instructions] | TORCH["default"] | {"PLAIN_XLA": "1"}
+    run = subprocess.run([*command, *chosen], env=os.environ | settings, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
 
 
 def test_half_precision_is_rounded_twice():
@@ -76,21 +83,6 @@ def test_half_precision_is_rounded_twice():
     expected = ((unit.double() * (span - low).double()).half().double() + low.double()).half()
     assert torch.equal(drawn, expected)
     assert not torch.equal(expected, (unit.double() * (span - low).double() + low.double()).half())
-
-
-def test_what_is_exact_is_exact_without_the_widest_instructions():
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-n0",
-        "-p",
-        "no:cacheprovider",
-        Path(__file__).with_name("test_parity.py"),
-    ]
-    chosen = ["-k", "test_exact and float32 and (BatchEnsemble or batch_each or split or E3)"]
-    run = subprocess.run([*command, *chosen], env=os.environ | FLAX | TORCH[1], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout
 
 
 class OtherCPU(TorchDispatchMode):

@@ -2,11 +2,8 @@
 
 import copy
 import math
-import os
 import pickle
 import re
-import subprocess
-import sys
 from functools import partial
 
 import jax
@@ -18,7 +15,6 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parity_tests.conftest import ROLLED
 from probly_torch import random
 from probly_torch.random import _instead
 
@@ -33,28 +29,6 @@ def words(jax_key):
 def assert_same(tensor, array):
     tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
     np.testing.assert_array_equal(tensor.numpy().astype(np.float64), np.asarray(array).astype(np.float64))
-
-
-DRAWS = """
-import hashlib, jax
-key, shape = jax.random.key(7), (3, 41)
-truncated_normal = lambda key, *rest: jax.random.truncated_normal(key, -2, 2, *rest)
-draws = (jax.random.uniform, jax.random.normal, truncated_normal)
-bits = [draw(key, shape, dtype).tobytes() for draw in draws for dtype in ("float32", "float64")]
-digest = hashlib.sha256(b"".join(bits)).hexdigest()
-"""
-
-
-def test_draws_have_the_bits_that_users_see_without_the_flag_of_the_suite():
-    flags = os.environ["XLA_FLAGS"]
-    assert ROLLED in flags
-    usual = os.environ | {"XLA_FLAGS": flags.replace(ROLLED, "").strip()}
-    command = [sys.executable, "-c", f'import jax; jax.config.update("jax_enable_x64", True){DRAWS}print(digest)']
-    here = {}
-    exec(DRAWS, here)
-    assert (
-        subprocess.run(command, env=usual, capture_output=True, text=True, check=True).stdout.strip() == here["digest"]
-    )
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -81,7 +81,8 @@ def adaptive_ece(logits: Array, labels: Array, *, num_bins: int = 15) -> Array:
     """Expected calibration error in bins that hold the same number of inputs, or one more.
 
     Of the largest mean probability (Nguyen and O'Connor 2015; AdaECE of Mukhoti et al. 2020). Inputs of equal
-    confidence count as equally right, so that their order does not matter.
+    confidence count as equally right, so that their order does not matter. Where members give an
+    input the same numbers in another order, its confidence can be another in the last bit: then it is no longer equal.
 
     Shape:
         logits (E, B, C), labels (B,) of class indices. Returns a scalar, from 0 to 1.

@@ -18,7 +18,8 @@ def aurc(logits: Array, labels: Array, *, uncertainty: Array | None = None) -> A
     """Area under the risk-coverage curve: the error among the k most certain inputs, averaged over k = 1..N.
 
     The error is that of the mean prediction (Geifman, Uziel and El-Yaniv 2019). Inputs of equal uncertainty
-    count as equally wrong, so that their order does not matter.
+    count as equally wrong, so that their order does not matter. Where members give an input
+    the same numbers in another order, its uncertainty can be another in the last bit: then it is no longer equal.
 
     Shape:
         logits (E, B, C), labels (B,) of class indices, uncertainty (B,). Returns a scalar, from 0 to 1.
