@@ -19,15 +19,7 @@ import probly_torch
 from parity_tests import Integers, compare
 from parity_tests._render import SUFFIXES, check_path
 from parity_tests.standard import UNIT_ROUNDOFF
-from probly_torch.port._checks_command import (
-    _find,
-    _parameters,
-    build,
-    fail,
-    name_of_model,
-    plain_warnings,
-    renamed,
-)
+from probly_common.commands import _find, _parameters, build, fail, name_of_model, plain_warnings, renamed
 
 SPELLINGS = {
     "rename={'a': 'b'}": "--rename a=b",

@@ -21,7 +21,7 @@ import probly_flax
 from parity_tests._masks import Masks
 from parity_tests._runs import _STATISTICS, FlaxModel, Layout, TorchModel
 from parity_tests._trees import is_array, is_floating, jax_of, leaves, mapped, numpy_of, rounded
-from probly_torch._checks import type_name
+from probly_common.checks.values import type_name
 
 WHAT = "compare_training"
 Key = tuple[str, str]  # loss, gradient, statistic or update; torch's name

@@ -9,7 +9,7 @@ import numpy as np
 
 from parity_tests.report import Comparison
 from parity_tests.standard import Verdict, farthest
-from probly_torch._checks_weights import rename_all
+from probly_common.weights.match import rename_all
 
 Arrays = Mapping[str, np.ndarray]
 

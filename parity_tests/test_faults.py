@@ -41,11 +41,11 @@ from parity_tests import (
 )
 from parity_tests.subject import Subject
 from parity_tests.subjects import SUBJECTS
+from probly_common import drawing
 from probly_flax.functional import linear as flax_linear
 from probly_flax.layers import embed as flax_embed
 from probly_flax.layers import norm as flax_norm
 from probly_torch import _members as torch_members
-from probly_torch import _plots as torch_plots
 from probly_torch.functional import conv as torch_conv
 from probly_torch.functional import linear as torch_linear
 from probly_torch.layers import _common as torch_common
@@ -866,49 +866,49 @@ BY_A_TEST: list[tuple[str, Any, str, str, Callable[[], None]]] = [
         for name, *rest in (
             (
                 "bands of variances",
-                torch_plots.predictive_band,
+                drawing.predictive_band,
                 "np.sqrt(aleatoric)",
                 "aleatoric",
                 band,
             ),
             (
                 "epistemic for total",
-                torch_plots.predictive_band,
+                drawing.predictive_band,
                 "(x, *moments[:3])",
                 "(x, moments[0], moments[3], moments[2])",
                 band,
             ),
             (
                 "inputs in the order they come in",
-                torch_plots.predictive_band,
+                drawing.predictive_band,
                 "np.argsort(x.ravel())",
                 "np.arange(x.size)",
                 band,
             ),
             (
                 "empty bins as points",
-                torch_plots.reliability_diagram,
+                drawing.reliability_diagram,
                 "(values[bins[2] > 0] for values in bins)",
                 "(np.where(bins[2] > 0, values, 1) for values in bins)",
                 test_plots.test_a_reliability_diagram_has_the_bins_that_are_not_empty,
             ),
             (
                 "rows for columns of a map",
-                torch_plots.uncertainty_map,
+                drawing.uncertainty_map,
                 "values.reshape(grid.shape[:2])",
                 "values.reshape(grid.shape[1::-1]).T",
                 test_plots.test_an_uncertainty_map_has_each_value_at_its_point,
             ),
             (
                 "a spread of one member",
-                torch_plots.member_spread,
+                drawing.member_spread,
                 "values.min(0), values.max(0)",
                 "values[0], values[-1]",
                 test_plots.test_a_spread_is_from_the_lowest_to_the_highest,
             ),
             (
                 "NaN where there is a number",
-                torch_plots.training_curves,
+                drawing.training_curves,
                 "curve.get(epoch, value) if np.isnan(value) else value",
                 "value",
                 test_plots.test_curves_have_one_number_an_epoch,

@@ -21,10 +21,10 @@ from torch.nn import functional
 import probly_flax as pf
 import probly_torch as pt
 from parity_tests._trees import jax_of
+from probly_common.weights.kinds import KINDS, Missing
+from probly_common.weights.match import renamed_paths
 from probly_flax import _options as flax_options
 from probly_torch import _options as torch_options
-from probly_torch._checks_options import KINDS, Missing
-from probly_torch._checks_weights import renamed_paths
 
 Arguments = dict[str, Any]
 FRAMEWORKS = ("torch", "flax")

@@ -17,7 +17,7 @@ import probly_flax.plots
 import probly_torch.plots
 from parity_tests._trees import jax_of
 from parity_tests.standard import assert_close
-from probly_flax import _plots as drawing
+from probly_common import drawing as drawing
 
 TWINS = (probly_torch, probly_flax)
 RANDOM = np.random.default_rng(0)

@@ -47,8 +47,8 @@ from parity_tests._training_runs import (
 from parity_tests._trees import leaves, numpy_of, rounded
 from parity_tests.report import Comparison, with_gaps
 from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, Errors, Verdict, error, farthest, ulps
-from probly_torch._checks import check_module, type_name
-from probly_torch._checks_weights import rename_all
+from probly_common.checks.values import check_module, type_name
+from probly_common.weights.match import rename_all
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from probly_flax._checks import check_dropout_rngs, check_same_structure
+from probly_common.checks.ensembles import check_dropout_rngs, check_same_structure
 from probly_flax.random import Rngs
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from probly_flax._checks_options import KINDS, Missing, Options, Text, check_same_options, known_options, same_padding
+from probly_common.weights.kinds import KINDS, Missing, Options, Text, check_same_options, known_options, same_padding
 from probly_flax._torch_names import torch_rules
 from probly_flax.ensemble import Ensemble
 

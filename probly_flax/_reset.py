@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from probly_common.checks.ensembles import check_reset, check_reset_type, check_reset_value
 from probly_flax import random
-from probly_flax._checks import check_reset, check_reset_type, check_reset_value
 from probly_flax.random import Rngs
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])

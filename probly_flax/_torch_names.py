@@ -31,7 +31,7 @@ from flax import nnx
 from jax import Array, ShapeDtypeStruct
 from jax.core import Tracer
 
-from probly_flax._files import contiguous
+from probly_common.weights.files import contiguous
 from probly_flax.ensemble import Ensemble
 from probly_flax.layers._common import Rule
 from probly_flax.layers.norm import BatchEnsembleBatchNorm

@@ -12,26 +12,27 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from probly_flax import random
-from probly_flax._checks import (
-    check_batch_first,
-    check_in_axes,
-    check_init,
-    check_member_axis,
-    check_module,
+from probly_common.checks.ensembles import (
     check_no_ensemble,
     check_not_converted,
-    check_num_members,
-    check_output_leaf,
-    check_output_rows,
     check_reset_type,
-    check_rows_of_batch,
     common_num_members,
     member_index,
     member_indices,
 )
+from probly_common.checks.layers import check_init
+from probly_common.checks.rows import (
+    check_batch_first,
+    check_in_axes,
+    check_member_axis,
+    check_output_leaf,
+    check_output_rows,
+    check_rows_of_batch,
+)
+from probly_common.checks.values import check_module, check_num_members
+from probly_common.report import Exclude, Excluder, Report, ReportRow, make_report, natural_order
+from probly_flax import random
 from probly_flax._members import is_stateful
-from probly_flax._report import Exclude, Excluder, Report, ReportRow, make_report, natural_order
 from probly_flax.ensemble import Ensemble
 from probly_flax.functional import split_members, tile_members
 from probly_flax.layers import (

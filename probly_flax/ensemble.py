@@ -11,25 +11,20 @@ import jax.numpy as jnp
 from flax import linen, nnx
 from jax import Array
 
-from probly_flax import random
-from probly_flax._checks import (
+from probly_common.checks.ensembles import (
     check_base_options,
-    check_chunk_size,
     check_distinct,
     check_example_input,
-    check_in_axes,
     check_independent,
     check_list_of_members,
-    check_member_axis,
     check_member_count,
-    check_module,
-    check_num_members,
-    check_rows_of_batch,
-    check_seed,
     member_index,
     member_indices,
     takes_rngs_by_name,
 )
+from probly_common.checks.rows import check_chunk_size, check_in_axes, check_member_axis, check_rows_of_batch
+from probly_common.checks.values import check_module, check_num_members, check_seed
+from probly_flax import random
 from probly_flax._members import is_batch, is_stateful, member, run, stack
 from probly_flax._reset import named_parameters, register_reset, reset_by_layer, reset_by_rule
 from probly_flax.random import Rngs

@@ -14,14 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from probly_flax._checks import check_in_axes, check_labels, check_member_axis, check_member_losses
-from probly_flax._checks_losses import (
+from probly_common.checks.judging import (
     check_beta,
     check_cross_entropy_options,
     check_gaussian,
     check_gaussian_outputs,
+    check_labels,
+    check_member_losses,
     check_targets,
 )
+from probly_common.checks.rows import check_in_axes, check_member_axis
 from probly_flax.uncertainty import _log_mean, _log_probs
 
 __all__ = [

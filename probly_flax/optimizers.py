@@ -12,7 +12,7 @@ import optax  # type: ignore[import-untyped]
 from flax import nnx
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
-from probly_flax._checks_optimizers import (
+from probly_common.checks.optimizers import (
     check_one_step,
     check_optimizer,
     check_parameters,
@@ -24,15 +24,10 @@ from probly_flax._checks_optimizers import (
     check_whole,
     warn_state_not_finite,
 )
-from probly_flax._checks_weights import (
-    check_flattened,
-    check_loaded_dtype,
-    check_numpy,
-    check_tied,
-    linear_sizes,
-    read_json,
-)
-from probly_flax._files import Arrays, Spec, keep_once, open_arrays, specs_of, write_arrays
+from probly_common.checks.weights import check_loaded_dtype, check_numpy, read_json
+from probly_common.weights.files import Arrays, Spec, keep_once, open_arrays, specs_of, write_arrays
+from probly_common.weights.flatten import check_flattened, linear_sizes
+from probly_common.weights.match import check_tied
 from probly_flax._options import layer_options
 from probly_flax.layers._common import Rule
 from probly_flax.weights import Flatten, _identities, _metadata, _rules, _set, _shapes, _spec

@@ -14,8 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from probly_flax._checks import check_logits
-from probly_flax._checks_losses import Unit, check_gaussian, check_same_inputs, check_unit, check_updated
+from probly_common.checks.judging import (
+    Unit,
+    check_any_members,
+    check_gaussian,
+    check_logits,
+    check_same_inputs,
+    check_unit,
+)
 
 __all__ = [
     "ClassificationStream",
@@ -133,7 +139,7 @@ class ClassificationStream:
 
     def compute(self) -> Uncertainty:
         """What classification_uncertainty returns of all members so far."""
-        check_updated("ClassificationStream.compute", "stream.update(logits)", self.num_members)
+        check_any_members("ClassificationStream.compute", "stream.update(logits)", self.num_members)
         log_mean, aleatoric, epistemic = self._moments
         return _in_total(jnp.exp(log_mean), aleatoric, epistemic, self.unit)
 
@@ -176,7 +182,7 @@ class RegressionStream:
 
     def compute(self) -> Uncertainty:
         """What regression_uncertainty returns of all members so far."""
-        check_updated("RegressionStream.compute", "stream.update(mean, variance)", self.num_members)
+        check_any_members("RegressionStream.compute", "stream.update(mean, variance)", self.num_members)
         center, aleatoric, epistemic = self._moments
         return _in_total(self._first + center, aleatoric, epistemic)
 

@@ -15,26 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from probly_flax import _options
-from probly_flax._checks_weights import (
-    check_flatten,
-    check_flattened,
+from probly_common.checks.values import shown
+from probly_common.checks.weights import (
     check_has_values,
     check_integers,
     check_loaded_dtype,
     check_model,
     check_numpy,
-    check_tied_names,
     check_together,
-    linear_sizes,
-    match_names,
     read_json,
-    renamed_paths,
-    shown,
-    warn_flattened,
     warn_not_finite,
 )
-from probly_flax._files import Arrays, Spec, cast_array, keep_once, open_arrays, specs_of, write_arrays
+from probly_common.weights.files import Arrays, Spec, cast_array, keep_once, open_arrays, specs_of, write_arrays
+from probly_common.weights.flatten import check_flatten, check_flattened, linear_sizes, warn_flattened
+from probly_common.weights.match import check_tied_names, match_names, renamed_paths
+from probly_flax import _options
 from probly_flax._torch_names import torch_rules
 from probly_flax.layers._common import Rule
 

@@ -19,7 +19,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from probly_torch._checks import check_initialized, check_output_leaf, check_same_structure
+from probly_common.checks.ensembles import check_initialized, check_same_structure
+from probly_common.checks.rows import check_output_leaf
 
 _ELEMENTWISE = {nn.CELU, nn.ELU, nn.GELU, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.LogSigmoid, nn.Mish}
 _ELEMENTWISE |= {nn.ReLU, nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Softsign, nn.Tanh}

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from probly_common.weights.kinds import KINDS, Missing, Options, Text, check_same_options, known_options, same_padding
 from probly_torch import layers as probly
-from probly_torch._checks_options import KINDS, Missing, Options, Text, check_same_options, known_options, same_padding
 from probly_torch.ensemble import Ensemble
 
 

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from probly_torch._checks import check_reset, check_reset_type, check_reset_value
-from probly_torch._report import natural_order
+from probly_common.checks.ensembles import check_reset, check_reset_type, check_reset_value
+from probly_common.report import natural_order
 from probly_torch.random import Rngs
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])

@@ -10,27 +10,28 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, relu
 from torch.utils._pytree import tree_map, tree_map_only
 
-from probly_torch import random
-from probly_torch._checks import (
-    check_batch_first,
-    check_in_axes,
-    check_init,
+from probly_common.checks.ensembles import (
     check_initialized,
-    check_member_axis,
-    check_module,
     check_no_ensemble,
     check_not_converted,
-    check_num_members,
-    check_output_leaf,
-    check_output_rows,
     check_reset_type,
-    check_rows_of_batch,
     common_num_members,
     member_index,
     member_indices,
 )
+from probly_common.checks.layers import check_init
+from probly_common.checks.rows import (
+    check_batch_first,
+    check_in_axes,
+    check_member_axis,
+    check_output_leaf,
+    check_output_rows,
+    check_rows_of_batch,
+)
+from probly_common.checks.values import check_module, check_num_members
+from probly_common.report import Exclude, Excluder, Report, ReportRow, make_report, natural_order
+from probly_torch import random
 from probly_torch._members import has_hooks, lazy_names
-from probly_torch._report import Exclude, Excluder, Report, ReportRow, make_report, natural_order
 from probly_torch.ensemble import Ensemble
 from probly_torch.functional import split_members, tile_members
 from probly_torch.layers import (

@@ -13,25 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from probly_torch import random
-from probly_torch._checks import (
+from probly_common.checks.ensembles import (
     check_base_options,
-    check_chunk_size,
     check_distinct,
-    check_in_axes,
     check_independent,
     check_initialized,
     check_list_of_members,
-    check_member_axis,
     check_member_count,
-    check_module,
-    check_num_members,
-    check_rows_of_batch,
     check_run_once,
     member_index,
     member_indices,
     takes_rngs_by_name,
 )
+from probly_common.checks.rows import check_chunk_size, check_in_axes, check_member_axis, check_rows_of_batch
+from probly_common.checks.values import check_module, check_num_members
+from probly_torch import random
 from probly_torch._members import lazy_names, member, mlp_layers, named_tensors, run, run_mlp, stack
 from probly_torch._reset import register_reset, reset_by_layer, reset_by_rule, seeded
 from probly_torch.random import Rngs

@@ -16,14 +16,16 @@ from torch.func import vmap
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
-from probly_torch._checks import check_in_axes, check_labels, check_member_axis, check_member_losses
-from probly_torch._checks_losses import (
+from probly_common.checks.judging import (
     check_beta,
     check_cross_entropy_options,
     check_gaussian,
     check_gaussian_outputs,
+    check_labels,
+    check_member_losses,
     check_targets,
 )
+from probly_common.checks.rows import check_in_axes, check_member_axis
 from probly_torch.uncertainty import _check_variance, _log_mean, _log_probs
 
 __all__ = [

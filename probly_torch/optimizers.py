@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from probly_torch._checks_optimizers import (
+from probly_common.checks.optimizers import (
     check_optimizer,
     check_parameters,
     check_same_in_both,
@@ -18,8 +18,9 @@ from probly_torch._checks_optimizers import (
     check_steps,
     warn_state_not_finite,
 )
-from probly_torch._checks_weights import check_numpy, check_tied
-from probly_torch._files import Arrays, Spec, keep_once, open_arrays, specs_of, write_arrays
+from probly_common.checks.weights import check_numpy
+from probly_common.weights.files import Arrays, Spec, keep_once, open_arrays, specs_of, write_arrays
+from probly_common.weights.match import check_tied
 from probly_torch.weights import Flatten, _as_tensor, _check_flattened, _flatten, _metadata, _tensors, _view
 
 __all__ = ["load_optimizer", "load_optimizer_arrays", "optimizer_to_arrays", "save_optimizer"]

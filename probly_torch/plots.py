@@ -15,9 +15,8 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from probly_torch import _plots
-from probly_torch._checks import check_logits
-from probly_torch._checks_plots import check_inputs, check_moments
+from probly_common import drawing
+from probly_common.checks.judging import check_inputs, check_logits, check_moments
 from probly_torch.metrics import ece, reliability_bins
 from probly_torch.metrics._selection import _risks, _uncertainty_and_wrong
 from probly_torch.uncertainty import Uncertainty
@@ -68,7 +67,7 @@ def reliability_diagram(
     logits, labels = _inputs("reliability_diagram", logits, labels)
     bins = [_array(values) for values in reliability_bins(logits, labels, num_bins=num_bins)]
     error = float(ece(logits, labels, num_bins=num_bins))
-    return _plots.reliability_diagram(bins, error, logits.shape[-1], label, ax)
+    return drawing.reliability_diagram(bins, error, logits.shape[-1], label, ax)
 
 
 def confidence_histogram(
@@ -97,7 +96,7 @@ def confidence_histogram(
     """
     logits, labels = _inputs("confidence_histogram", logits, labels)
     bins = [_array(values) for values in reliability_bins(logits, labels, num_bins=num_bins)]
-    return _plots.confidence_histogram(bins, logits.shape[-1], ax)
+    return drawing.confidence_histogram(bins, logits.shape[-1], ax)
 
 
 def risk_coverage_curve(
@@ -136,7 +135,7 @@ def risk_coverage_curve(
     logits, labels = _inputs(what, logits, labels)
     scores = None if uncertainty is None else torch.as_tensor(uncertainty, device=logits.device).detach()
     risks = _array(_risks(*_uncertainty_and_wrong(what, logits, labels, scores)))
-    return _plots.risk_coverage_curve(risks, label, ax)
+    return drawing.risk_coverage_curve(risks, label, ax)
 
 
 def uncertainty_map(
@@ -171,7 +170,7 @@ def uncertainty_map(
         'mutual information (nats)'
     """
     pair = None if data is None else (_array(data[0]), _array(data[1]))
-    return _plots.uncertainty_map(_array(grid), _array(values), pair, label, vmax, ax)
+    return drawing.uncertainty_map(_array(grid), _array(values), pair, label, vmax, ax)
 
 
 def predictive_band(
@@ -209,7 +208,7 @@ def predictive_band(
     check_moments("predictive_band", uncertainty, Uncertainty._fields)
     moments = [_array(getattr(uncertainty, field)) for field in Uncertainty._fields]
     pair = None if data is None else (_array(data[0]), _array(data[1]))
-    return _plots.predictive_band(_array(x), moments, pair, level, ax)
+    return drawing.predictive_band(_array(x), moments, pair, level, ax)
 
 
 def member_spread(values: Tensor | np.ndarray, *, x: Tensor | np.ndarray | None = None, ax: Axes | None = None) -> Axes:
@@ -231,7 +230,7 @@ def member_spread(values: Tensor | np.ndarray, *, x: Tensor | np.ndarray | None 
         >>> ax.get_legend_handles_labels()[1]
         ['lowest to highest', 'each of 2 members', 'mean of the members']
     """
-    return _plots.member_spread(_array(values), None if x is None else _array(x), ax)
+    return drawing.member_spread(_array(values), None if x is None else _array(x), ax)
 
 
 def training_curves(
@@ -255,7 +254,7 @@ def training_curves(
         >>> ax.get_legend_handles_labels()[1]
         ['train_loss', 'val_nll']
     """
-    return _plots.training_curves(history, names, lambda value: float(_array(value)), ax)
+    return drawing.training_curves(history, names, lambda value: float(_array(value)), ax)
 
 
 def _inputs(what: str, logits: Any, labels: Any) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probly_torch._checks import check_logits
-from probly_torch._checks_losses import (
+from probly_common.checks.judging import (
     Unit,
+    check_any_members,
     check_gaussian,
+    check_logits,
     check_same_inputs,
     check_unit,
-    check_updated,
     check_variance,
 )
 
@@ -140,7 +140,7 @@ class ClassificationStream:
 
     def compute(self) -> Uncertainty:
         """What classification_uncertainty returns of all members so far."""
-        check_updated("ClassificationStream.compute", "stream.update(logits)", self.num_members)
+        check_any_members("ClassificationStream.compute", "stream.update(logits)", self.num_members)
         log_mean, aleatoric, epistemic = self._moments
         return _in_total(log_mean.exp(), aleatoric, epistemic, self.unit)
 
@@ -184,7 +184,7 @@ class RegressionStream:
 
     def compute(self) -> Uncertainty:
         """What regression_uncertainty returns of all members so far."""
-        check_updated("RegressionStream.compute", "stream.update(mean, variance)", self.num_members)
+        check_any_members("RegressionStream.compute", "stream.update(mean, variance)", self.num_members)
         center, aleatoric, epistemic = self._moments
         return _in_total(self._first + center, aleatoric, epistemic)
 

@@ -13,26 +13,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from probly_torch import _options
-from probly_torch._checks import check_initialized
-from probly_torch._checks_weights import (
-    check_flatten,
-    check_flattened,
+from probly_common.checks.ensembles import check_initialized
+from probly_common.checks.weights import (
     check_integers,
     check_materialized,
     check_model,
     check_numpy,
     check_tensors,
-    check_tied_names,
     check_writable,
-    linear_sizes,
-    match_names,
     read_json,
-    renamed_paths,
-    warn_flattened,
     warn_not_finite,
 )
-from probly_torch._files import Arrays, FileArrays, Spec, cast_array, keep_once, open_arrays, specs_of, write_arrays
+from probly_common.weights.files import (
+    Arrays,
+    FileArrays,
+    Spec,
+    cast_array,
+    keep_once,
+    open_arrays,
+    specs_of,
+    write_arrays,
+)
+from probly_common.weights.flatten import check_flatten, check_flattened, linear_sizes, warn_flattened
+from probly_common.weights.match import check_tied_names, match_names, renamed_paths
+from probly_torch import _options
 
 __all__ = ["load_arrays", "load_weights", "save_weights", "to_arrays"]
 

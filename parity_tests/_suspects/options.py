@@ -11,8 +11,8 @@ from flax import nnx
 
 from parity_tests._suspects.trial import LayerPair, Suspect, Trial, run_torch
 from parity_tests._trees import jax_of
+from probly_common.weights.kinds import Missing, Text
 from probly_flax import _options as flax_options
-from probly_flax._checks_options import Missing, Text
 from probly_torch import _options as torch_options
 
 # What layers call the same thing, most common first.

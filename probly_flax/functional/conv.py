@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from probly_flax._checks import check_fast_weights, tiled
-from probly_flax.functional._checks_conv import check_conv_kernel, check_conv_rows
+from probly_common.checks.layers import check_conv_kernel, check_fast_weights
+from probly_common.checks.rows import check_conv_rows, tiled
 from probly_flax.functional._common import rows
 
 __all__ = ["batch_ensemble_conv", "batch_ensemble_conv_transpose"]

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from probly_flax._checks import check_fast_weights, check_member_rows, check_weight, tiled
+from probly_common.checks.layers import check_fast_weights, check_weight
+from probly_common.checks.rows import check_member_rows, tiled
 from probly_flax.functional._common import rows
 
 __all__ = ["batch_ensemble_linear"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from probly_flax._checks import check_num_members, check_split, check_tile
+from probly_common.checks.rows import check_split, check_tile
+from probly_common.checks.values import check_num_members
 
 __all__ = ["split_members", "tile_members"]
 

@@ -9,21 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from probly_flax import random
-from probly_flax._checks import (
-    check_init,
-    check_num_members,
-    member_index,
-    member_indices,
-    seed_is_not_num_members,
-    tiled,
-)
-from probly_flax.functional._checks_conv import (
+from probly_common.checks.ensembles import member_index, member_indices
+from probly_common.checks.layers import (
     check_conv_base_layer,
     check_conv_kernel,
-    check_conv_rows,
+    check_init,
     check_padding,
+    seed_is_not_num_members,
 )
+from probly_common.checks.rows import check_conv_rows, tiled
+from probly_common.checks.values import check_num_members
+from probly_flax import random
 from probly_flax.functional.conv import batch_ensemble_conv, batch_ensemble_conv_transpose, scaled_kernels
 from probly_flax.layers._common import axes, draw_fast_weights, draw_kernel, keep_rows, param
 from probly_flax.random import Rngs

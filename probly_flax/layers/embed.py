@@ -10,17 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from probly_common.checks.ensembles import member_index, member_indices
+from probly_common.checks.layers import check_base_type, check_init, seed_is_not_num_members
+from probly_common.checks.rows import check_floating, check_query, check_tokens
+from probly_common.checks.values import check_num_members
 from probly_flax import random
-from probly_flax._checks import (
-    check_init,
-    check_num_members,
-    member_index,
-    member_indices,
-    seed_is_not_num_members,
-)
 from probly_flax.functional import batch_ensemble_linear
 from probly_flax.functional._common import rows
-from probly_flax.layers._checks_norm import check_base_type, check_floating, check_query, check_tokens
 from probly_flax.layers._common import axes, draw_fast_weights, keep_rows, param
 from probly_flax.random import Rngs
 

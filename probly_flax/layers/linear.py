@@ -9,18 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from probly_common.checks.ensembles import member_index, member_indices
+from probly_common.checks.layers import check_base_layer, check_init, check_weight, seed_is_not_num_members
+from probly_common.checks.rows import check_member_rows, tiled
+from probly_common.checks.values import check_num_members
 from probly_flax import random
-from probly_flax._checks import (
-    check_base_layer,
-    check_init,
-    check_member_rows,
-    check_num_members,
-    check_weight,
-    member_index,
-    member_indices,
-    seed_is_not_num_members,
-    tiled,
-)
 from probly_flax.functional import batch_ensemble_linear
 from probly_flax.layers._common import axes, draw_fast_weights, draw_kernel, keep_rows, param
 from probly_flax.random import Rngs

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from probly_flax._checks import check_num_members, member_index, member_indices
-from probly_flax.layers._checks_norm import check_base_type, check_mask, check_norm_rows
+from probly_common.checks.ensembles import member_index, member_indices
+from probly_common.checks.layers import check_base_type
+from probly_common.checks.rows import check_mask, check_norm_rows
+from probly_common.checks.values import check_num_members
 from probly_flax.layers._common import axes, param
 
 __all__ = ["BatchEnsembleBatchNorm", "BatchEnsembleGroupNorm", "BatchEnsembleLayerNorm"]

@@ -9,26 +9,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from probly_flax import random
-from probly_flax._checks import (
-    check_base_layer,
-    check_init,
-    check_num_members,
-    check_weight,
-    member_index,
-    member_indices,
-    seed_is_not_num_members,
-    type_name,
-)
-from probly_flax.layers._checks_recurrent import (
+from probly_common.checks.ensembles import member_index, member_indices
+from probly_common.checks.layers import check_base_layer, check_cell, check_init, check_weight, seed_is_not_num_members
+from probly_common.checks.rows import (
     BATCH_MAJOR,
     CELL,
     TIME_MAJOR,
-    check_cell,
     check_recurrent_rows,
-    check_state,
+    check_state_shape,
     check_states,
 )
+from probly_common.checks.values import check_num_members, type_name
+from probly_flax import random
 from probly_flax.layers._common import axes, param
 from probly_flax.layers.linear import BatchEnsembleLinear
 from probly_flax.random import Rngs
@@ -583,7 +575,7 @@ def _check_carry(what: str, name: str, carry: Any, states: tuple[str, ...], expe
         is_pair = isinstance(carry, (tuple, list)) and len(carry) == 2
         check_states(what, name, f"({', '.join(states)})", is_pair, type_name(carry))
     for state, value in zip(states, carry if len(states) == 2 else (carry,), strict=True):
-        check_state(
+        check_state_shape(
             what,
             f"{state} of {name}" if len(states) == 2 else name,
             jnp.shape(value),
@@ -609,4 +601,4 @@ def _check_sequence(
     if seq_lengths is not None:
         next_step = "To give every member the same lengths, call tile_members(seq_lengths, {E})."
         lengths = jnp.shape(seq_lengths)
-        check_state(what, "seq_lengths", lengths, batch, next_step.format(E=layer.num_members))
+        check_state_shape(what, "seq_lengths", lengths, batch, next_step.format(E=layer.num_members))

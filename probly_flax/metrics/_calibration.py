@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from probly_flax.metrics._checks_metrics import check_ignored, check_num_bins
+from probly_common.checks.judging import check_ignored, check_num_bins
 from probly_flax.metrics._classification import _hits, _is_label, _probs
 from probly_flax.metrics._states import _Scores, _Sums
 

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from probly_flax._checks import check_labels, check_logits
+from probly_common.checks.judging import check_ignored, check_labels, check_logits
 from probly_flax.losses import _nan_for_no_class
-from probly_flax.metrics._checks_metrics import check_ignored
 from probly_flax.metrics._states import _Mean, _Sums
 from probly_flax.uncertainty import disagreement, log_mean_probs, mutual_information
 

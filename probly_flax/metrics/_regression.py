@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from probly_flax._checks_losses import check_gaussian, check_targets
+from probly_common.checks.judging import check_gaussian, check_ignored, check_level, check_targets
 from probly_flax.losses import _log_density
-from probly_flax.metrics._checks_metrics import check_ignored, check_level
 from probly_flax.metrics._classification import _at_least_float32
 from probly_flax.metrics._states import _Mean
 from probly_flax.uncertainty import _nan_if_negative, regression_uncertainty

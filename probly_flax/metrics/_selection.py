@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from probly_common.checks.judging import check_ignored, check_is_ood, check_scores, check_uncertainty
 from probly_flax.metrics._calibration import _mean_of_ties
-from probly_flax.metrics._checks_metrics import check_ignored, check_is_ood, check_scores, check_uncertainty
 from probly_flax.metrics._classification import _at_least_float32, _hits, _probs
 from probly_flax.metrics._states import _Scores
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from probly_flax.metrics._checks_metrics import check_outside_jit, check_same_members, check_updated
+from probly_common.checks.judging import check_any_inputs, check_outside_jit, check_same_members
 
 
 class _Sums(nnx.Metric):
@@ -92,7 +92,7 @@ class _Scores(nnx.Metric):
     def _all(self, name: str) -> Array:
         """Values [..., N]."""
         seen = getattr(self, name)
-        check_updated(type(self).__name__, len(seen))
+        check_any_inputs(type(self).__name__, len(seen))
         return jnp.concatenate(list(seen), -1)
 
     def reset(self) -> None:

@@ -19,18 +19,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from probly_flax._checks_weights import check_has_values
+from probly_common.checks.weights import check_has_values
+from probly_common.commands import build, check_new, fail, name_of_model, new_folder, plain_warnings, renamed, steps
 from probly_flax._torch_names import torch_rules
-from probly_flax.port._checks_command import (
-    build,
-    check_new,
-    fail,
-    name_of_model,
-    new_folder,
-    plain_warnings,
-    renamed,
-    steps,
-)
 from probly_flax.weights import load_weights
 
 MAX_ROWS = 40

@@ -25,7 +25,7 @@ from jax.random import (
     uniform,
 )
 
-from probly_flax._checks import check_seed
+from probly_common.checks.values import check_seed
 
 __all__ = [
     "RngStream",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from probly_flax._checks import index
+from probly_common.checks.values import index
 
 
 def check_callable(what: str, name: str, value: Any) -> None:

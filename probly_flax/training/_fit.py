@@ -19,7 +19,7 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from probly_flax._checks import check_module
+from probly_common.checks.values import check_module
 from probly_flax.training._checks_fit import (
     check_again,
     check_finite,

@@ -10,8 +10,8 @@ import optax  # type: ignore[import-untyped]
 from flax import nnx
 from jax.tree_util import DictKey
 
+from probly_common.checks.training import check_group_options, check_groups, check_same_parameters, check_types
 from probly_flax.batchensemble import BatchEnsembleLayer
-from probly_flax.training._checks_training import check_group_options, check_groups, check_same_parameters, check_types
 
 _WEIGHTS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose, nnx.Embed, nnx.LoRA)
 _NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.WeightNorm, nnx.PReLU)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from probly_common.checks.rows import check_in_axes
+from probly_common.checks.training import check_batch, check_loss, check_task
+from probly_common.checks.values import check_module
 from probly_flax import losses
-from probly_flax._checks import check_in_axes, check_module
 from probly_flax.metrics._states import _Scores
 from probly_flax.training._checks_fit import check_callable, check_optimizer_type
-from probly_flax.training._checks_training import check_batch, check_loss, check_task
 from probly_flax.training._metrics import Task
 
 __all__ = ["TrainState", "make_eval_step", "make_train_step"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from probly_torch._checks import check_fast_weights, tiled
-from probly_torch.functional._checks_conv import check_conv_kernel, check_conv_rows
+from probly_common.checks.layers import check_conv_kernel, check_fast_weights
+from probly_common.checks.rows import check_conv_rows, tiled
 from probly_torch.functional._common import autocast, check_dtype
 
 __all__ = ["batch_ensemble_conv", "batch_ensemble_conv_transpose"]

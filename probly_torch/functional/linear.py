@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from probly_torch._checks import check_fast_weights, check_member_rows, check_weight, tiled
+from probly_common.checks.layers import check_fast_weights, check_weight
+from probly_common.checks.rows import check_member_rows, tiled
 from probly_torch.functional._common import autocast, check_dtype
 
 __all__ = ["batch_ensemble_linear"]

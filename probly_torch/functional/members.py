@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from probly_torch._checks import check_num_members, check_split, check_tile
+from probly_common.checks.rows import check_split, check_tile
+from probly_common.checks.values import check_num_members
 
 __all__ = ["split_members", "tile_members"]
 

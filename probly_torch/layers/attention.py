@@ -10,17 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, pad, scaled_dot_product_attention, softmax
 
+from probly_common.checks.ensembles import member_index, member_indices
+from probly_common.checks.layers import check_base_layer, check_init, seed_is_not_num_members
+from probly_common.checks.rows import check_attention_inputs, check_mask_rows
+from probly_common.checks.values import check_num_members
 from probly_torch import random
-from probly_torch._checks import (
-    check_base_layer,
-    check_init,
-    check_num_members,
-    member_index,
-    member_indices,
-    seed_is_not_num_members,
-)
 from probly_torch.functional import batch_ensemble_linear
-from probly_torch.layers._checks_attention import check_attention_inputs, check_mask_rows
 from probly_torch.layers._common import copied, draw_fast_weights, draw_kernel, keep_rows
 from probly_torch.layers.linear import BatchEnsembleLinear
 from probly_torch.random import Rngs

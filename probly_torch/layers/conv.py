@@ -9,17 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
+from probly_common.checks.ensembles import check_initialized, member_index, member_indices
+from probly_common.checks.layers import check_conv_base_layer, check_init, check_output_size, seed_is_not_num_members
+from probly_common.checks.rows import check_conv_rows, tiled
+from probly_common.checks.values import check_num_members
 from probly_torch import random
-from probly_torch._checks import (
-    check_init,
-    check_initialized,
-    check_num_members,
-    member_index,
-    member_indices,
-    seed_is_not_num_members,
-    tiled,
-)
-from probly_torch.functional._checks_conv import check_conv_base_layer, check_conv_rows, check_output_size
 from probly_torch.functional.conv import batch_ensemble_conv, batch_ensemble_conv_transpose, scaled_weights
 from probly_torch.layers._common import copied, draw_fast_weights, draw_kernel, keep_rows
 from probly_torch.random import Rngs

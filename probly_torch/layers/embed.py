@@ -10,23 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from probly_common.checks.ensembles import member_index, member_indices
+from probly_common.checks.layers import check_base_type, check_init, check_option_unset, seed_is_not_num_members
+from probly_common.checks.rows import check_floating, check_query, check_tokens
+from probly_common.checks.values import check_num_members
 from probly_torch import random
-from probly_torch._checks import (
-    check_init,
-    check_num_members,
-    member_index,
-    member_indices,
-    seed_is_not_num_members,
-)
 from probly_torch.functional import batch_ensemble_linear
 from probly_torch.functional._common import rows
-from probly_torch.layers._checks_norm import (
-    check_base_type,
-    check_floating,
-    check_option_unset,
-    check_query,
-    check_tokens,
-)
 from probly_torch.layers._common import copied, draw_fast_weights, keep_rows
 from probly_torch.random import Rngs
 

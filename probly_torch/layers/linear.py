@@ -6,18 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from probly_common.checks.ensembles import member_index, member_indices
+from probly_common.checks.layers import check_base_layer, check_init, check_weight, seed_is_not_num_members
+from probly_common.checks.rows import check_member_rows, tiled
+from probly_common.checks.values import check_num_members
 from probly_torch import random
-from probly_torch._checks import (
-    check_base_layer,
-    check_init,
-    check_member_rows,
-    check_num_members,
-    check_weight,
-    member_index,
-    member_indices,
-    seed_is_not_num_members,
-    tiled,
-)
 from probly_torch.functional.linear import members_linear
 from probly_torch.layers._common import copied, draw_fast_weights, draw_kernel, keep_rows
 from probly_torch.random import Rngs

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, group_norm, layer_norm
 
-from probly_torch._checks import check_num_members, member_index, member_indices
-from probly_torch.layers._checks_norm import check_base_type, check_dtype, check_enough_values, check_norm_rows
+from probly_common.checks.ensembles import member_index, member_indices
+from probly_common.checks.layers import check_base_type, check_dtype
+from probly_common.checks.rows import check_enough_values, check_norm_rows
+from probly_common.checks.values import check_num_members
 from probly_torch.layers._common import copied
 
 __all__ = ["BatchEnsembleBatchNorm", "BatchEnsembleGroupNorm", "BatchEnsembleLayerNorm"]

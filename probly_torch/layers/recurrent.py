@@ -9,29 +9,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from probly_torch import random
-from probly_torch._checks import (
+from probly_common.checks.ensembles import member_index, member_indices
+from probly_common.checks.layers import (
     check_base_layer,
     check_init,
-    check_num_members,
+    check_not_packed,
+    check_recurrent_dtype,
     check_weight,
-    member_index,
-    member_indices,
     seed_is_not_num_members,
-    type_name,
 )
-from probly_torch.functional import batch_ensemble_linear
-from probly_torch.functional._common import autocast
-from probly_torch.layers._checks_recurrent import (
+from probly_common.checks.rows import (
     BATCH_MAJOR,
     CELL,
     TIME_MAJOR,
-    check_not_packed,
-    check_recurrent_dtype,
     check_recurrent_rows,
-    check_state,
+    check_state_shape,
     check_states,
 )
+from probly_common.checks.values import check_num_members, type_name
+from probly_torch import random
+from probly_torch.functional import batch_ensemble_linear
+from probly_torch.functional._common import autocast
 from probly_torch.layers._common import copied, draw_fast_weights, draw_kernel, keep_rows
 from probly_torch.random import Rngs
 
@@ -134,7 +132,7 @@ class _Cell(_Recurrent):
         check_recurrent_rows(what, x.shape, self.num_members, self.input_size, CELL)
         expected = (x.shape[0], self.hidden_size)
         for name, state in (states or {}).items():
-            check_state(what, name, state.shape, expected, "For zeros, leave it out: layer(x).")
+            check_state_shape(what, name, state.shape, expected, "For zeros, leave it out: layer(x).")
         _check_dtypes(what, self.weight_ih.dtype, {"x": x, **(states or {})})
         given = (x.new_zeros(expected),) * count if states is None else tuple(states.values())
         # On the CPU, autocast casts the matrix products of a cell, and elsewhere the whole cell.
@@ -181,7 +179,7 @@ class _Sequence(_Recurrent):
             given = [x.new_zeros(shape) for shape in shapes]
         else:
             for (name, state), shape in zip(states.items(), shapes, strict=True):
-                check_state(what, name, state.shape, shape, "For zeros, leave it out: layer(x).")
+                check_state_shape(what, name, state.shape, shape, "For zeros, leave it out: layer(x).")
             given = list(states.values())
         _check_dtypes(what, weight.dtype, {"x": x, **(states or {})})
         options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from probly_torch.metrics._checks_metrics import check_num_bins
+from probly_common.checks.judging import check_num_bins
 from probly_torch.metrics._classification import _hits, _probs
 from probly_torch.metrics._states import _Scores, _Sums
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from probly_torch._checks import check_labels, check_logits
+from probly_common.checks.judging import check_labels, check_logits
 from probly_torch.metrics._states import _Mean, _Sums
 from probly_torch.uncertainty import disagreement, log_mean_probs, mutual_information
 

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probly_torch._checks_losses import check_gaussian, check_targets
+from probly_common.checks.judging import check_gaussian, check_level, check_targets
 from probly_torch.losses import _log_density
-from probly_torch.metrics._checks_metrics import check_level
 from probly_torch.metrics._classification import _at_least_float32
 from probly_torch.metrics._states import _Mean
 from probly_torch.uncertainty import _check_variance, regression_uncertainty

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from probly_common.checks.judging import check_is_ood, check_scores, check_uncertainty
 from probly_torch.metrics._calibration import _mean_of_ties
-from probly_torch.metrics._checks_metrics import check_is_ood, check_scores, check_uncertainty
 from probly_torch.metrics._classification import _at_least_float32, _hits, _probs
 from probly_torch.metrics._states import _Scores
 

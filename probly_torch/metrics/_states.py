@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from probly_torch.metrics._checks_metrics import check_same_members, check_updated
+from probly_common.checks.judging import check_any_inputs, check_same_members
 
 
 class _EnsembleMetric(Metric):
@@ -106,7 +106,7 @@ class _Scores(_EnsembleMetric):
     def _all(self, name: str) -> Tensor:
         """Values [width, N]."""
         state = getattr(self, name)
-        check_updated(type(self).__name__, len(state))
+        check_any_inputs(type(self).__name__, len(state))
         return dim_zero_cat(state).reshape(-1, int(self.width)).mT
 
 

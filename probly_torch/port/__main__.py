@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from probly_torch.port import _twin
-from probly_torch.port._checks_command import (
+from probly_common.commands import (
     build,
     check_installed,
     check_new,
@@ -26,11 +25,12 @@ from probly_torch.port._checks_command import (
     plain_warnings,
     steps,
 )
-from probly_torch.port._proof import LIMIT, Twin, _leaves, _tensors, _values, prove
+from probly_common.standard import NOISE_FLOOR, PRECISION_LIMIT, TRAJECTORY_LIMIT
+from probly_torch.port import _twin
+from probly_torch.port._proof import Twin, _leaves, _tensors, _values, prove
 from probly_torch.weights import _view, load_weights, save_weights
 
 SEEDS = 3  # how many inputs are compared; the network was traced on the first
-NOISE_FLOOR, TIMES = 4, 8  # roundings that anything may have, and how many times torch's own the twin may have
 SOURCE, WEIGHTS = "model.py", "weights.safetensors"
 USE = """\
 {wide}import jax.numpy as jnp
@@ -212,7 +212,11 @@ def _compare(
         dtype = ours[0][i].dtype
         unit = torch.finfo(dtype).eps / 2 if dtype.is_floating_point else 0.0
         noise, off = (max(map(_distance, runs, reference)) / (unit or 1) for runs in (torchs, flaxs))
-        limit = LIMIT / unit if dtype == torch.float64 else TIMES * max(NOISE_FLOOR if unit else 0, noise)
+        limit = (
+            TRAJECTORY_LIMIT / unit
+            if dtype == torch.float64
+            else PRECISION_LIMIT * max(NOISE_FLOOR if unit else 0, noise)
+        )
         rows.append(Row(flaxs[0].shape, str(dtype).removeprefix("torch."), noise, off, limit))
     return rows, bool(streams)
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from probly_common.standard import TRAJECTORY_LIMIT
 from probly_torch.port._source import Value
 from probly_torch.weights import to_arrays
 
 if TYPE_CHECKING:
     from flax import nnx
 
-LIMIT = 1e-12  # of an output's scale, in float64
 _ROUNDINGS = 64  # of a lower dtype that the forward itself casts to
 
 
@@ -92,7 +92,7 @@ def prove(network: nn.Module, twin: Twin) -> None:
         expected = double(*_map(args, torch.clone), **_map(kwargs, torch.clone))
     for hook in hooks:
         hook.remove()
-    limit = LIMIT if lowest.dtype == torch.float64 else _ROUNDINGS * torch.finfo(lowest.dtype).eps
+    limit = TRAJECTORY_LIMIT if lowest.dtype == torch.float64 else _ROUNDINGS * torch.finfo(lowest.dtype).eps
     with jax.enable_x64(True):
         model = load(double, twin, np.dtype("float64"))
         given = _map(twin.passed, _to_jax)

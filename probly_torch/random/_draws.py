@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probly_torch._checks import index, type_name
+from probly_common.checks.values import index, type_name
 from probly_torch.random._threefry import WORD, as_shape, check_key, counted, split
 from probly_torch.random._xla import divided, erf, erf_inv, flushed, fma, log, log1p, scalar
 

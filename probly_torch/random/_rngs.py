@@ -8,7 +8,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from probly_torch._checks import check_seed
+from probly_common.checks.values import check_seed
 from probly_torch.random import _draws, _threefry
 from probly_torch.random._instead import INSTEAD
 from probly_torch.random._threefry import check_key, fold_in

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probly_torch._checks import MAX_SEED, check_seed, index, type_name
+from probly_common.checks.values import MAX_SEED, check_seed, index, type_name
 
 WORD = 0xFFFFFFFF  # the low 32 bits: words are kept in int64, where sums and shifts do not overflow
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))

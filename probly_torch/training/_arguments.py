@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from probly_common.report import Report, ReportRow
 from probly_torch import layers, losses
-from probly_torch._report import Report, ReportRow
 from probly_torch.batchensemble import BatchEnsemble
 from probly_torch.ensemble import Ensemble
 from probly_torch.random import Rngs, RngStream

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from probly_common.checks.training import check_attribute, check_batch, check_task
 from probly_torch.losses import to_gaussian
-from probly_torch.training._checks_training import check_attribute, check_batch, check_task
 from probly_torch.training._metrics import StageMetrics, Task
 from probly_torch.training._mixin import member_outputs
 

@@ -11,10 +11,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import AdamW
 
+from probly_common.checks.training import check_group_options, check_groups, check_types
 from probly_torch import layers
 from probly_torch.batchensemble import BatchEnsembleLayer
 from probly_torch.ensemble import Ensemble
-from probly_torch.training._checks_training import check_group_options, check_groups, check_types
 
 Types = tuple[type[nn.Module], ...]
 

@@ -10,11 +10,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from probly_torch._checks import check_in_axes, check_member_axis
+from probly_common.checks.rows import check_in_axes, check_member_axis
+from probly_common.checks.training import check_batch, check_loss
 from probly_torch.batchensemble import BatchEnsemble
 from probly_torch.ensemble import Ensemble
 from probly_torch.losses import member_cross_entropy
-from probly_torch.training._checks_training import check_batch, check_loss
 from probly_torch.training._groups import Types, decay_groups
 from probly_torch.training._random_states import random_states, set_dropout_state, set_random_state
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
-from probly_torch._checks import check_in_axes, check_module
+from probly_common.checks.rows import check_in_axes
+from probly_common.checks.training import check_batch, check_group_options, check_lr_ratios
+from probly_common.checks.values import check_module
 from probly_torch.losses import member_cross_entropy, member_gaussian_nll, to_gaussian
 from probly_torch.training._arguments import pack, unpack
-from probly_torch.training._checks_training import check_batch, check_group_options, check_lr_ratios
 from probly_torch.training._groups import plain_adamw
 from probly_torch.training._metrics import StageMetrics, Task
 from probly_torch.training._mixin import EnsembleMixin, inputs_of, loss_of

@@ -1,4 +1,4 @@
-"""Checks of an optimizer's state, and the sentences they raise. The same file, byte for byte, in both packages."""
+"""Checks of an optimizer's state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from ._checks_weights import Specs, _lines, _near, shown
+from probly_common.checks.values import shown
+from probly_common.checks.weights import Specs, listed
+from probly_common.weights.match import nearest_names
 
 
 def check_optimizer(what: str, optimizer: Any, known: tuple[type, ...], supported: str, example: str) -> None:
@@ -57,7 +59,7 @@ def check_state(what: str, expected: Specs, given: Specs, optional: Collection[s
     """Compares (shape, dtype) by name and reports every difference at once, before anything is written."""
     missing = [name for name in expected if name not in given and name not in optional]
     unexpected = [name for name in given if name not in expected]
-    near = {name: f" (rename {shown(other)}?)" for name, other in _near(missing, unexpected).items()}
+    near = {name: f" (rename {shown(other)}?)" for name, other in nearest_names(missing, unexpected).items()}
     problems = [f"  missing: {shown(name)}{near.get(name, '')}" for name in missing]
     problems += [f"  unexpected: {shown(name)}" for name in unexpected]
     for name in expected.keys() & given.keys():
@@ -67,7 +69,7 @@ def check_state(what: str, expected: Specs, given: Specs, optional: Collection[s
     if problems:
         raise ValueError(
             f"{what} expects the names, shapes and dtypes of this optimizer's state; got {len(problems)} differences "
-            f"and loaded nothing:\n{_lines(problems)}\nPass optimizer_to_arrays(model, optimizer) of the same kind of "
+            f"and loaded nothing:\n{listed(problems)}\nPass optimizer_to_arrays(model, optimizer) of the same kind of "
             f"optimizer, over the twins of the same parameters."
         )
 
@@ -103,7 +105,7 @@ def check_step_known(what: str, known: bool, name: str) -> None:
 
 def warn_state_not_finite(what: str, names: Sequence[str]) -> None:
     if names:
-        lines = _lines([f"  {shown(name)}" for name in names])
+        lines = listed([f"  {shown(name)}" for name in names])
         warnings.warn(
             f"{what} loads a state with values that are NaN or infinite:\n{lines}\nTo start anew, leave this out.",
             stacklevel=4,

@@ -1,7 +1,5 @@
 """What a layer computes beside its weights: the options that travel with them, and how they are compared.
 
-The same file, byte for byte, in probly_torch and probly_flax, as _checks.py is.
-
 The options of a model are `{path: {"kind": ..., option: value, ...}}`, by the layer's path in torch. Kinds, options and
 values are torch's, so that both packages mean the same by them, and those of the table KINDS below; values are numbers,
 strings, booleans, None and lists. Where torch has no word, or two for one thing:
@@ -32,9 +30,12 @@ from types import CodeType, FunctionType
 from typing import Any
 
 Options = Mapping[str, Any]
+
 MAX_LINES = 20
+
 # What names and shapes of weights say, or the function of a model does not depend on.
 _SHOWN = {"kind", "bias", "weight", "kernel_size", "padding_idx", "num_members", "flatten_channels"}
+
 Check = Callable[[Any], bool]
 
 
@@ -85,19 +86,26 @@ def _conv(rank: int) -> dict[str, Check]:
 
 
 _NORM: dict[str, Check] = {"eps": _number, "weight": _flag, "bias": _flag}
+
 _AXES = {"axes": _list_of(_integer), "feature_axes": _list_of(_integer), "flatten_channels": _integer}
+
 _STATISTICS: dict[str, Check] = {**_NORM, "momentum": _or_none(_number), "track_running_stats": _flag}
+
 _FUNCTIONS = ("tanh", "relu", "sigmoid", "mixed")
+
 _CELL: dict[str, Check] = {
     "bias": _flag,
     "nonlinearity": _one_of(*_FUNCTIONS),
     "residual": _flag,
 }
+
 _GATED = {**_CELL, "gate": _one_of(*_FUNCTIONS)}
+
 _SEQUENCE: dict[str, Check] = {
     **dict.fromkeys(("num_layers", "proj_size"), _integer),
     **dict.fromkeys(("bidirectional", "batch_first", "reverse"), _flag),
 }
+
 _ACTIVATIONS: dict[str, dict[str, Check]] = {
     "GELU": {"approximate": _one_of("none", "tanh")},
     "LeakyReLU": {"negative_slope": _number},
@@ -114,6 +122,7 @@ _ACTIVATIONS: dict[str, dict[str, Check]] = {
         )
     },
 }
+
 KINDS: dict[str, dict[str, Check]] = {
     **_ACTIVATIONS,
     "Linear": {"bias": _flag, "flatten_channels": _integer},

@@ -1,4 +1,4 @@
-"""Checks of training, and the sentences they raise. The same file, byte for byte, in both packages."""
+"""Checks of training."""
 
 from __future__ import annotations
 

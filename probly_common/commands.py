@@ -1,7 +1,4 @@
-"""What the command lines of porting share: models by name, the folder that is written, and what is said when it fails.
-
-The same file, byte for byte, in probly_torch and probly_flax; it imports no framework.
-"""
+"""Serves the command lines: models by name, the folder that is written, and what is said when it fails."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from .._checks import type_name
+from probly_common.checks.values import type_name
 
 
 def name_of_model(text: str) -> tuple[str, str]:

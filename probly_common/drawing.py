@@ -1,8 +1,7 @@
-"""How plots are drawn: matplotlib and NumPy alone.
+"""Draws the plots, by matplotlib and NumPy alone.
 
-The same file, byte for byte, in probly_torch and probly_flax. Series differ in colour (Okabe and Ito 2008), line and
-marker, and areas in lightness or hatching, so that none needs to be told by its colour. Nothing here goes through
-pyplot, which would keep figures, or changes rcParams.
+Series differ in colour (Okabe and Ito 2008), line and marker, and areas in lightness or hatching, so that none needs to
+be told by its colour. Nothing here goes through pyplot, which would keep figures, or changes rcParams.
 """
 
 from __future__ import annotations
@@ -17,28 +16,31 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ._checks_plots import (
+from probly_common.checks.judging import (
     check_ax,
     check_curve,
     check_grid,
     check_history,
+    check_level,
     check_names,
     check_no_nan,
     check_points,
     check_values_of_members,
     check_variances,
 )
-from .metrics._checks_metrics import check_level
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+
 SERIES = (
     cycler(color=[BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY])
     + cycler(linestyle=["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))])
     + cycler(marker=["o", "s", "^", "D", "v", "X"])
 )
+
 MARKERS = "o^sDvP*X"
 
 Pair = tuple[np.ndarray, np.ndarray]
+
 Look = dict[str, Any]
 
 HOLLOW: Look = {"fillstyle": "none", "markeredgewidth": 1.5}  # what lies beneath a marker shows

@@ -1,7 +1,4 @@
-"""Arrays on disk: safetensors, written whole or not at all, and read one by one.
-
-The same file, byte for byte, in probly_torch and probly_flax; it imports no framework.
-"""
+"""Reads and writes arrays on disk: safetensors, written whole or not at all, and read one by one."""
 
 from __future__ import annotations
 
@@ -19,9 +16,10 @@ import ml_dtypes  # noqa: F401  gives NumPy the names of its dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ._checks_weights import shown
+from probly_common.checks.values import shown
 
 BLOCK = 2**20
+
 DTYPES = {  # what safetensors calls the dtypes of NumPy and ml_dtypes
     "bool": "BOOL",
     **{f"{sign}int{bits}": f"{sign or 'i'}{bits}".upper() for sign in ("", "u") for bits in (8, 16, 32, 64)},
@@ -31,6 +29,7 @@ DTYPES = {  # what safetensors calls the dtypes of NumPy and ml_dtypes
     "float8_e5m2": "F8_E5M2",
     "complex64": "C64",
 }
+
 METADATA = ("format", "framework", "sha256", "options", "flatten")  # of our files; other entries name tied arrays
 
 

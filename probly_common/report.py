@@ -1,4 +1,4 @@
-"""What a conversion did to each layer. The same file, byte for byte, in probly_torch and probly_flax."""
+"""Tells what a conversion did to each layer."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""What both packages share and what knows no framework: sentences, files, tables and drawings."""

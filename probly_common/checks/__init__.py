@@ -1,0 +1,1 @@
+"""Checks of arguments, filed by subject, and the sentences that they raise."""
