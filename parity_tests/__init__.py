@@ -1,4 +1,4 @@
-"""The parity kit: whether a torch model and a Flax model compute the same numbers; and the suite that uses it."""
+"""The parity kit: whether a torch model and a Flax model compute the same numbers."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from parity_tests._compare import assert_parity as assert_parity
-    from parity_tests._compare import compare as compare
-    from parity_tests._inputs import Integers as Integers
-    from parity_tests.report import ParityReport as ParityReport
-    from parity_tests.training import TrainingReport as TrainingReport
-    from parity_tests.training import compare_training as compare_training
+    from parity_tests.kit.compare import assert_parity as assert_parity
+    from parity_tests.kit.compare import compare as compare
+    from parity_tests.kit.inputs import Integers as Integers
+    from parity_tests.kit.report import ParityReport as ParityReport
+    from parity_tests.kit.training import TrainingReport as TrainingReport
+    from parity_tests.kit.training import compare_training as compare_training
 
 _HOMES = {
-    "Integers": "_inputs",
-    "ParityReport": "report",
-    "TrainingReport": "training",
-    "assert_parity": "_compare",
-    "compare": "_compare",
-    "compare_training": "training",
+    "Integers": "kit.inputs",
+    "ParityReport": "kit.report",
+    "TrainingReport": "kit.training",
+    "assert_parity": "kit.compare",
+    "compare": "kit.compare",
+    "compare_training": "kit.training",
 }
 __all__ = sorted(_HOMES)
 

@@ -17,9 +17,9 @@ from torch import nn
 import probly_flax
 import probly_torch
 from parity_tests import Integers, compare
-from parity_tests._render import SUFFIXES, check_path
+from parity_tests.kit.render import SUFFIXES, check_path
 from parity_tests.standard import UNIT_ROUNDOFF
-from probly_common.commands import _find, _parameters, build, fail, name_of_model, plain_warnings, renamed
+from probly_common.commands import build, fail, find_model, name_of_model, parameters_of, plain_warnings, renamed
 
 SPELLINGS = {
     "rename={'a': 'b'}": "--rename a=b",
@@ -163,7 +163,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
 
 def _build(framework: str, target: tuple[str, str], kind: type, given: Mapping[str, Any], **options: Any) -> Any:
     if given:
-        known = [parameter.name for parameter in _parameters(_find(framework, *target))]
+        known = [parameter.name for parameter in parameters_of(find_model(framework, *target))]
         unknown = [name for name in given if name not in known]
         if unknown:
             raise ArgumentTypeError(

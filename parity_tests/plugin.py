@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from parity_tests.report import ParityReport
+    from parity_tests.kit.report import ParityReport
 
 DTYPES = ("float32", "float64")
 MARKER = (

@@ -34,7 +34,7 @@ def build(what: str, module: str, name: str, kind: type, /, **options: tuple[Any
     A function is given those of the options, values and their source, that it has arguments for. Errors of the module
     and of the function are left as they are: their traceback names the line.
     """
-    found = _find(what, module, name)
+    found = find_model(what, module, name)
     if isinstance(found, kind):
         return found, name
     if not callable(found):
@@ -42,7 +42,7 @@ def build(what: str, module: str, name: str, kind: type, /, **options: tuple[Any
             f"{what} expects a function or class that makes a {kind.__module__.partition('.')[0]} module; got "
             f"{module}:{name}, which is {type_name(found)}. Write one: def build(): return Network(...)."
         )
-    parameters = _parameters(found)
+    parameters = parameters_of(found)
     asked = [p.name for p in parameters if p.name in options]
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     other = [argument for argument in needed if argument not in options]
@@ -122,7 +122,7 @@ def fail(error: Exception, spellings: Mapping[str, str]) -> int:
     return 1
 
 
-def _find(what: str, module: str, name: str) -> Any:
+def find_model(what: str, module: str, name: str) -> Any:
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -141,7 +141,7 @@ def _find(what: str, module: str, name: str) -> Any:
         ) from None
 
 
-def _parameters(function: Any) -> list[inspect.Parameter]:
+def parameters_of(function: Any) -> list[inspect.Parameter]:
     is_class = inspect.isclass(function)  # whose own signature may be that of its metaclass
     try:
         return list(inspect.signature(function.__init__ if is_class else function).parameters.values())[is_class:]

@@ -6,7 +6,7 @@ be told by its colour. Nothing here goes through pyplot, which would keep figure
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -79,7 +79,7 @@ def confidence_histogram(bins: Sequence[np.ndarray], num_classes: int, ax: Axes 
 
 def risk_coverage_curve(risks: np.ndarray, label: str | None, ax: Axes | None) -> Axes:
     """Of the k most certain inputs, for k = 1..N."""
-    check_no_nan("risk_coverage_curve", bool(np.isnan(risks).any()))
+    check_no_nan("risk_coverage_curve", risks)
     ax = _axes("risk_coverage_curve", ax)
     coverage = np.arange(1, len(risks) + 1) / len(risks)
     some = max(1, len(risks) // 10)
@@ -123,7 +123,7 @@ def predictive_band(
     what = "predictive_band"
     for name, values in zip(("mean", "total", "aleatoric", "epistemic"), moments, strict=True):
         check_curve(what, name, x.shape, values.shape)
-    check_variances(what, not any((values < 0).any() for values in moments[1:]))
+    check_variances(what, moments[1:])
     check_level(what, level)
     ax = _axes(what, ax)
     order = np.argsort(x.ravel())
@@ -172,8 +172,7 @@ def member_spread(values: np.ndarray, x: np.ndarray | None, ax: Axes | None) -> 
 def training_curves(history: Any, names: Sequence[str] | None, number: Callable[[Any], float], ax: Axes | None) -> Axes:
     """A name's last number in an epoch counts, or NaN where it is the only one."""
     what = "training_curves"
-    is_history = isinstance(history, Sequence) and all(isinstance(row, Mapping) for row in history)
-    check_history(what, history, is_history)
+    check_history(what, history)
     logged = sorted({name for row in history for name in row} - {"epoch", "step"})
     losses = [name for name in logged if name.endswith(("loss", "nll"))]
     chosen = losses if names is None else list(names)
@@ -193,7 +192,7 @@ def training_curves(history: Any, names: Sequence[str] | None, number: Callable[
 
 def _axes(what: str, ax: Axes | None) -> Axes:
     """The given axes, or those of a new figure; what is drawn on empty ones starts with the first style."""
-    check_ax(what, ax is None or isinstance(ax, Axes), ax)
+    check_ax(what, ax, Axes)
     ax = ax or Figure(layout="constrained").subplots()
     if not ax.has_data():
         ax.set_prop_cycle(SERIES)

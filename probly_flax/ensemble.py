@@ -58,7 +58,7 @@ class Ensemble(nnx.Module):
     """
 
     def __init__(self, members: Sequence[nnx.Module], *, chunk_size: int | None = None) -> None:
-        check_list_of_members("Ensemble", members, isinstance(members, (list, tuple, nnx.List)))
+        check_list_of_members("Ensemble", members, (list, tuple, nnx.List))
         for each in members:
             check_module("Ensemble", "each member", each, nnx.Module)
         check_distinct("Ensemble", members)

@@ -287,7 +287,7 @@ def disagreement(logits: Array) -> Array:
 def _log_probs(what: str, logits: Array) -> Array:
     """log softmax, kept finite: below this bound the probability is 0 anyway."""
     check_logits(what, logits.shape)
-    return jnp.maximum(jax.nn.log_softmax(logits, -1), jnp.finfo(logits.dtype).min / 4)
+    return jnp.maximum(jax.nn.log_softmax(logits, -1), float(jnp.finfo(logits.dtype).min) / 4)
 
 
 def _log_mean(log_probs: Array) -> Array:

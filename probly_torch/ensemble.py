@@ -67,7 +67,7 @@ class Ensemble(nn.Module):
 
     def __init__(self, members: Sequence[nn.Module], *, chunk_size: int | None = None) -> None:
         super().__init__()
-        check_list_of_members("Ensemble", members, isinstance(members, (list, tuple, nn.ModuleList)))
+        check_list_of_members("Ensemble", members, (list, tuple, nn.ModuleList))
         for each in members:
             check_module("Ensemble", "each member", each, nn.Module)
         check_distinct("Ensemble", members)

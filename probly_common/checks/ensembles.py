@@ -74,9 +74,9 @@ def member_index(what: str, item: Any, num_members: int) -> int:
     return i % num_members
 
 
-def check_list_of_members(what: str, members: Any, is_list: bool) -> None:
+def check_list_of_members(what: str, members: Any, lists: tuple[Any, ...]) -> None:
     """A network is no list of members, even one that can be iterated over."""
-    if not is_list:
+    if not isinstance(members, lists):
         raise TypeError(
             f"{what} expects a list of modules; got {type_name(members)}. To make members of one network, call "
             f"ensemble(network, num_members=4)."

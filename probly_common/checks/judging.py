@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 
 def check_logits(what: str, shape: Sequence[int]) -> None:
@@ -126,8 +128,8 @@ def _check_number(
         raise ValueError(sentence)
 
 
-def check_ax(what: str, is_axes: bool, ax: Any) -> None:
-    if not is_axes:
+def check_ax(what: str, ax: Any, axes: type) -> None:
+    if not (ax is None or isinstance(ax, axes)):
         raise TypeError(
             f"{what} expects ax to be the Axes of one plot, or None; got {type(ax).__name__}. Pass one: "
             f"{what}(..., ax=figure.subplots())."
@@ -168,8 +170,8 @@ def check_curve(what: str, name: str, x: Sequence[int], values: Sequence[int]) -
         )
 
 
-def check_variances(what: str, holds: bool) -> None:
-    if not holds:
+def check_variances(what: str, values: Sequence[np.ndarray]) -> None:
+    if any((each < 0).any() for each in values):
         raise ValueError(
             f"{what} expects uncertainties of at least 0, which are variances; got others among them. Pass "
             f"regression_uncertainty(mean, variance)."
@@ -184,8 +186,8 @@ def check_values_of_members(what: str, values: Sequence[int]) -> None:
         )
 
 
-def check_history(what: str, history: Any, is_history: bool) -> None:
-    if not is_history:
+def check_history(what: str, history: Any) -> None:
+    if not isinstance(history, Sequence) or not all(isinstance(row, Mapping) for row in history):
         raise TypeError(
             f"{what} expects history to be a list of dicts, one for each epoch; got {type(history).__name__}. "
             f"Pass [{{'train_loss': 0.7}}, {{'train_loss': 0.5}}]."
@@ -210,8 +212,8 @@ def check_moments(what: str, uncertainty: Any, fields: Sequence[str]) -> None:
         )
 
 
-def check_no_nan(what: str, nan: bool) -> None:
-    if nan:
+def check_no_nan(what: str, values: np.ndarray) -> None:
+    if np.isnan(values).any():
         raise ValueError(
             f"{what} expects uncertainty without NaN, which has no place in an order; got some. To use the largest "
             f"probability, leave it out: uncertainty=None."

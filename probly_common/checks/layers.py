@@ -176,17 +176,18 @@ def dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_cell(what: str, expected: str, is_expected: bool, got: str) -> None:
+def check_cell(what: str, cell: Any, *kinds: type) -> None:
     """The cell that a sequence layer runs."""
-    if not is_expected:
+    if not isinstance(cell, kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds)
         raise TypeError(
-            f"{what} expects base_layer to run a cell of type {expected}; got one that runs {got}. Pass a layer of "
-            f"{expected}; or convert the whole network, batchensemble(network, num_members=4)."
+            f"{what} expects base_layer to run a cell of type {expected}; got one that runs {type_name(cell)}. Pass a "
+            f"layer of {expected}; or convert the whole network, batchensemble(network, num_members=4)."
         )
 
 
-def check_not_packed(what: str, is_packed: bool) -> None:
-    if is_packed:
+def check_not_packed(what: str, x: Any, packed: type) -> None:
+    if isinstance(x, packed):
         raise TypeError(
             f"{what} expects a padded batch, whose rows the members share out; got a PackedSequence. Pad it, and pick "
             f"the outputs at each length: pad_packed_sequence(x, batch_first=True)."

@@ -343,6 +343,7 @@ def check_state_shape(what: str, name: str, shape: Sequence[int], expected: Sequ
         )
 
 
-def check_states(what: str, name: str, order: str, is_pair: bool, got: str) -> None:
-    if not is_pair:
-        raise TypeError(f"{what} expects {name} to be the pair {order}; got {got}. Pass {name}={order}.")
+def check_states(what: str, name: str, states: Any, order: Sequence[str]) -> None:
+    if not isinstance(states, (tuple, list)) or len(states) != 2:
+        pair = f"({', '.join(order)})"
+        raise TypeError(f"{what} expects {name} to be the pair {pair}; got {type_name(states)}. Pass {name}={pair}.")

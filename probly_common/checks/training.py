@@ -93,9 +93,9 @@ def check_task(what: str, task: Any) -> None:
         )
 
 
-def check_attribute(what: str, owner: str, name: str, found: bool) -> None:
-    if not found:
+def check_attribute(what: str, owner: Any, name: str) -> None:
+    if not hasattr(owner, name):
         raise ValueError(
-            f"{what} expects a module with its network in {name}; got {owner}, which has no such attribute. Say where "
-            f"it is: {what}(attribute='network')."
+            f"{what} expects a module with its network in {name}; got {type(owner).__name__}, which has no such "
+            f"attribute. Say where it is: {what}(attribute='network')."
         )

@@ -19,7 +19,7 @@ from probly_common.checks.rows import (
     check_state_shape,
     check_states,
 )
-from probly_common.checks.values import check_num_members, type_name
+from probly_common.checks.values import check_num_members
 from probly_flax import random
 from probly_flax.layers._common import axes, param
 from probly_flax.layers.linear import BatchEnsembleLinear
@@ -302,12 +302,7 @@ class BatchEnsembleLSTM(nnx.RNN):
         what = "BatchEnsembleLSTM"
         check_base_layer(what, base_layer, nnx.RNN, "__call__")
         cell: Any = base_layer.cell
-        check_cell(
-            what,
-            "OptimizedLSTMCell or LSTMCell",
-            isinstance(cell, (nnx.OptimizedLSTMCell, nnx.LSTMCell)),
-            type_name(cell),
-        )
+        check_cell(what, cell, nnx.OptimizedLSTMCell, nnx.LSTMCell)
         check_init(what, init, r_mean, r_std, s_mean, s_std)
         self.num_members = check_num_members(what, num_members)
         rngs = random.as_rngs(what, rngs)
@@ -423,7 +418,7 @@ class BatchEnsembleGRU(nnx.RNN):
         what = "BatchEnsembleGRU"
         check_base_layer(what, base_layer, nnx.RNN, "__call__")
         cell: Any = base_layer.cell
-        check_cell(what, "GRUCell", isinstance(cell, nnx.GRUCell), type_name(cell))
+        check_cell(what, cell, nnx.GRUCell)
         check_init(what, init, r_mean, r_std, s_mean, s_std)
         self.num_members = check_num_members(what, num_members)
         rngs = random.as_rngs(what, rngs)
@@ -572,8 +567,7 @@ def _copy_linear(linear: nnx.Linear, base: nnx.Linear, out_features: int) -> Non
 
 def _check_carry(what: str, name: str, carry: Any, states: tuple[str, ...], expected: tuple[int, ...]) -> None:
     if len(states) == 2:
-        is_pair = isinstance(carry, (tuple, list)) and len(carry) == 2
-        check_states(what, name, f"({', '.join(states)})", is_pair, type_name(carry))
+        check_states(what, name, carry, states)
     for state, value in zip(states, carry if len(states) == 2 else (carry,), strict=True):
         check_state_shape(
             what,

@@ -26,7 +26,7 @@ from probly_common.checks.rows import (
     check_state_shape,
     check_states,
 )
-from probly_common.checks.values import check_num_members, type_name
+from probly_common.checks.values import check_num_members
 from probly_torch import random
 from probly_torch.functional import batch_ensemble_linear
 from probly_torch.functional._common import autocast
@@ -169,7 +169,7 @@ class _Sequence(_Recurrent):
         self, what: str, kernel: Any, x: Tensor, states: dict[str, Tensor] | None, sizes: Sequence[int]
     ) -> list[Tensor]:
         """Runs torch's kernel on each member's rows, from its states, with its weights; joins outputs and states."""
-        check_not_packed(what, isinstance(x, PackedSequence))
+        check_not_packed(what, x, PackedSequence)
         axes = BATCH_MAJOR if self.batch_first else TIME_MAJOR
         check_recurrent_rows(what, x.shape, self.num_members, self.input_size, axes)
         axis = axes.index(CELL[0])
@@ -553,6 +553,5 @@ def _check_dtypes(what: str, expected: torch.dtype, tensors: dict[str, Tensor]) 
 def _pair(what: str, hx: Any, *names: str) -> dict[str, Tensor] | None:
     if hx is None:
         return None
-    is_pair = isinstance(hx, (tuple, list)) and len(hx) == 2
-    check_states(what, "hx", f"({', '.join(names)})", is_pair, type_name(hx))
+    check_states(what, "hx", hx, names)
     return dict(zip(names, hx, strict=True))

@@ -39,7 +39,7 @@ class EnsembleMetrics(Callback):
         self._metrics = {stage: StageMetrics(task, stage) for stage in ("val", "test")}
 
     def _start(self, stage: str, module: LightningModule, num_dataloaders: int) -> None:
-        check_attribute("EnsembleMetrics", type(module).__name__, self.attribute, hasattr(module, self.attribute))
+        check_attribute("EnsembleMetrics", module, self.attribute)
         self._metrics[stage].to(module.device).start(num_dataloaders)
 
     def _update(self, stage: str, trainer: Trainer, module: LightningModule, batch: Any, dataloader_idx: int) -> None:

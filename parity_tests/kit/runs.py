@@ -1,0 +1,320 @@
+"""Runs of the two models on equal numbers: outputs, statistics and gradients by torch's names, in torch's layouts."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+from torch import Tensor, nn
+
+import probly_flax
+import probly_torch
+from parity_tests.kit.layout import Layout
+from parity_tests.kit.masks import Masks
+from parity_tests.kit.trees import is_floating, jax_of, leaves, mapped, numpy_of
+from probly_flax._torch_names import torch_rules
+
+Key = tuple[str, str]  # kind of tensor, name
+Run = dict[Key, np.ndarray]
+Arrays = Mapping[str, np.ndarray]
+
+
+@contextmanager
+def highest_precision() -> Iterator[None]:
+    """No TF32 and no bfloat16 inside of float32 products, in neither framework."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(allow_tf32=False), jax.default_matmul_precision("highest"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class TorchModel:
+    """A copy of a torch model in another dtype. It is left as it was by every run."""
+
+    def __init__(self, module: nn.Module, dtype: str, train: bool, masks: Masks | None = None) -> None:
+        self.dtype, self.masks = getattr(torch, dtype), masks
+        self.module = copy.deepcopy(module).to(self.dtype).train(train)
+        self.module.requires_grad_(True)
+        self.device = next((t.device for t in self.module.state_dict().values()), torch.device("cpu"))
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Its weights and statistics."""
+        return probly_torch.to_arrays(self.module)
+
+    def set_arrays(self, arrays: Arrays) -> None:
+        """Other weights and statistics, converted to its dtype."""
+        probly_torch.load_arrays(self.module, arrays, cast=True)
+
+    def given(self, inputs: Any) -> Any:
+        """(args, kwargs) of NumPy as tensors of its own."""
+        return mapped(inputs, self._tensor)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Around a forward: statistics that it updates are what they were afterwards."""
+        before = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, buffer in self.module.named_buffers():
+                    if name in before:
+                        buffer.copy_(before[name])
+
+    def masked(self, seed: int | None) -> AbstractContextManager[Any]:
+        """Around a forward: masks of dropout are those of Flax with this seed, which has run before."""
+        return nullcontext() if self.masks is None or seed is None else self.masks.torch(seed, self.module)
+
+    def run(
+        self,
+        inputs: Any,
+        cotangent: Callable[[str, Sequence[int]], np.ndarray] | None = None,
+        seed: int | None = None,
+    ) -> Run:
+        """Outputs and statistics; with a gradient of the outputs, by their names and shapes, the other gradients."""
+        args, kwargs = self.given(inputs)
+        sources = {name: t for name, t in leaves((args, kwargs)) if t.is_floating_point()}
+        for tensor in sources.values():
+            tensor.requires_grad_(cotangent is not None)
+        with self.restored(), self.masked(seed), torch.set_grad_enabled(cotangent is not None):
+            outputs = dict(leaves(self.module(*args, **kwargs), "output"))
+            run: Run = {("output", name): numpy_of(t) for name, t in outputs.items()}
+            buffers = dict(self.module.named_buffers())
+            run |= {("statistic", n): numpy_of(buffers[n]) for n in self.module.state_dict() if n in buffers}
+            if cotangent is not None:
+                run |= self._gradients(outputs, sources, cotangent)
+        return run
+
+    def _gradients(
+        self,
+        outputs: Mapping[str, Tensor],
+        sources: Mapping[str, Tensor],
+        cotangent: Callable[[str, Sequence[int]], np.ndarray],
+    ) -> Run:
+        of = {name: t for name, t in outputs.items() if t.is_floating_point() and t.requires_grad}
+        into = {("input gradient", _input_name(name)): t for name, t in sources.items()}
+        into |= {("parameter gradient", name): parameter for name, parameter in self.module.named_parameters()}
+        grads: tuple[Tensor | None, ...] = (None,) * len(into)
+        if of:
+            g = [self._tensor(cotangent(name, t.shape)) for name, t in of.items()]
+            grads = torch.autograd.grad(list(of.values()), list(into.values()), g, allow_unused=True)
+        pairs = zip(into.items(), grads, strict=True)
+        return {key: numpy_of(torch.zeros_like(t) if grad is None else grad) for (key, t), grad in pairs}
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        floating = np.issubdtype(array.dtype, np.floating)
+        return torch.tensor(array, dtype=self.dtype if floating else None, device=self.device)
+
+
+class FlaxModel:
+    """A copy of a Flax model in another dtype. It is left as it was by every run."""
+
+    def __init__(
+        self,
+        module: nnx.Module,
+        dtype: str,
+        train: bool,
+        jit: bool = True,
+        flatten: Mapping[str, Sequence[int]] | None = None,
+        masks: Masks | None = None,
+    ) -> None:
+        self.dtype, self.jit, self.flatten, self.masks = dtype, jit, flatten, masks
+        self.module = _cast(module, dtype)
+        self.module.train() if train else self.module.eval()
+        self._compiled: dict[str, Any] = {}
+        rules = dict(torch_rules("compare", self.module))
+        self.parameters = {n: rule.also for n, rule in rules.items() if _all(rule.variables, nnx.Param)}
+        self.statistics = [
+            n for n, rule in rules.items() if n not in self.parameters and _all(rule.variables, nnx.Variable)
+        ]
+
+    @contextmanager
+    def x64(self) -> Iterator[None]:
+        """float64 needs JAX to have it, and nnx to promote to it; other dtypes run as the caller has set up JAX."""
+        if self.dtype == "float64":
+            with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+                yield
+        else:
+            yield
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Its weights and statistics by torch's names."""
+        with self.x64():
+            return probly_flax.to_arrays(self.module, flatten=self.flatten)
+
+    def set_arrays(self, arrays: Arrays) -> None:
+        """Weights and statistics of the twin; those that are not named stay."""
+        if not arrays:
+            return
+        with self.x64(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            probly_flax.load_arrays(self.module, arrays, strict=False, cast=True, flatten=self.flatten)
+
+    def given(self, inputs: Any, layout: Layout) -> Any:
+        """(args, kwargs) of NumPy as JAX arrays in Flax's layout."""
+
+        def array(values: np.ndarray) -> jax.Array:
+            return jax_of(layout.to_flax(values), self.dtype if is_floating(values) else None)
+
+        with self.x64():
+            return mapped(inputs, array)
+
+    def run(
+        self,
+        inputs: Any,
+        layout: Layout,
+        shapes: Mapping[str, Sequence[int]],
+        cotangent: Callable[[str, Sequence[int]], np.ndarray] | None = None,
+        seed: int = 0,
+        jit: bool = True,
+    ) -> Run:
+        """As `TorchModel.run`; `shapes` are those of torch's outputs, `seed` is that of the masks.
+
+        Raises:
+            LayoutError: if outputs have other shapes, or other places.
+        """
+        given = dict(leaves(self.given(inputs, layout)))
+        with self.x64():
+            arguments = *self._state, given, jax.random.key(seed)
+            if cotangent is None:
+                outputs, statistics = self._called("forward", self._forward, inputs, jit)(*arguments)
+                grads = None
+            else:
+                g = {
+                    name: jax_of(layout.to_flax_output(cotangent(name, shapes[name]), struct.shape), self.dtype)
+                    for name, struct in self.outputs(inputs, layout, shapes).items()
+                    if is_floating(struct)
+                }
+                called = self._called("backward", self._backward, inputs, jit)
+                outputs, statistics, *grads = called(*arguments, g)
+            run = {("output", n): _in_torch(layout, n, array, shapes) for n, array in outputs.items()}
+            arrays = self._named(statistics)
+            run |= {("statistic", name): numpy_of(arrays[name]) for name in self.statistics}
+            if grads is not None:
+                of_parameters, of_inputs = grads
+                for name, array in of_inputs.items():
+                    run[("input gradient", _input_name(name))] = layout.to_torch_input(numpy_of(array))
+                arrays = self._named(of_parameters)
+                for name, others in self.parameters.items():
+                    for each in (name, *others):  # the summands of a sum each have its gradient
+                        run[("parameter gradient", each)] = numpy_of(arrays[name])
+        return run
+
+    def outputs(self, inputs: Any, layout: Layout, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """Shapes and dtypes of the outputs in Flax, without computing them.
+
+        Raises:
+            LayoutError: if they do not fit torch's shapes.
+        """
+        given = dict(leaves(self.given(inputs, layout)))
+        with self.x64():
+            outputs: dict[str, Any] = jax.eval_shape(self._forward(inputs), *self._state, given, jax.random.key(0))[0]
+        if list(outputs) != list(shapes):
+            raise LayoutError(f"outputs at {', '.join(shapes)} in torch and at {', '.join(outputs)} in Flax")
+        for name, struct in outputs.items():
+            if layout.to_torch(np.broadcast_to(np.int8(0), struct.shape), shapes[name]) is None:
+                raise LayoutError(f"{name} of shape {tuple(shapes[name])} in torch and {struct.shape} in Flax")
+        return outputs
+
+    @property
+    def _state(self) -> tuple[Any, Any]:
+        _, *states = nnx.split(self.module, nnx.Param, ...)
+        return states[0], states[1]
+
+    def masked(self, key: Any) -> AbstractContextManager[Any]:
+        """Around a forward: masks of dropout come from the key."""
+        return nullcontext() if self.masks is None else self.masks.flax(key)
+
+    def _called(self, what: str, make: Callable[[Any], Any], inputs: Any, jit: bool) -> Any:
+        """Compiled once, for inputs of one structure."""
+        if not (self.jit and jit):
+            return make(inputs)
+        if what not in self._compiled:
+            self._compiled[what] = jax.jit(make(inputs))
+        return self._compiled[what]
+
+    def _forward(self, inputs: Any) -> Any:
+        graph = nnx.split(self.module, nnx.Param, ...)[0]
+
+        def forward(parameters: Any, rest: Any, given: dict[str, Any], key: Any) -> tuple[dict[str, Any], Any]:
+            model = nnx.merge(graph, parameters, rest, copy=True)
+            values = iter(given.values())
+            args, kwargs = mapped(inputs, lambda _: next(values))
+            with self.masked(key):
+                outputs = dict(leaves(model(*args, **kwargs), "output"))
+            return outputs, nnx.state(model, _STATISTICS)
+
+        return forward
+
+    def _backward(self, inputs: Any) -> Any:
+        forward = self._forward(inputs)
+
+        def backward(parameters: Any, rest: Any, given: dict[str, Any], key: Any, g: dict[str, Any]) -> tuple[Any, ...]:
+            floating = {name: array for name, array in given.items() if is_floating(array)}
+
+            def differentiable(parameters: Any, floating: dict[str, Any]) -> Any:
+                arrays = {name: floating.get(name, array) for name, array in given.items()}
+                outputs, statistics = forward(parameters, rest, arrays, key)
+                return {name: outputs[name].astype(g[name].dtype) for name in g}, (outputs, statistics)
+
+            _, pull, (outputs, statistics) = jax.vjp(differentiable, parameters, floating, has_aux=True)
+            return outputs, statistics, *pull(g)
+
+        return backward
+
+    def _named(self, state: Any) -> dict[str, np.ndarray]:
+        """The arrays of a state under the names of the weights that they belong to."""
+        model = nnx.clone(self.module)
+        nnx.update(model, state)
+        return probly_flax.to_arrays(model, flatten=self.flatten)
+
+
+def _all(variables: Sequence[Any], kind: type) -> bool:
+    return bool(variables) and all(isinstance(variable, kind) for variable in variables)
+
+
+class LayoutError(ValueError):
+    """Outputs that do not fit those of torch."""
+
+
+_STATISTICS = nnx.Not(nnx.Any(nnx.Param, nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation))
+
+
+def _in_torch(layout: Layout, name: str, array: Any, shapes: Mapping[str, Sequence[int]]) -> np.ndarray:
+    values = numpy_of(array)
+    found = layout.to_torch(values, shapes[name]) if name in shapes else None
+    if found is None:
+        raise LayoutError(f"{name} of shape {shapes.get(name)} in torch and {values.shape} in Flax")
+    return found
+
+
+def _input_name(place: str) -> str:
+    """`[0][1]` is the second positional argument, `[1]['mask']` the keyword argument."""
+    return f"inputs{place[3:]}" if place.startswith("[0]") else place[5:].replace("']", "", 1)
+
+
+def _cast(module: nnx.Module, dtype: str) -> nnx.Module:
+    """A copy whose weights and computations have another dtype; a lower dtype that it computes in by choice is kept."""
+    own = {v.dtype.name for _, v in nnx.to_flat_state(nnx.state(module, nnx.Param)) if is_floating(v.get_value())}
+    with jax.enable_x64(True):
+        model = nnx.clone(module)
+        for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState))):
+            if is_floating(variable.get_value()):
+                variable.set_value(jax_of(np.asarray(variable.get_value()), dtype))
+        for _, layer in nnx.iter_modules(model):
+            for name in ("dtype", "param_dtype"):
+                current = getattr(layer, name, None)
+                if current is not None and (dtype == "float64" or jnp.dtype(current).name in own):
+                    setattr(layer, name, jnp.dtype(dtype))
+    return model

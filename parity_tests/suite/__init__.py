@@ -1,0 +1,1 @@
+"""The suite of this repository, which uses the parity kit; it is not installed."""

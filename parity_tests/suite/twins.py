@@ -1,0 +1,133 @@
+"""A comparison of the suite, whatever its kind: what the tiers, special values, calibration and coverage go through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from parity_tests import standard
+from parity_tests.suite.subject import Arrays, Subject, run_flax, run_oracle, run_torch, with_cotangent
+
+DTYPES = ("float32", "float64")
+INPUTS = ("x", "y", "logits", "query", "key", "value", "h_0", "c_0")  # all other arrays are weights or cotangents
+G = ("g", "g ")  # how the names of cotangents start
+SMALL = (0.0, -0.0, 1e-40)  # the last is a denormal number of float32
+EXTREME = (
+    np.nan,
+    np.inf,
+    -np.inf,
+    1e15,
+)  # the last has a square that is finite: how sums overflow depends on their order
+
+STEPS, RATE = 3, 0.01
+
+
+@dataclass(frozen=True)
+class Twins:
+    """A public function or layer in torch, Flax and the oracle.
+
+    Attributes:
+        name: the name in reports; up to the first dash or dot, the public name.
+        draw: random arrays and cotangents by seed and dtype.
+        torch: outputs and gradients of these arrays in a dtype.
+        flax: the same under jax.jit.
+        oracle: the same in float64.
+    """
+
+    name: str
+    draw: Callable[[int, str], Arrays]
+    torch: Callable[[Arrays, str], Arrays]
+    flax: Callable[[Arrays, str], Arrays]
+    oracle: Callable[[Arrays], Arrays]
+
+    @property
+    def public_name(self) -> str:
+        """The function or layer that is compared."""
+        return self.name.partition("-")[0].partition(".")[0]
+
+    def bounded(self, drawn: Sequence[Arrays]) -> list[standard.Verdict]:
+        """Verdicts of the bounded tier over some draws together."""
+        return standard.bounded(
+            {dtype: [self.torch(arrays, dtype) for arrays in drawn] for dtype in DTYPES},
+            {dtype: [self.flax(arrays, dtype) for arrays in drawn] for dtype in DTYPES},
+            [self.oracle(arrays) for arrays in drawn],
+        )
+
+    def small(self) -> list[standard.Verdict]:
+        """Verdicts of the bounded tier where inputs hold zeros of either sign and a denormal number."""
+        drawn = self.draw(0, DTYPES[0])
+        return self.bounded([drawn | {name: _with(drawn[name], *SMALL) for name in _inputs(drawn)}])
+
+    def extreme(self) -> dict[str, list[str]]:
+        """The outputs that differ, by what they differ at: NaN, infinities and a large number in inputs, NaN in r, s.
+
+        Left out are infinities in weights, where the order of scaling and adding decides whether two of them meet, and
+        NaN in a kernel, whose product with the zeros of padding one may compute and the other leave out.
+        """
+        drawn, found = self.draw(0, DTYPES[0]), {}
+        inputs, floats = _inputs(drawn), [name for name, array in drawn.items() if array.dtype.kind == "f"]
+        weights = [name for name in floats if name not in INPUTS and name[:2] not in G and "weight" not in name]
+        cases = [(name, value) for name in inputs for value in EXTREME] + [(name, np.nan) for name in weights]
+        for name, value in cases:
+            arrays = drawn | {name: _with(drawn[name], value)}
+            ours, theirs = self.torch(arrays, DTYPES[0]), self.flax(arrays, DTYPES[0])
+            outputs = [result for result in ours if not result.startswith("gradient")]
+            if differ := [result for result in outputs if not _agree(ours[result], theirs[result])]:
+                found[f"{name}: {value}"] = differ
+        return found
+
+
+def assert_same_steps(twins: Twins) -> None:
+    """Gradient descent on everything that has a gradient goes the same way in both, each by its own gradients."""
+    start = twins.draw(0, "float64")
+    ends = []
+    for run in (twins.torch, twins.flax):
+        arrays = dict(start)
+        for _ in range(STEPS):
+            results = run(arrays, "float64")
+            leaves = [name for name in arrays if f"gradient by {name}" in results]
+            arrays |= {name: arrays[name] - RATE * results[f"gradient by {name}"] for name in leaves}
+        ends.append({name: arrays[name] for name in leaves})
+    assert any(np.any(ends[0][name] != start[name]) for name in ends[0])
+    for name in ends[0]:
+        standard.assert_same_trajectory(ends[1][name], ends[0][name])
+
+
+def assert_special_values(twins: Twins) -> None:
+    """Special values give the same in both."""
+    standard.assert_holds(twins.small())
+    assert not twins.extreme()
+
+
+def of_subject(subject: Subject) -> Twins:
+    """The comparison that a subject describes."""
+
+    def draw(seed: int, dtype: str) -> Arrays:
+        return with_cotangent(subject, subject.draw(seed, dtype), seed, dtype)
+
+    return Twins(
+        subject.name,
+        draw,
+        partial(run_torch, subject),
+        partial(run_flax, subject, compiled=True),
+        partial(run_oracle, subject),
+    )
+
+
+def _inputs(arrays: Arrays) -> list[str]:
+    return [name for name in INPUTS if name in arrays and arrays[name].dtype.kind == "f"]
+
+
+def _with(array: np.ndarray, *values: float) -> np.ndarray:
+    """The array with these values in its last entries."""
+    array = array.copy()
+    array.flat[array.size - min(len(values), array.size) :] = values[: array.size]
+    return array
+
+
+def _agree(a: np.ndarray, b: np.ndarray) -> bool:
+    """NaN and either infinity in the same places, and the rest to rounding."""
+    return standard.error(a, b, b, DTYPES[0]) <= standard.MEANING_LIMIT * standard.NOISE_FLOOR
