@@ -147,7 +147,7 @@ def randint(
     dtype = torch.int32 if dtype is None else dtype
     if dtype not in _INTEGERS:
         raise TypeError(f"randint expects an integer dtype of at most 63 bits; got {dtype}. Pass dtype=torch.int32.")
-    lo, hi = (_integers(name, v).to(key.device) for name, v in (("minval", minval), ("maxval", maxval)))
+    lo, hi = (_integers("randint", name, v).to(key.device) for name, v in (("minval", minval), ("maxval", maxval)))
     shape, info = _broadcast("randint", shape, lo, hi), torch.iinfo(dtype)
     span = hi - lo  # above 0 unless the difference does not fit
     if not bool(((info.min <= lo) & (lo < hi) & (hi - 1 <= info.max) & (span > 0)).all()):
@@ -188,8 +188,8 @@ def choice(
     """
     check_key("choice", key, single=True)
     mode = _mode("choice", mode)
-    count = a.shape[axis] if isinstance(a, Tensor) and a.ndim else int(_integers("a", a))
-    shape = as_shape(shape)
+    count = a.shape[axis] if isinstance(a, Tensor) and a.ndim else int(_integers("choice", "a", a))
+    shape = as_shape("choice", shape)
     draws = math.prod(shape)
     if draws and (count < 1 or (not replace and draws > count)):
         raise ValueError(
@@ -231,6 +231,11 @@ def categorical(
     """
     check_key("categorical", key, single=True)
     mode = _mode("categorical", mode)
+    if not logits.is_floating_point() or not logits.ndim:
+        raise TypeError(
+            f"categorical expects logits of a floating dtype with an axis of classes; got {logits.dtype} of shape "
+            f"{tuple(logits.shape)}. Pass logits=torch.zeros(3)."
+        )
     axis = axis % logits.ndim - logits.ndim
     batch = list(logits.shape)
     classes = batch.pop(axis)
@@ -294,7 +299,7 @@ def _float_dtype(what: str, dtype: torch.dtype | None) -> torch.dtype:
 
 def _broadcast(what: str, shape: int | Sequence[int], *parameters: Tensor) -> tuple[int, ...]:
     """The shape, to which all parameters broadcast."""
-    shape, shapes = as_shape(shape), [tuple(p.shape) for p in parameters if p.ndim]
+    shape, shapes = as_shape(what, shape), [tuple(p.shape) for p in parameters if p.ndim]
     for each in shapes:
         if len(each) > len(shape) or any(n not in (1, m) for n, m in zip(each[::-1], shape[::-1], strict=False)):
             raise ValueError(
@@ -310,13 +315,14 @@ def _mode(what: str, mode: str | None) -> str:
     return mode or "low"
 
 
-def _integers(name: str, value: Any) -> Tensor:
+def _integers(what: str, name: str, value: Any) -> Tensor:
     """An integer, or a tensor of integers, in 64 bits."""
-    values = torch.as_tensor(value, device=None if isinstance(value, Tensor) else "cpu")
-    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-        got = f"{values.dtype}" if isinstance(value, Tensor) else repr(value)
-        raise TypeError(f"A draw of integers expects {name} to be an integer; got {got}. Pass {name}=10.")
-    return values.long()
+    if isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool:
+        return value.long()
+    if (number := index(value)) is None:
+        got = str(value.dtype) if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{what} expects {name} to be an integer; got {got}. Pass {name}=10.")
+    return torch.tensor(number, device="cpu")
 
 
 def _probabilities(p: Tensor, count: int) -> Tensor:

@@ -63,7 +63,7 @@ def split(key: Tensor, num: int | Sequence[int] = 2) -> Tensor:
         torch.Size([3, 2])
     """
     check_key("split", key, single=True)
-    return torch.stack(counted(key, as_shape(num)), -1)
+    return torch.stack(counted(key, as_shape("split", num)), -1)
 
 
 def bits(key: Tensor, shape: int | Sequence[int] = (), dtype: torch.dtype = torch.uint32) -> Tensor:
@@ -77,14 +77,18 @@ def bits(key: Tensor, shape: int | Sequence[int] = (), dtype: torch.dtype = torc
     check_key("bits", key, single=True)
     if dtype not in _UINTS.values():
         raise TypeError(f"bits expects an unsigned integer dtype; got {dtype}. Pass dtype=torch.uint32.")
-    high, low = counted(key, as_shape(shape))
+    high, low = counted(key, as_shape("bits", shape))
     if dtype == torch.uint64:
         return ((high << 32) | low).view(torch.uint64)
     return ((high ^ low) & torch.iinfo(dtype).max).to(dtype)
 
 
-def as_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
-    return (shape,) if isinstance(shape, int) else tuple(shape)
+def as_shape(what: str, shape: Any) -> tuple[int, ...]:
+    """A shape from an int or a sequence of ints."""
+    sizes = (shape,) if index(shape) is not None else tuple(shape) if isinstance(shape, Sequence) else (None,)
+    if any(index(size) is None or size < 0 for size in sizes):
+        raise TypeError(f"{what} expects shape to be an int or a sequence of ints; got {shape!r}. Pass shape=(2, 3).")
+    return sizes
 
 
 def check_key(what: str, key: Any, single: bool = False) -> None:
