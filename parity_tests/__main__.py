@@ -221,7 +221,7 @@ def _gap(text: str) -> tuple[str, str]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """A line on stderr, where that is a terminal; a call says what goes on."""
+    """Shows a line on stderr, where that is a terminal. A call says what goes on."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

@@ -68,7 +68,7 @@ class Row:
 
     @property
     def worst(self) -> Verdict:
-        """Of the two kinds."""
+        """Returns the worse verdict of the two kinds."""
         return max(self.meaning, self.precision, key=lambda verdict: verdict.ratio)
 
     def __str__(self) -> str:

@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test for each dtype and each way to run Flax."""
+    """Makes one test for each dtype and each way to run Flax."""
     marker = metafunc.definition.get_closest_marker("parity")
     if marker is None:
         return
@@ -56,7 +56,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def assert_parity(request: pytest.FixtureRequest) -> Callable[..., ParityReport]:
-    """`parity_tests.assert_parity`, in the dtype and the way to run Flax that the marker has come to."""
+    """Returns `parity_tests.assert_parity`, with the dtype and the way to run Flax that the marker gives this test."""
     from parity_tests import assert_parity
 
     return partial(assert_parity, **getattr(request, "param", {}))

@@ -1,1 +1,1 @@
-"""What both packages share and what knows no framework: sentences, files, tables and drawings."""
+"""The code that both packages share and that knows no framework: sentences, files, tables and drawings."""

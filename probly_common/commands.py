@@ -21,7 +21,7 @@ from probly_common.checks.values import type_name
 
 
 def name_of_model(text: str) -> tuple[str, str]:
-    """An argument MODULE:NAME, in its two parts."""
+    """Splits an argument MODULE:NAME into its two parts."""
     module, _, name = text.partition(":")
     if not all(part.isidentifier() for path in (module, name) for part in path.split(".")):
         raise ArgumentTypeError(f"expects MODULE:NAME; got {text!r}. Pass mypkg.model:build.")
@@ -29,7 +29,7 @@ def name_of_model(text: str) -> tuple[str, str]:
 
 
 def build(what: str, module: str, name: str, kind: type, /, **options: tuple[Any, str]) -> tuple[Any, str]:
-    """The model that a function or class makes, or that has this name, and the expression for it.
+    """Returns the model that a function or class makes, or that has this name, and the expression for it.
 
     A function is given those of the options, values and their source, that it has arguments for. Errors of the module
     and of the function are left as they are: their traceback names the line.
@@ -63,7 +63,7 @@ def build(what: str, module: str, name: str, kind: type, /, **options: tuple[Any
 
 
 def check_new(path: Path) -> None:
-    """A folder that has something in it is not written to."""
+    """Refuses to write to a folder that has something in it."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ArgumentTypeError(
             f"--out expects a folder that is not there yet, since nothing is overwritten; got {path}. Remove it, or "
@@ -73,7 +73,10 @@ def check_new(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A path to make a folder at, which is moved into place once all of it is there; or nothing is left."""
+    """Yields a path to make a folder at.
+
+    It is moved into place once all of it is there; or nothing is left.
+    """
     path = path.absolute()
     parent = next(folder for folder in path.parents if folder.is_dir())
     temporary = parent / f".{uuid4().hex}"
@@ -93,7 +96,7 @@ def check_installed(package: str) -> None:
 
 @contextmanager
 def steps(*names: str) -> Iterator[Callable[[], None]]:
-    """A bar on stderr, where that is a terminal. It is at the first step; each call goes on to the next."""
+    """Shows a bar on stderr, where that is a terminal. It is at the first step, and each call goes on to the next."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -106,7 +109,7 @@ def steps(*names: str) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Warnings of the library as lines on stderr."""
+    """Prints warnings of the library as lines on stderr."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield
@@ -150,13 +153,13 @@ def parameters_of(function: Any) -> list[inspect.Parameter]:
 
 
 def _functions(module: Any) -> list[str]:
-    """What a module defines itself, at most 20."""
+    """Lists what a module defines itself, at most 20."""
     own = (n for n, item in vars(module).items() if getattr(item, "__module__", None) == module.__name__)
     return [name for name in own if not name.startswith("_")][:20]
 
 
 def renamed(text: str) -> tuple[str, str]:
-    """A regular expression, and what replaces it."""
+    """Splits a rule into a regular expression, and what replaces it."""
     pattern, divides, replacement = text.rpartition("=")
     if not divides:
         raise ArgumentTypeError(f"expects PATTERN=REPLACEMENT; got {text!r}. Pass '^module\\.='.")

@@ -49,7 +49,7 @@ HOLLOW: Look = {"fillstyle": "none", "markeredgewidth": 1.5}  # what lies beneat
 def reliability_diagram(
     bins: Sequence[np.ndarray], ece: float, num_classes: int, label: str | None, ax: Axes | None
 ) -> Axes:
-    """Of the confidence, accuracy and count of bins."""
+    """Draws the confidence, accuracy and count of bins."""
     ax = _axes("reliability_diagram", ax)
     if not ax.lines:
         reference: Look = {"color": "0.6", "linestyle": "-", "marker": "", "linewidth": 1, "zorder": 1}
@@ -62,7 +62,7 @@ def reliability_diagram(
 
 
 def confidence_histogram(bins: Sequence[np.ndarray], num_classes: int, ax: Axes | None) -> Axes:
-    """Of the confidence, accuracy and count of bins."""
+    """Draws the confidence, accuracy and count of bins."""
     ax = _axes("confidence_histogram", ax)
     confidence, accuracy, count = (np.where(bins[2] > 0, values, 0) for values in bins)
     share, edges = count / count.sum(), np.linspace(0, 1, len(count) + 1)
@@ -78,7 +78,7 @@ def confidence_histogram(bins: Sequence[np.ndarray], num_classes: int, ax: Axes 
 
 
 def risk_coverage_curve(risks: np.ndarray, label: str | None, ax: Axes | None) -> Axes:
-    """Of the k most certain inputs, for k = 1..N."""
+    """Draws the risks of the k most certain inputs, for k = 1..N."""
     check_no_nan("risk_coverage_curve", risks)
     ax = _axes("risk_coverage_curve", ax)
     coverage = np.arange(1, len(risks) + 1) / len(risks)
@@ -119,7 +119,7 @@ def uncertainty_map(
 def predictive_band(
     x: np.ndarray, moments: Sequence[np.ndarray], data: Pair | None, level: float, ax: Axes | None
 ) -> Axes:
-    """Of mean, total, aleatoric and epistemic."""
+    """Draws mean, total, aleatoric and epistemic."""
     what = "predictive_band"
     for name, values in zip(("mean", "total", "aleatoric", "epistemic"), moments, strict=True):
         check_curve(what, name, x.shape, values.shape)
@@ -170,7 +170,7 @@ def member_spread(values: np.ndarray, x: np.ndarray | None, ax: Axes | None) -> 
 
 
 def training_curves(history: Any, names: Sequence[str] | None, number: Callable[[Any], float], ax: Axes | None) -> Axes:
-    """A name's last number in an epoch counts, or NaN where it is the only one."""
+    """Draws a name's last number in an epoch, or NaN where it is the only one."""
     what = "training_curves"
     check_history(what, history)
     logged = sorted({name for row in history for name in row} - {"epoch", "step"})
@@ -191,7 +191,7 @@ def training_curves(history: Any, names: Sequence[str] | None, number: Callable[
 
 
 def _axes(what: str, ax: Axes | None) -> Axes:
-    """The given axes, or those of a new figure; what is drawn on empty ones starts with the first style."""
+    """Returns the given axes, or those of a new figure. What is drawn on empty ones starts with the first style."""
     check_ax(what, ax, Axes)
     ax = ax or Figure(layout="constrained").subplots()
     if not ax.has_data():
@@ -200,7 +200,7 @@ def _axes(what: str, ax: Axes | None) -> Axes:
 
 
 def _lowest(num_classes: int) -> float:
-    """The confidence in the likeliest class, when all are equally likely."""
+    """Returns the confidence in the likeliest class, when all are equally likely."""
     return 1 / num_classes if num_classes > 1 else 0.0
 
 
@@ -209,7 +209,10 @@ def _named(label: str | None, metric: str, value: float) -> str:
 
 
 def _legend(ax: Axes) -> Axes:
-    """Below the axes, where no data is; without a layout engine, which would make room, where there is least of it."""
+    """Puts the legend below the axes, where no data is.
+
+    Without a layout engine, which would make room, it is where there is least data.
+    """
     if not ax.get_legend_handles_labels()[0]:
         return ax
     if ax.figure.get_layout_engine() is None:
@@ -222,7 +225,10 @@ def _legend(ax: Axes) -> Axes:
 
 
 def _wilson(share: np.ndarray, count: np.ndarray) -> Pair:
-    """The 95 % interval of a share among count (Wilson 1927), which has a width for shares of 0 and 1 too."""
+    """Returns the 95 % interval of a share among count (Wilson 1927).
+
+    It has a width for shares of 0 and 1 too.
+    """
     z2 = NormalDist().inv_cdf(0.975) ** 2 / count
     middle = (share + z2 / 2) / (1 + z2)
     half = np.sqrt(z2 * share * (1 - share) + z2**2 / 4) / (1 + z2)

@@ -62,7 +62,7 @@ class Excluder:
         self.excluded: list[str] = []
 
     def __call__(self, path: str, layer: Any) -> bool:
-        """Whether to leave out the layer, which comes after the modules that hold it."""
+        """Tells whether to leave out the layer, which comes after the modules that hold it."""
         hits = [self._matches(entry, path, layer) for entry in self.entries]
         self.matched = [old or new for old, new in zip(self.matched, hits, strict=True)]
         if any(hits):

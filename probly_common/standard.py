@@ -1,4 +1,4 @@
-"""What "numerically identical" means: the one standard of equality, with no tolerance anywhere else.
+"""The meaning of "numerically identical": the one standard of equality, with no tolerance anywhere else.
 
 Errors are measured per tensor, in units of the dtype's rounding against the tensor's own scale:
 e(a, b) = max|a - b| / (u * S), with S = max|reference| and u the unit roundoff. Never element by element,
@@ -42,7 +42,10 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether the rule holds; what is infinite or NaN never does, whatever the noise that the limit allows."""
+        """Tells whether the rule holds.
+
+        What is infinite or NaN never does, whatever the noise that the limit allows.
+        """
         return bool(np.isfinite(self.measured)) and self.measured <= self.limit
 
     @property
@@ -53,12 +56,15 @@ class Verdict:
         return self.measured / self.limit if np.isfinite(self.measured) and self.limit > 0 else float("inf")
 
     def __str__(self) -> str:
-        """One line of a report."""
+        """Returns one line of a report."""
         return f"{self.tensor}: {self.rule} is {self.measured:.3g}, above its limit {self.limit:.3g}"
 
 
 def error(a: np.ndarray, b: np.ndarray, reference: np.ndarray, dtype: str) -> float:
-    """max|a - b| in units of rounding at the reference's scale; infinite where only one is NaN or infinite."""
+    """Returns max|a - b| in units of rounding at the reference's scale.
+
+    It is infinite where only one is NaN or infinite.
+    """
     a, b, reference = (np.asarray(v, np.float64) for v in (a, b, reference))
     if a.shape != b.shape:
         return float("inf")
@@ -72,14 +78,14 @@ def error(a: np.ndarray, b: np.ndarray, reference: np.ndarray, dtype: str) -> fl
 
 
 def farthest(a: np.ndarray, b: np.ndarray) -> tuple[int, ...]:
-    """Where two arrays of one shape differ most: first where only one of them has NaN, or infinity."""
+    """Finds where two arrays of one shape differ most: first where only one of them has NaN, or infinity."""
     with np.errstate(invalid="ignore"):
         difference = np.where((a == b) | np.isnan(a) & np.isnan(b), 0, np.abs(a * 1.0 - b))
     return tuple(int(i) for i in np.unravel_index(np.nan_to_num(difference, nan=np.inf).argmax(), a.shape))
 
 
 def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The number of representable values between two arrays: to describe a difference, and for random draws."""
+    """Counts the representable values between two arrays: to describe a difference, and for random draws."""
     integer = np.dtype({2: np.int16, 4: np.int32, 8: np.int64}[a.dtype.itemsize])
     lowest = -(2 ** (8 * integer.itemsize - 1))
     steps = [np.where((i := v.view(integer).astype(np.int64)) < 0, lowest - i, i) for v in (a, b)]
@@ -87,7 +93,7 @@ def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def exact(torch_run: Arrays, flax_run: Arrays, oracle_run: Arrays) -> list[Verdict]:
-    """Values are equal, in both frameworks and the oracle; -0 equals 0."""
+    """Judges that values are equal, in both frameworks and the oracle. -0 equals 0."""
     return [
         Verdict(name, rule, float(not np.array_equal(a, b)), 0.0)
         for name, reference in oracle_run.items()
@@ -99,7 +105,7 @@ def exact(torch_run: Arrays, flax_run: Arrays, oracle_run: Arrays) -> list[Verdi
 
 
 class Errors(NamedTuple):
-    """Of one tensor: the distances that the bounded rules are about, each in rounding of its own dtype."""
+    """The distances of one tensor that the bounded rules are about, each in rounding of its own dtype."""
 
     low_torch: float  # in the lower dtype, from the oracle
     low_flax: float
@@ -112,7 +118,7 @@ class Errors(NamedTuple):
 
     @classmethod
     def of(cls, torch_runs: Arrays, flax_runs: Arrays, reference: np.ndarray, low: str) -> Errors:
-        """From a tensor's values by dtype."""
+        """Makes the errors from a tensor's values by dtype."""
         a, b = torch_runs[low], flax_runs[low]
         lows = error(a, reference, reference, low), error(b, reference, reference, low)
         scale = float(np.abs(reference).max(initial=0.0, where=np.isfinite(reference)))
@@ -130,19 +136,19 @@ class Errors(NamedTuple):
         )
 
     def at_scale(self, scale: float) -> Errors:
-        """The same distances, measured by a larger scale."""
+        """Returns the same distances, measured by a larger scale."""
         share = self.scale / scale if self.scale > 0 else 1.0
         scaled = (None if each is None else each * share for each in self[:-1])
         return Errors._make((*scaled, scale))
 
     def worse(self, other: Errors) -> Errors:
-        """The larger of each, at the larger scale: a draw whose values cancel says little by itself."""
+        """Returns the larger of each, at the larger scale: a draw whose values cancel says little by itself."""
         scale = max(self.scale, other.scale)
         pairs = zip(self.at_scale(scale), other.at_scale(scale), strict=True)
         return Errors(*(a if a is None or b is None else max(a, b) for a, b in pairs))  # type: ignore[arg-type]
 
     def verdicts(self, tensor: str, low: str) -> list[Verdict]:
-        """Precision in the lower dtype, then meaning in float64."""
+        """Judges precision in the lower dtype, then meaning in float64."""
         verdicts = [
             Verdict(tensor, f"{low} error of torch", self.low_torch, PRECISION_LIMIT * max(NOISE_FLOOR, self.low_flax)),
             Verdict(tensor, f"{low} error of flax", self.low_flax, PRECISION_LIMIT * max(NOISE_FLOOR, self.low_torch)),
@@ -163,7 +169,10 @@ def bounded(
     oracle_runs: list[Arrays],
     low: str = "float32",
 ) -> list[Verdict]:
-    """Meaning in float64 and precision in a lower dtype, over several seeds; runs are lists by seed, by dtype."""
+    """Judges meaning in float64 and precision in a lower dtype, over several seeds.
+
+    Runs are lists by seed, by dtype.
+    """
 
     def errors(name: str, seed: int) -> Errors:
         a, b = ({dtype: each[seed][name] for dtype, each in runs.items()} for runs in (torch_runs, flax_runs))
@@ -175,12 +184,15 @@ def bounded(
 
 
 def assert_close(a: np.ndarray, b: np.ndarray, dtype: str) -> None:
-    """Two ways to compute one thing in one framework agree up to rounding: the limit of meaning, without noise."""
+    """Asserts that two ways to compute one thing in one framework agree up to rounding.
+
+    The limit is that of meaning, without noise.
+    """
     assert_holds([Verdict("values", "distance", error(a, b, b, dtype), MEANING_LIMIT * NOISE_FLOOR)])
 
 
 def assert_same_trajectory(a: np.ndarray, b: np.ndarray) -> None:
-    """Weights after the same training steps in float64."""
+    """Asserts that weights agree after the same training steps in float64."""
     assert_holds([Verdict("weights", "distance", float(np.abs(a - b).max() / np.abs(b).max()), TRAJECTORY_LIMIT)])
 
 

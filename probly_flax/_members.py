@@ -17,7 +17,7 @@ from probly_flax.random import Rngs
 
 
 def stack(members: Sequence[nnx.Module]) -> nnx.Module:
-    """One network whose variables have a leading axis of members."""
+    """Stacks members into one network, whose variables have a leading axis of members."""
     structure = _structure(members[0])
     for i, member in enumerate(members):
         check_same_structure("Ensemble", structure, i, _structure(member), len(members))
@@ -25,7 +25,7 @@ def stack(members: Sequence[nnx.Module]) -> nnx.Module:
 
 
 def member(stacked: nnx.Module, i: int) -> nnx.Module:
-    """Member i of a stacked network, with variables of its own."""
+    """Returns member i of a stacked network, with variables of its own."""
     graph, state = nnx.split(stacked)
     return nnx.merge(graph, _row(state, i))
 
@@ -44,7 +44,7 @@ def _row(state: nnx.State, i: int) -> nnx.State:
 
 
 def is_stateful(value: Any) -> bool:
-    """What is handed to a network whole: it keeps state, which a copy would not advance."""
+    """Tells whether a value is handed to a network whole: it keeps state, which a copy would not advance."""
     return isinstance(value, (nnx.Pytree, nnx.Variable))
 
 
@@ -55,7 +55,10 @@ def is_batch(value: Any) -> bool:
 def run(
     stacked: nnx.Module, num_members: int, args: Any, kwargs: Any, in_axes: int | None, chunk_size: int | None
 ) -> Any:
-    """What every member returns, stacked. Under in_axes=0 each has inputs of its own, else they share them."""
+    """Returns what every member returns, stacked.
+
+    Under in_axes=0 each member has inputs of its own, else they share them.
+    """
     inputs, structure = jax.tree.flatten((args, kwargs), is_leaf=is_stateful)
     inputs = [x.split(num_members) if isinstance(x, Rngs) else x for x in inputs]
     mapped = [isinstance(x, Rngs) or (in_axes == 0 and is_batch(x)) for x in inputs]
@@ -63,7 +66,7 @@ def run(
     graph, state = nnx.split(stacked)
 
     def row(state: nnx.State, batches: list[Any]) -> tuple[Any, nnx.State]:
-        """One member's outputs, and the variables that it changed."""
+        """Returns one member's outputs, and the variables that it changed."""
         own = iter(batches)
         leaves = [next(own) if is_mapped else x for x, is_mapped in zip(inputs, mapped, strict=True)]
         args, kwargs = jax.tree.unflatten(structure, leaves)
@@ -97,7 +100,7 @@ def _misses_rngs(layer: nnx.Module) -> bool:
 
 
 def _structure(module: nnx.Module) -> list[str]:
-    """What two members must share: layers, options, and the shapes and dtypes of their variables."""
+    """Lists what two members must share: layers, options, and the shapes and dtypes of their variables."""
     lines = []
     for path, layer in nnx.iter_modules(module):
         name = ".".join(map(str, path)) or "network"

@@ -15,7 +15,9 @@ from probly_flax.ensemble import Ensemble
 
 
 def layer_options(model: nnx.Module) -> dict[str, dict[str, Any]]:
-    """The options of every layer that has a kind, by its path in torch: numbers, strings, booleans, None and lists.
+    """Returns the options of every layer that has a kind, by its path in torch.
+
+    The options are numbers, strings, booleans, None and lists of these.
 
     Example:
         >>> layer_options(nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.gelu))
@@ -48,7 +50,7 @@ def check_options(what: str, model: nnx.Module, recorded: Any) -> None:
 
 
 def _walk(value: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The layers and activations in a module, under the names that probly_flax._torch_names gives to weights."""
+    """Yields the layers and activations in a module, under the names that `_torch_names` gives to weights."""
     options = _options(value) if isinstance(value, nnx.Module) else _function(value)
     if options is not None:
         yield _joined(path, "base_layer" if isinstance(value, nnx.LoRALinear) else ""), options
@@ -68,7 +70,10 @@ def _children(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """What is at each path; the innermost, of several."""
+    """Yields what is at each path.
+
+    Where there are several, the innermost comes last and is the one that counts.
+    """
     if not isinstance(value, nnx.List) and (isinstance(value, nnx.Module) or callable(value)):
         yield path, value
     for inner, child in _children(value, path):
@@ -106,7 +111,7 @@ def _no_kind(layer: nnx.Module) -> None:
 
 
 def _function(function: Any) -> dict[str, Any] | None:
-    """The options of an activation, if it is one that is known."""
+    """Returns the options of an activation that is kept as a function, if it is one that is known."""
     keywords: Mapping[str, Any] = {}
     if isinstance(function, partial):
         function, keywords = function.func, {} if function.args else function.keywords
@@ -197,7 +202,10 @@ def _affine(layer: Any) -> dict[str, Any]:
 
 
 def _axes(layer: Any) -> dict[str, Any]:
-    """As they are: which those that count from the first are in torch depends on the input's rank."""
+    """Returns the axes as they are.
+
+    Some count from the first axis. Which axes these are in torch depends on the input's rank.
+    """
     given = {"axes": layer.reduction_axes}
     if layer.scale is not None:
         given["feature_axes"] = layer.feature_axes
@@ -219,7 +227,10 @@ def _rms_norm(layer: Any) -> dict[str, Any]:
 
 
 def _attention(layer: Any) -> dict[str, Any]:
-    """Batches come first in every layer of nnx, so that this is a question of the network around it."""
+    """Returns the options of attention, without whether batches come first.
+
+    They do in every layer of nnx, so that this is a question of the network around it.
+    """
     return {**_attributes("num_heads")(layer), "bias": layer.use_bias, "add_bias_kv": False, "add_zero_attn": False}
 
 
@@ -253,7 +264,7 @@ def _sequence(layer: Any) -> dict[str, Any] | None:
 
 
 def _other_weight(momentum: float) -> float:
-    """The weight of the new from that of the old, and the other way round, as decimals."""
+    """Computes the weight of the new from that of the old, and the other way round, as decimals."""
     return float(f"{1 - momentum:.12g}")
 
 
@@ -335,7 +346,7 @@ _CALLS = {
 
 
 def _arguments(kind: str, options: Options) -> dict[str, Any]:
-    """What these options are as arguments of nnx's layer."""
+    """Translates these options into arguments of nnx's layer."""
     arguments: dict[str, Any] = {}
     for option, value in options.items():
         if option in ("kind", "num_members", "flatten_channels", "padding", "padding_mode"):

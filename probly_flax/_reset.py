@@ -60,7 +60,10 @@ def reset_by_rule(member: nnx.Module, reset: Callable[[nnx.Param, Rngs], Array],
 
 
 def reset_by_layer(member: nnx.Module, rngs: Rngs) -> None:
-    """Every layer with parameters by its own rule, inner layers first; then what they left by its own type's rule."""
+    """Resets every layer with parameters by its own rule, inner layers first.
+
+    What these rules left is then reset by its own type's rule.
+    """
     before = {path: parameter.get_raw_value() for path, parameter in named_parameters(member)}
     for _, layer in list(nnx.iter_modules(member)):
         rule = _rule(type(layer))

@@ -15,7 +15,7 @@ Where the arrays of a layer do not say it all:
 - Statistics of nnx.BatchNorm are float32 whatever param_dtype is, and torch's have the dtype of the module. They take
   the dtype that they are given, of these two.
 - nnx.WeightNorm replaces the kernel of its layer by the normalised one when it is called, which is the same function
-  but for its epsilon, 1e-12. nnx.PReLU has a slope of shape (), torch's of shape (1,).
+  except for its epsilon, 1e-12. nnx.PReLU has a slope of shape (), torch's of shape (1,).
 - torch's recurrent layers of num_layers > 1 are lists of nnx.RNN or nnx.Bidirectional, which are `0.weight_ih_l0`,
   `1.weight_ih_l0`, ... in torch: load with rename={r"(\w+_[ih]h)_l(\d)": r"\2.\1_l0"}.
 """
@@ -49,7 +49,9 @@ class NoTwinError(Exception):
 
 
 def torch_rules(what: str, model: nnx.Module) -> Iterator[tuple[str, Rule]]:
-    """Every weight under every name it has in torch; a layer used twice has two.
+    """Yields every weight under every name that it has in torch.
+
+    The weights of a layer that is used twice have two names.
 
     Raises:
         ValueError: naming every weight that has no rule, its layer and why; or two weights of one name.
@@ -144,9 +146,10 @@ def _as_it_is(variable: Any) -> Rule:
 
 
 def _permuted(variable: nnx.Variable, axes: tuple[int, ...]) -> Rule:
-    """The order of the axes in torch, counted from the last; by a positive number where torch has it reversed.
+    """Puts the axes into their order in torch, counted from the last.
 
-    Axes in front of those that are named, such as that of the members, stay first.
+    An axis is given by a positive number where torch has it reversed. Axes in front of those that are named, such as
+    that of the members, stay first.
     """
     rank = len(variable.shape)
     order = (*range(rank - len(axes)), *(rank - abs(axis) for axis in axes))
@@ -161,7 +164,7 @@ def _permuted(variable: nnx.Variable, axes: tuple[int, ...]) -> Rule:
 def _relaid(
     variable: nnx.Variable, shape: Sequence[int], torch_shape: Sequence[int], order: Sequence[int] | None = None
 ) -> Rule:
-    """The variable in this shape, its axes in this order, and then in torch's shape."""
+    """Brings the variable into this shape, its axes into this order, and the result into torch's shape."""
     order = range(len(shape)) if order is None else order
     return Rule(
         (variable,),
@@ -173,7 +176,7 @@ def _relaid(
 
 
 def _matrix(*kernels: nnx.Variable, inputs: int = 1, outputs: int = 1) -> Rule:
-    """(..., *in, *out) each -> (..., n * out, in)."""
+    """Packs n kernels, (..., *in, *out) each, into (..., n * out, in)."""
 
     def to_torch(*arrays: np.ndarray) -> np.ndarray:
         first = arrays[0].ndim - inputs - outputs
@@ -189,7 +192,7 @@ def _matrix(*kernels: nnx.Variable, inputs: int = 1, outputs: int = 1) -> Rule:
 
 
 def _vector(*biases: Any, axes: int = 1) -> Rule:
-    """(..., *axes) each -> (..., n * size)."""
+    """Packs n biases, (..., *axes) each, into (..., n * size)."""
 
     def to_torch(*arrays: np.ndarray) -> np.ndarray:
         return np.concatenate([a.reshape(*a.shape[: a.ndim - axes], math.prod(a.shape[-axes:])) for a in arrays], -1)
@@ -202,7 +205,10 @@ def _vector(*biases: Any, axes: int = 1) -> Rule:
 
 
 def _named(layer: Any, *names: str, **others: str) -> Rules:
-    """The variables that the layer has of these, as they are; by another name in torch, name=attribute."""
+    """Returns the variables that the layer has of these, as they are.
+
+    Those with another name in torch are given as name=attribute.
+    """
     attributes = {name: name for name in names} | others
     variables = {name: getattr(layer, attribute, None) for name, attribute in attributes.items()}
     return {name: _as_it_is(v) for name, v in variables.items() if isinstance(v, nnx.Variable)}
@@ -240,14 +246,17 @@ def _linear(layer: nnx.Linear) -> Rules:
 
 
 def _linear_general(layer: nnx.LinearGeneral) -> Rules:
-    """The axes that it contracts as one, and those that it makes; batch axes are torch's of stacked layers."""
+    """Merges the axes that the layer contracts into one, and those that it makes into another.
+
+    Batch axes are torch's of stacked layers.
+    """
     outputs = len(layer.out_features)
     bias = {} if layer.bias is None else {"bias": _vector(layer.bias, axes=outputs)}
     return {"weight": _matrix(layer.kernel, inputs=len(layer.in_features), outputs=outputs)} | bias
 
 
 def _einsum(layer: nnx.Einsum) -> Rules:
-    """A linear layer, if each axis of the kernel is contracted, made, or one of stacked layers."""
+    """Treats it as a linear layer, if each axis of the kernel is contracted, made, or one of stacked layers."""
     operands, _, y = (layer.einsum_str or "").partition("->")
     x, _, kernel = operands.partition(",")
     stacked = [axis for axis in y if axis in x and axis in kernel]
@@ -271,7 +280,7 @@ def _einsum(layer: nnx.Einsum) -> Rules:
 
 
 def _masked(rule: Rule, mask: Any) -> Rule:
-    """The kernel that such a layer multiplies by its mask, as it is then."""
+    """Takes the kernel as it is once such a layer has multiplied it by its mask."""
     mask = mask.get_value() if isinstance(mask, nnx.Variable) else mask
     if mask is None or isinstance(mask, (ShapeDtypeStruct, Tracer)):  # of an abstract model
         return rule
@@ -295,13 +304,16 @@ def _masked(rule: Rule, mask: Any) -> Rule:
 
 
 def _conv(layer: nnx.Conv | nnx.ConvTranspose) -> Rules:
-    """(*kernel_size, a, b) -> (b, a, *kernel_size)."""
+    """Permutes (*kernel_size, a, b) to (b, a, *kernel_size)."""
     axes = -1, -2, *range(-len(layer.kernel_size) - 2, -2)
     return {"weight": _masked(_permuted(layer.kernel, axes), layer.mask)} | _named(layer, "bias", "r", "s")
 
 
 def _conv_transpose(layer: nnx.ConvTranspose) -> Rules:
-    """The same, or (*kernel_size, in, out) -> (in, out, *kernel_size) of the mirror image, whose axes are reversed."""
+    """Permutes as `_conv` does, or (*kernel_size, in, out) to (in, out, *kernel_size) of the mirror image.
+
+    The mirror image has its axes reversed.
+    """
     if layer.transpose_kernel:
         return _conv(layer)
     axes = -2, -1, *range(len(layer.kernel_size) + 2, 2, -1)
@@ -339,7 +351,10 @@ def _norm(layer: Any) -> Rules:
 
 
 def _batch_norm(layer: nnx.BatchNorm) -> Rules:
-    """nnx does not count batches: the count that torch has is written as 0, and not read."""
+    """Adds the count of batches that torch has, since nnx does not count them.
+
+    It is written as 0, and not read.
+    """
     rules = _named(layer, "bias", weight="scale")
     own, param_dtype = np.dtype(layer.mean.dtype), np.dtype(layer.param_dtype)
     dtypes = np.promote_types(own, param_dtype).name, param_dtype.name, own.name, "float32"
@@ -351,13 +366,13 @@ def _batch_norm(layer: nnx.BatchNorm) -> Rules:
 
 
 def _prelu(layer: nnx.PReLU) -> Rules:
-    """One slope, (1,) in torch, or one for each channel."""
+    """Lays out one slope, (1,) in torch, or one for each channel."""
     slope = layer.negative_slope
     return {"weight": _relaid(slope, slope.shape, slope.shape or (1,))}
 
 
 def _attention(layer: nnx.MultiHeadAttention) -> Rules:
-    """Heads are flattened, and the three input projections packed into one if they are of one size."""
+    """Flattens the heads, and packs the three input projections into one if they are of one size."""
     inputs = layer.query, layer.key, layer.value
     if not all(isinstance(p, nnx.LinearGeneral) for p in (*inputs, layer.out)):
         raise NoTwinError("whose projections are of another type")
@@ -379,7 +394,7 @@ def _attention(layer: nnx.MultiHeadAttention) -> Rules:
 
 
 def _cell(cell: Any) -> Rules:
-    """Gates side by side, in torch's order, which is that of nnx."""
+    """Packs the gates side by side, in torch's order, which is that of nnx."""
     if isinstance(cell, nnx.LSTMCell):
         sides = [[getattr(cell, name) for name in names] for names in (INPUT_GATES, STATE_GATES)]
     else:
@@ -403,7 +418,7 @@ def _cell(cell: Any) -> Rules:
 
 
 def _one_bias(biases: Sequence[nnx.Variable], of_gru: bool) -> Rules:
-    """Of torch's two, the sum."""
+    """Makes one bias of torch's two, which is their sum."""
     rule = _vector(*biases)
 
     def sum_(ih: np.ndarray, hh: np.ndarray) -> Sequence[np.ndarray]:
@@ -427,7 +442,10 @@ def _one_bias(biases: Sequence[nnx.Variable], of_gru: bool) -> Rules:
 
 
 def _rnn(layer: nnx.RNN, suffix: str = "_l0") -> Rules:
-    """torch has these cells in RNNs of one layer; any other cell is a layer in it."""
+    """Names these cells as torch does, which has them in RNNs of one layer.
+
+    Any other cell is a layer in it.
+    """
     rules = _cell(layer.cell) if isinstance(layer.cell, _CELLS) else {}
     return {
         name + suffix: rule._replace(also=tuple(other + suffix for other in rule.also)) for name, rule in rules.items()
@@ -442,7 +460,7 @@ def _bidirectional(layer: nnx.Bidirectional) -> Rules:
 
 
 def _lora(layer: nnx.LoRA) -> Names:
-    """By peft's names."""
+    """Names the weights as peft does."""
     rules = {"lora_A.default.weight": _permuted(layer.lora_a, (-1, -2))}
     rules |= {"lora_B.default.weight": _permuted(layer.lora_b, (-1, -2))}
     return rules if layer.base_module is None else {**rules, "base_layer": layer.base_module}
@@ -453,7 +471,7 @@ def _lora_linear(layer: nnx.LoRALinear) -> Names:
 
 
 def _weight_norm(layer: nnx.WeightNorm) -> Rules:
-    """By the names of torch.nn.utils.parametrizations.weight_norm."""
+    """Names the weights as torch.nn.utils.parametrizations.weight_norm does."""
     inner: Any = layer.layer_instance
     kind = next((kind for kind in (nnx.Linear, nnx.ConvTranspose, nnx.Conv) if isinstance(inner, kind)), None)
     if kind is None or layer.feature_axes not in (-1, (-1,)) or not layer.scales or set(layer.scales) != {("kernel",)}:
@@ -472,7 +490,10 @@ def _weight_norm(layer: nnx.WeightNorm) -> Rules:
 
 
 def _spectral_norm(layer: nnx.SpectralNorm) -> Rules:
-    """nnx keeps u and the normalised kernel, torch u, v and the kernel as it was; they iterate half a step apart."""
+    """Refuses the layer, since its iteration is not torch's.
+
+    nnx keeps u and the normalised kernel. torch keeps u, v and the kernel as it was. They iterate half a step apart.
+    """
     raise NoTwinError(
         "whose iteration is not torch's; after training, port its layer_instance, called once in eval mode, to torch's "
         "layer without the parametrization"

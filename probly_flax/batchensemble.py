@@ -78,12 +78,12 @@ _NORMS: dict[type[nnx.Module], Callable[..., nnx.Module]] = {
 
 @runtime_checkable
 class BatchEnsembleLayer(Protocol):
-    """What a layer of members offers; register_batchensemble takes any that does."""
+    """The interface of a layer of members. register_batchensemble takes any layer that offers it."""
 
     num_members: int
 
     def member(self, i: int) -> nnx.Module:
-        """Member i as an ordinary layer."""
+        """Returns member i as an ordinary layer."""
 
     def keep_members(self, indices: Sequence[int]) -> None:
         """Drops every other member, in place."""
@@ -156,7 +156,7 @@ class BatchEnsemble(nnx.Module):
         return (self[i] for i in range(self.num_members))
 
     def __getitem__(self, item: int | slice | Sequence[int]) -> Any:
-        """Member `item` as a plain network with folded weights; or, for a slice or a list, those members alone."""
+        """Returns member `item` as a plain network with folded weights; for a slice or a list, those members alone."""
         network = nnx.clone(self.network, arrays=True)
         if isinstance(item, (slice, list, tuple)):
             indices = member_indices("BatchEnsemble", item, self.num_members)
@@ -169,7 +169,7 @@ class BatchEnsemble(nnx.Module):
         return network
 
     def fold(self) -> Ensemble:
-        """The same members as an Ensemble, each with weights of its own.
+        """Returns the same members as an Ensemble, each with weights of its own.
 
         Example:
             >>> base, x = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0))), jnp.ones((5, 2))
@@ -312,7 +312,7 @@ def _of_shared_batch(network: Any, x: Array, num_members: int) -> Any:
 
 
 def _layers(network: nnx.Module) -> list[Any]:
-    """The BatchEnsemble layers, without those that they hold themselves."""
+    """Lists the BatchEnsemble layers, without those that they hold themselves."""
     found = {id(layer): layer for _, layer in nnx.iter_modules(network) if isinstance(layer, BatchEnsembleLayer)}
     for layer in list(found.values()):
         for _, held in nnx.iter_modules(layer):
@@ -322,18 +322,21 @@ def _layers(network: nnx.Module) -> list[Any]:
 
 
 def _parameters(layer: nnx.Module) -> list[nnx.Param]:
-    """Those of the layer itself."""
+    """Lists the parameters of the layer itself."""
     return [value for value in vars(layer).values() if isinstance(value, nnx.Param)]
 
 
 def _is_single(layer: nnx.Module) -> bool:
-    """Not a stack of layers, as nnx.vmap makes it."""
+    """Tells whether the layer is not a stack of layers, as nnx.vmap makes it."""
     weight = getattr(layer, "kernel", getattr(layer, "embedding", None))
     return weight is None or weight.ndim == 2 + len(getattr(layer, "kernel_size", ()))
 
 
 def _keep_ties(layer: nnx.Module, converted: nnx.Module, per_member: dict[int, nnx.Variable]) -> None:
-    """What members share stays the very Variable that it was, and what two layers shared stays shared."""
+    """Keeps what members share as the very Variable that it was.
+
+    What two layers shared stays shared.
+    """
     new = dict(nnx.to_flat_state(nnx.state(converted, nnx.Param)))
     for path, own in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
         if path in new:
@@ -353,7 +356,10 @@ def _become(layer: nnx.Module, new: nnx.Module) -> None:
 
 
 def _torch_path(path: tuple[Any, ...], modules: Mapping[tuple[Any, ...], nnx.Module]) -> str:
-    """The path in torch, where a Sequential has no `layers`, so that both packages draw in one order."""
+    """Returns the path in torch, where a Sequential has no `layers`.
+
+    By it, both packages draw in one order.
+    """
     named = (
         str(part)
         for i, part in enumerate(path)

@@ -80,7 +80,7 @@ class Ensemble(nnx.Module):
         return (self[i] for i in range(self.num_members))
 
     def __getitem__(self, item: int | slice | Sequence[int]) -> Any:
-        """Member `item` as a network of its own; or, for a slice or a list, an ensemble of those members."""
+        """Returns member `item` as a network of its own; for a slice or a list, an ensemble of those members."""
         if isinstance(item, (slice, list, tuple)):
             indices = member_indices("Ensemble", item, self.num_members)
             return Ensemble([self[i] for i in indices], chunk_size=self.chunk_size)

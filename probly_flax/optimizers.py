@@ -44,10 +44,11 @@ _MOMENTS = {
 def optimizer_to_arrays(
     model: nnx.Module, optimizer: nnx.Optimizer, *, flatten: Flatten = None
 ) -> dict[str, np.ndarray]:
-    """The state of an `nnx.Optimizer` of `optax.sgd`, `adam` or `adamw`, by the names of the twin's parameters, copied.
+    """Copies the state of an optimizer into arrays, by the names of the model's parameters in torch.
 
-    What training needs to go on, beside the weights; with the twin of the optimizer in the other framework it takes the
-    same steps. Learning rate, betas, decay and schedule are not part of it: build the twin with them, by this table.
+    The optimizer is an `nnx.Optimizer` of `optax.sgd`, `adam` or `adamw`. Its state is what training needs to go on,
+    beside the weights. With the twin of the optimizer in the other framework, training takes the same steps. Learning
+    rate, betas, decay and schedule are not part of the state: build the twin with them, by this table.
 
     | torch.optim | optax |
     |---|---|
@@ -91,7 +92,9 @@ def optimizer_to_arrays(
 def load_optimizer_arrays(
     model: nnx.Module, optimizer: nnx.Optimizer, arrays: Mapping[str, np.ndarray], *, flatten: Flatten = None
 ) -> None:
-    """Copies arrays into the state of an optimizer, all of them or none; and the steps into all that counts them.
+    """Copies arrays into the state of an optimizer, all of them or none.
+
+    The steps are copied into all that counts them.
 
     Args:
         model: whose parameters the optimizer updates, with the weights that belong to the state.
@@ -181,10 +184,10 @@ def load_optimizer(
 
 
 class _State(NamedTuple):
-    """What an optimizer keeps, by names in torch: a rule over the moments of each weight, and the steps it has taken.
+    """An optimizer's state, by names in torch: a rule over the moments of each weight, and the steps it has taken.
 
-    `counts` are the variables that count steps, by their place in the state; `optional` those of `steps` that torch has
-    not.
+    `counts` are the variables that count steps, by their place in the state. `optional` are those of `steps` that torch
+    does not have.
     """
 
     moments: dict[str, Rule]
@@ -252,7 +255,7 @@ def _state(what: str, model: nnx.Module, optimizer: nnx.Optimizer, flatten: Flat
 def _moments_and_counts(
     what: str, parameters: Mapping[Any, nnx.Variable], optimizer: nnx.Optimizer
 ) -> tuple[dict[str, dict[int, nnx.Variable]], dict[str, nnx.Variable]]:
-    """Each moment of each parameter, by torch's name and the parameter's id; and the counts, by their place."""
+    """Returns each moment of each parameter by torch's name and the parameter's id, and the counts by their place."""
     moments: dict[str, dict[int, nnx.Variable]] = {}
     counts: dict[str, nnx.Variable] = {}
     owners: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""What an ensemble knows and does not: total, aleatoric and epistemic uncertainty of its members' outputs.
+"""Uncertainty of an ensemble's predictions: total, aleatoric and epistemic, from its members' outputs.
 
 For classification, of logits [E, B, C], and in log space: no finite logits give NaN, infinity, or a negative entropy,
 mutual information or divergence. These are in nats unless unit="bits". For regression, of means and variances
@@ -60,7 +60,7 @@ class Uncertainty(NamedTuple):
 
 
 def classification_uncertainty(logits: Array, *, unit: Unit = "nats") -> Uncertainty:
-    """Mean prediction, and predictive_entropy = expected_entropy + mutual_information (Depeweg et al. 2018).
+    """Returns the mean prediction and predictive_entropy = expected_entropy + mutual_information (Depeweg et al. 2018).
 
     Shape:
         logits (E, B, C). Returns mean (B, C), and total, aleatoric and epistemic (B,), where total is the sum of the
@@ -80,9 +80,9 @@ def classification_uncertainty(logits: Array, *, unit: Unit = "nats") -> Uncerta
 
 
 def regression_uncertainty(mean: Array, variance: Array) -> Uncertainty:
-    """Mean prediction, and the mixture's variance, by the law of total variance.
+    """Returns the mean prediction, and the mixture's variance by the law of total variance.
 
-    Aleatoric is the mean of the variances, epistemic the population variance of the means (Lakshminarayanan et al.
+    Aleatoric is the mean of the variances. Epistemic is the population variance of the means (Lakshminarayanan et al.
     2017, sec. 2.4). Means are taken as differences from the first member's, which are exact where they are close: a
     large mean costs no digits.
 
@@ -138,7 +138,7 @@ class ClassificationStream:
         self.num_members += len(logits)
 
     def compute(self) -> Uncertainty:
-        """What classification_uncertainty returns of all members so far."""
+        """Returns the classification_uncertainty of all members so far."""
         check_any_members("ClassificationStream.compute", "stream.update(logits)", self.num_members)
         log_mean, aleatoric, epistemic = self._moments
         return _in_total(jnp.exp(log_mean), aleatoric, epistemic, self.unit)
@@ -181,14 +181,14 @@ class RegressionStream:
         self.num_members += len(mean)
 
     def compute(self) -> Uncertainty:
-        """What regression_uncertainty returns of all members so far."""
+        """Returns the regression_uncertainty of all members so far."""
         check_any_members("RegressionStream.compute", "stream.update(mean, variance)", self.num_members)
         center, aleatoric, epistemic = self._moments
         return _in_total(self._first + center, aleatoric, epistemic)
 
 
 def log_mean_probs(logits: Array) -> Array:
-    """Logarithm of the mean prediction, log (1/E) sum_i softmax(z_i).
+    """Returns the logarithm of the mean prediction, log (1/E) sum_i softmax(z_i).
 
     Shape:
         logits (E, B, C). Returns (B, C).
@@ -200,7 +200,7 @@ def log_mean_probs(logits: Array) -> Array:
 
 
 def mean_probs(logits: Array) -> Array:
-    """Mean prediction of the members, (1/E) sum_i softmax(z_i).
+    """Returns the mean prediction of the members, (1/E) sum_i softmax(z_i).
 
     Shape:
         logits (E, B, C). Returns (B, C), rows that add up to 1.
@@ -212,7 +212,7 @@ def mean_probs(logits: Array) -> Array:
 
 
 def predictive_entropy(logits: Array, *, unit: Unit = "nats") -> Array:
-    """Total uncertainty: the entropy of the mean prediction.
+    """Returns the total uncertainty: the entropy of the mean prediction.
 
     Shape:
         logits (E, B, C). Returns (B,), from 0 to log C, in nats or bits.
@@ -225,7 +225,7 @@ def predictive_entropy(logits: Array, *, unit: Unit = "nats") -> Array:
 
 
 def expected_entropy(logits: Array, *, unit: Unit = "nats") -> Array:
-    """Aleatoric uncertainty: the mean of the members' entropies.
+    """Returns the aleatoric uncertainty: the mean of the members' entropies.
 
     Shape:
         logits (E, B, C). Returns (B,), from 0 to log C, in nats or bits.
@@ -238,7 +238,7 @@ def expected_entropy(logits: Array, *, unit: Unit = "nats") -> Array:
 
 
 def mutual_information(logits: Array, *, unit: Unit = "nats") -> Array:
-    """Epistemic uncertainty: the mean divergence KL(p_i || p) of the members from their mean.
+    """Returns the epistemic uncertainty: the mean divergence KL(p_i || p) of the members from their mean.
 
     It equals predictive_entropy - expected_entropy (Houlsby et al. 2011, eq. 2), without their cancellation.
 
@@ -254,7 +254,7 @@ def mutual_information(logits: Array, *, unit: Unit = "nats") -> Array:
 
 
 def pairwise_kl(logits: Array, *, unit: Unit = "nats") -> Array:
-    """The divergence KL(p_i || p_j) of each member from each other (Kullback and Leibler 1951).
+    """Returns the divergence KL(p_i || p_j) of each member from each other (Kullback and Leibler 1951).
 
     Shape:
         logits (E, B, C). Returns (E, E, B), at least 0 and in nats or bits, with [i, j] for KL(p_i || p_j) and 0 on
@@ -269,7 +269,7 @@ def pairwise_kl(logits: Array, *, unit: Unit = "nats") -> Array:
 
 
 def disagreement(logits: Array) -> Array:
-    """Fraction of the pairs of members that predict different classes; 0 for a single member.
+    """Returns the fraction of the pairs of members that predict different classes; 0 for a single member.
 
     Shape:
         logits (E, B, C). Returns (B,), from 0 to 1.
@@ -285,7 +285,7 @@ def disagreement(logits: Array) -> Array:
 
 
 def _log_probs(what: str, logits: Array) -> Array:
-    """log softmax, kept finite: below this bound the probability is 0 anyway."""
+    """Returns log softmax, kept finite: below this bound the probability is 0 anyway."""
     check_logits(what, logits.shape)
     return jnp.maximum(jax.nn.log_softmax(logits, -1), float(jnp.finfo(logits.dtype).min) / 4)
 
@@ -303,7 +303,10 @@ def _entropy(log_probs: Array) -> Array:
 
 
 def _divergence(log_p: Array, log_q: Array) -> Array:
-    """KL(p || q) as the sum of p (log p - log q) + q - p: each term is at least 0, and flat where p and q agree."""
+    """Returns KL(p || q) as the sum of p (log p - log q) + q - p.
+
+    Each term is at least 0, and flat where p and q agree.
+    """
     d = log_p - log_q
     up = jax.nn.relu(d)
     # the first term where p > q, the second elsewhere; of p and q themselves it would be a difference of roundings
@@ -312,26 +315,26 @@ def _divergence(log_p: Array, log_q: Array) -> Array:
 
 
 def _moments(log_probs: Array) -> tuple[Array, ...]:
-    """Logarithm of the mean prediction, aleatoric and epistemic uncertainty, in nats."""
+    """Returns the logarithm of the mean prediction, and aleatoric and epistemic uncertainty, in nats."""
     log_mean = _log_mean(log_probs)
     return log_mean, _entropy(log_probs).mean(0), _divergence(log_probs, log_mean[None]).mean(0)
 
 
 def _merged_moments(a: tuple[Array, ...], b: tuple[Array, ...], v: float, w: float) -> tuple[Array, ...]:
-    """The moments of two groups of members together, v and w of all."""
+    """Merges the moments of two groups of members, whose shares of all are v and w."""
     log_mean = _at_most_zero(jnp.logaddexp(math.log(v) + a[0], math.log(w) + b[0]))
     of_a, of_b = a[2] + _divergence(a[0], log_mean), b[2] + _divergence(b[0], log_mean)
     return log_mean, v * a[1] + w * b[1], v * of_a + w * of_b
 
 
 def _gaussian_moments(differences: Array, variance: Array) -> tuple[Array, ...]:
-    """Mean, aleatoric and epistemic uncertainty of means that are differences from one of them."""
+    """Returns mean, aleatoric and epistemic uncertainty of means that are differences from one of them."""
     center = differences.mean(0)
     return center, _nan_if_negative(variance).mean(0), jnp.square(differences - center[None]).mean(0)
 
 
 def _merged_gaussian_moments(a: tuple[Array, ...], b: tuple[Array, ...], v: float, w: float) -> tuple[Array, ...]:
-    """The moments of two groups of members together, v and w of all."""
+    """Merges the moments of two groups of members, whose shares of all are v and w."""
     apart = b[0] - a[0]
     return a[0] + w * apart, v * a[1] + w * b[1], v * a[2] + w * b[2] + v * w * jnp.square(apart)
 

@@ -39,7 +39,9 @@ Flatten = Mapping[str, Sequence[int]] | None
 
 
 def to_arrays(model: nnx.Module, *, flatten: Flatten = None) -> dict[str, np.ndarray]:
-    """The weights of a model by the names of its twin's `state_dict`, copied.
+    """Copies the weights of a model into arrays, by their names in torch's `state_dict`.
+
+    The `state_dict` is that of the model's twin.
 
     Args:
         model: any module with layers that torch has too, and parameters of its own.
@@ -102,7 +104,7 @@ def load_arrays(
 
 
 def save_weights(model: nnx.Module, path: str | os.PathLike[str], *, flatten: Flatten = None) -> None:
-    """Writes one safetensors file that plain torch loads, and probly_torch.load_weights.
+    """Writes one safetensors file, which plain torch and probly_torch.load_weights load too.
 
     Without this library, `model.load_state_dict(safetensors.torch.load_file(path))` reads it into the twin; or, if that
     has tied weights, which are kept once, `safetensors.torch.load_model(model, path)`. Its metadata has a sha256 of the
@@ -142,9 +144,9 @@ def load_weights(
     """Loads a safetensors file into a model, all of it or nothing. Nothing is unpickled.
 
     The file is read twice, first to check all of it, and array by array: beside the model, memory is needed for a few
-    copies of one of its arrays; unless the allocator keeps what the old arrays give back, which an abstract model,
-    `nnx.eval_shape(lambda: Network(rngs=nnx.Rngs(0)))`, has not. Values that are NaN or infinite are loaded with a
-    warning.
+    copies of one of its arrays, unless the allocator keeps what the old arrays give back. An abstract model,
+    `nnx.eval_shape(lambda: Network(rngs=nnx.Rngs(0)))`, has no old arrays. Values that are NaN or infinite are loaded
+    with a warning.
 
     Args:
         model: whose variables are given new values; they stay the same objects. It may be abstract.
@@ -248,7 +250,7 @@ def _set(variable: nnx.Variable, array: np.ndarray) -> None:
 
 
 def _is_hooked(variable: Any) -> bool:
-    """Whether setting its value runs code of the user, which may raise."""
+    """Tells whether setting the variable's value runs code of the user, which may raise."""
     if not isinstance(variable, nnx.Variable):
         return False
     return type(variable).set_value is not nnx.Variable.set_value or "on_set_value" in variable.get_metadata()
@@ -266,7 +268,10 @@ def _arrays(what: str, model: nnx.Module, flatten: Flatten) -> Arrays:
 
 
 def _rules(what: str, model: nnx.Module, flatten: Flatten = None) -> Iterator[tuple[str, Rule]]:
-    """Every weight under every name it has in torch; a layer used twice has two."""
+    """Yields every weight under every name that it has in torch.
+
+    The weights of a layer that is used twice have two names.
+    """
     check_model(what, model, nnx.Module, "nnx.Linear(3, 2, rngs=nnx.Rngs(0))")
     rules = dict(torch_rules(what, model))
     if flatten:
@@ -294,7 +299,7 @@ def _shapes(rules: Mapping[str, Rule]) -> dict[str, tuple[int, ...]]:
 
 
 def _flattened(rule: Rule, shape: Sequence[int]) -> Rule:
-    """The last axis in torch runs over (channels, *spatial), in Flax over (*spatial, channels)."""
+    """Reorders the last axis, which runs over (channels, *spatial) in torch and (*spatial, channels) in Flax."""
     channels, *spatial = shape
     first = -1 - len(spatial)
 
@@ -310,21 +315,24 @@ def _flattened(rule: Rule, shape: Sequence[int]) -> Rule:
 
 
 def _identities(rules: Mapping[str, Rule]) -> dict[str, Any]:
-    """Equal for the names of one parameter in one layout, and for them only; but for the last element, in any."""
+    """Returns what is equal for the names of one parameter in one layout, and for them only.
+
+    Without its last element, it is equal for the names of one parameter in any layout.
+    """
     found = {name: tuple(map(id, rule.variables)) or (name,) for name, rule in rules.items()}
     shared = {own for own, count in Counter(found.values()).items() if count > 1}
     return {name: (*own, _layout(rules[name]) if own in shared else "") for name, own in found.items()}
 
 
 def _layout(rule: Rule) -> str:
-    """What torch's layout makes of numbers that tell the axes apart."""
+    """Returns a digest of what torch's layout makes of numbers that tell the axes apart."""
     numbers = (np.resize(np.arange(251, dtype=np.uint8), variable.shape) for variable in rule.variables)
     array = rule.to_torch(*numbers)
     return sha256(repr(array.shape).encode() + array.astype(np.uint8).tobytes()).hexdigest()
 
 
 def _spec(rule: Rule) -> Spec:
-    """Shape and dtype, without the values."""
+    """Returns shape and dtype, without the values."""
     array = rule.to_torch(*(np.broadcast_to(np.int8(0), variable.shape) for variable in rule.variables))
     dtypes = rule.dtypes[:1] or [variable.dtype.name for variable in rule.variables] or [array.dtype.name]
     return Spec(array.shape, np.dtype(reduce(np.promote_types, dtypes)).name)

@@ -40,7 +40,10 @@ def lazy_names(module: nn.Module) -> list[str]:
 
 
 def stack(members: Iterator[nn.Module], num_members: int) -> nn.Module:
-    """One network whose tensors have a leading axis of members, which come one by one."""
+    """Stacks members into one network, whose tensors have a leading axis of members.
+
+    The members come one by one.
+    """
     first = next(members)
     check_initialized("Ensemble", lazy_names(first))
     stacked = {name: tensor.detach().new_empty(num_members, *tensor.shape) for name, tensor in named_tensors(first)}
@@ -54,13 +57,13 @@ def stack(members: Iterator[nn.Module], num_members: int) -> nn.Module:
 
 
 def member(network: nn.Module, i: int) -> nn.Module:
-    """Member i of a stacked network, with tensors of its own."""
+    """Returns member i of a stacked network, with tensors of its own."""
     memo = {id(tensor): _like(tensor, tensor.detach()[i].clone()) for _, tensor in named_tensors(network)}
     return copy.deepcopy(network, memo)
 
 
 def _like(tensor: Tensor, value: Tensor) -> Tensor:
-    """The value as what the tensor is: a parameter, of its type, or a buffer."""
+    """Returns the value as what the tensor is: a parameter of its type, or a buffer."""
     if isinstance(tensor, nn.Parameter):
         return type(tensor)(value, requires_grad=tensor.requires_grad)
     return value
@@ -69,7 +72,10 @@ def _like(tensor: Tensor, value: Tensor) -> Tensor:
 def run(
     network: nn.Module, num_members: int, args: Any, kwargs: Any, in_axes: int | None, chunk_size: int | None
 ) -> Any:
-    """What every member returns, stacked. Under in_axes=0 each has inputs of its own, else they share them."""
+    """Returns what every member returns, stacked.
+
+    Under in_axes=0 each member has inputs of its own, else they share them.
+    """
     call = _Call(network, num_members, args, kwargs, in_axes, chunk_size)
     if chunk_size is None or chunk_size >= num_members:
         return call.results(*call.chunk(call.tensors, call.batches))
@@ -113,9 +119,10 @@ class _Call:
         self.assigned: list[Tensor] = []
 
     def row(self, rows: Sequence[Tensor], batches: Sequence[Tensor]) -> Outputs:
-        """One member's outputs, and the buffers that it assigned anew; others are changed in place.
+        """Returns one member's outputs, and the buffers that it assigned anew.
 
-        torch.func.functional_call would leave a module that is used twice with the wrong tensors, and costs more.
+        Other buffers are changed in place. torch.func.functional_call would leave a module that is used twice with the
+        wrong tensors, and costs more.
         """
         given = dict(zip(map(id, self.tensors), rows, strict=True))
         for registry, name, tensor in self.slots:
@@ -179,7 +186,7 @@ class _Call:
 
 
 def _loop(row: Callable[..., Outputs], randomness: str) -> Callable[..., Outputs]:
-    """torch.vmap's result, one member at a time."""
+    """Computes what torch.vmap computes, one member at a time."""
 
     def run(rows: Sequence[Tensor], batches: Sequence[Tensor]) -> Outputs:
         own_rows = zip(*(row.unbind() for row in rows), strict=True)  # one gradient for all rows
@@ -194,7 +201,10 @@ def _loop(row: Callable[..., Outputs], randomness: str) -> Callable[..., Outputs
 
 
 def _needs_loop(network: nn.Module, tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> bool:
-    """What torch.vmap cannot run, runs otherwise than a member alone, or slower; of inputs of those shapes."""
+    """Tells whether torch.vmap cannot run the network, runs it otherwise than a member alone, or runs it slower.
+
+    `shapes` are those of the inputs.
+    """
     width = 0
     for module in network.modules():
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
@@ -227,7 +237,10 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def mlp_layers(network: nn.Module, x: Any, in_axes: int | None) -> list[nn.Module]:
-    """The layers of a Sequential of Linear and elementwise layers, which needs no vmap; of another network, none."""
+    """Lists the layers of a Sequential of Linear and elementwise layers, and none of another network.
+
+    Such a Sequential needs no vmap.
+    """
     if type(x) is not Tensor or x.ndim < (1 if in_axes is None else 2) or not x.numel():
         return []
     layers: list[nn.Module] = []
@@ -247,7 +260,7 @@ def mlp_layers(network: nn.Module, x: Any, in_axes: int | None) -> list[nn.Modul
 
 
 def run_mlp(layers: Sequence[nn.Module], num_members: int, x: Tensor, in_axes: int | None) -> Tensor:
-    """What vmap computes, in fewer and larger operations."""
+    """Computes what vmap computes, in fewer and larger operations."""
     batch = x.shape[:-1] if in_axes is None else x.shape[1:-1]
     y = x.reshape(1 if in_axes is None else num_members, -1, x.shape[-1]).expand(num_members, -1, -1)
     for layer in layers:  # weight first: their gradients come in the weights' own layout, which is up to 2 x faster
@@ -261,7 +274,7 @@ def run_mlp(layers: Sequence[nn.Module], num_members: int, x: Tensor, in_axes: i
 
 
 def _structure(module: nn.Module) -> list[str]:
-    """What two members must share: layers, options, and the shapes and dtypes of their tensors."""
+    """Lists what two members must share: layers, options, and the shapes and dtypes of their tensors."""
     tensors = (f"{name} {t.dtype} {tuple(t.shape)}" for name, t in named_tensors(module))
     options = (
         f"{name or 'network'}.{attribute}={_describe(value)}"
@@ -273,7 +286,7 @@ def _structure(module: nn.Module) -> list[str]:
 
 
 def _describe(value: Any) -> str:
-    """A value as text that is equal for equal values: no addresses, and all of a tensor."""
+    """Describes a value by text that is equal for equal values: no addresses, and all of a tensor."""
     if isinstance(value, Tensor):
         return f"{value.dtype} {value.tolist()}"
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -16,7 +16,9 @@ from probly_torch.ensemble import Ensemble
 
 
 def layer_options(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The options of every layer that has a kind, by its path: numbers, strings, booleans, None and lists of these.
+    """Returns the options of every layer that has a kind, by its path in torch.
+
+    The options are numbers, strings, booleans, None and lists of these.
 
     Example:
         >>> layer_options(nn.Sequential(nn.Linear(4, 3), nn.GELU()))
@@ -80,7 +82,7 @@ def _no_kind(layer: nn.Module) -> None:
 
 
 def _function(function: Any) -> dict[str, Any] | None:
-    """The options of an activation that is kept as a function, if it is one that is known."""
+    """Returns the options of an activation that is kept as a function, if it is one that is known."""
     keywords: Mapping[str, Any] = {}
     if isinstance(function, partial):
         function, keywords = function.func, {} if function.args else function.keywords
@@ -237,7 +239,7 @@ _FUNCTIONS: dict[Any, tuple[str, dict[str, Any]]] = {
 
 
 def _arguments(kind: str, options: Options) -> dict[str, Any]:
-    """What these options are as arguments of torch's layer."""
+    """Translates these options into arguments of torch's layer."""
     arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     for name in ("kind", "num_members", "flatten_channels"):
         arguments.pop(name, None)
@@ -289,9 +291,10 @@ def _advice(kind: str, arguments: Mapping[str, Any]) -> str:
 
 
 def _flattened(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """The layers that read something flattened, and how many channels it has; 0 if they are not known.
+    """Yields the layers that read something flattened, and how many channels it has.
 
-    Layers come in the order of Sequentials, and of the attributes of other modules, whose forward is not read.
+    The number is 0 if the channels are not known. Layers come in the order of Sequentials, and of the attributes of
+    other modules, whose forward is not read.
     """
     for outer, module in (each[:2] for each in _modules(model, "") if each[2]):
         channels, rank, flat, pooled = 0, 4, False, False  # an image, as long as nothing else is known
@@ -319,12 +322,15 @@ def _flattened(model: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def _is_pooled(layer: nn.Module) -> bool:
-    """One value for each channel is left, in torch's order and in any other."""
+    """Tells whether the layer leaves one value for each channel.
+
+    Torch's order and any other are then the same.
+    """
     return getattr(layer, "output_size", None) in (1, (1,), (1, 1), (1, 1, 1))
 
 
 def _modules(module: nn.Module, path: str, outermost: bool = True) -> Iterator[tuple[str, nn.Module, bool]]:
-    """All modules by their paths, and whether they are no Sequential in another module."""
+    """Yields all modules by their paths, and whether they are no Sequential in another module."""
     if isinstance(module, Ensemble):
         module = module._network
     yield path, module, outermost or not _is_sequential(module)

@@ -68,7 +68,10 @@ def reset_by_rule(member: nn.Module, reset: Callable[[Tensor, Rngs], Tensor], rn
 
 
 def reset_by_layer(member: nn.Module, rngs: Rngs) -> None:
-    """Every layer with parameters by its own rule, inner layers first; then what they left by its own type's rule."""
+    """Resets every layer with parameters by its own rule, inner layers first.
+
+    What these rules left is then reset by its own type's rule.
+    """
     with torch.no_grad():
         for parameter in member.parameters():
             parameter.fill_(torch.nan)

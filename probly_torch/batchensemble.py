@@ -79,12 +79,12 @@ _NORMS: dict[type[nn.Module], Callable[..., nn.Module]] = {
 
 @runtime_checkable
 class BatchEnsembleLayer(Protocol):
-    """What a layer of members offers; register_batchensemble takes any that does."""
+    """The interface of a layer of members. register_batchensemble takes any layer that offers it."""
 
     num_members: int
 
     def member(self, i: int) -> nn.Module:
-        """Member i as an ordinary layer."""
+        """Returns member i as an ordinary layer."""
 
     def keep_members(self, indices: Sequence[int]) -> None:
         """Drops every other member, in place."""
@@ -156,7 +156,7 @@ class BatchEnsemble(nn.Module):
         return (self[i] for i in range(self.num_members))
 
     def __getitem__(self, item: int | slice | Sequence[int]) -> Any:
-        """Member `item` as a plain network with folded weights; or, for a slice or a list, those members alone."""
+        """Returns member `item` as a plain network with folded weights; for a slice or a list, those members alone."""
         network = copy.deepcopy(self.network)
         if isinstance(item, (slice, list, tuple)):
             indices = member_indices("BatchEnsemble", item, self.num_members)
@@ -170,7 +170,7 @@ class BatchEnsemble(nn.Module):
         return network
 
     def fold(self) -> Ensemble:
-        """The same members as an Ensemble, each with weights of its own.
+        """Returns the same members as an Ensemble, each with weights of its own.
 
         Example:
             >>> import torch
@@ -304,7 +304,7 @@ def register_batchensemble(layer_type: type[nn.Module]) -> Callable[[Converter],
 
 
 def _layers(network: nn.Module) -> list[Any]:
-    """The BatchEnsemble layers, without those that they hold themselves."""
+    """Lists the BatchEnsemble layers, without those that they hold themselves."""
     if isinstance(network, BatchEnsembleLayer):
         return [network]
     found = (layer for child in network.children() for layer in _layers(child))
@@ -326,12 +326,18 @@ def _of_shared_batch(network: nn.Module, x: Tensor, num_members: int) -> Any:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Neither with a forward of its own, nor with a weight that a hook computes, as old weight_norm and pruning do."""
+    """Tells whether the layer has neither a forward of its own, nor a weight that a hook computes.
+
+    Old weight_norm and pruning have such hooks.
+    """
     return "forward" not in vars(layer) and not any(isinstance(value, Tensor) for value in vars(layer).values())
 
 
 def _keep_ties(layer: nn.Module, converted: nn.Module, per_member: dict[nn.Parameter, nn.Parameter]) -> None:
-    """What members share stays the very Parameter that it was, and what two layers shared stays shared."""
+    """Keeps what members share as the very Parameter that it was.
+
+    What two layers shared stays shared.
+    """
     new = dict(converted.named_parameters())
     for path, own in layer.named_parameters():
         if path in new:
@@ -352,7 +358,10 @@ def _become(layer: nn.Module, new: nn.Module) -> None:
 
 
 def _set_fast_paths(network: nn.Module, enabled: bool) -> None:
-    """Allows or not the fused inference of torch's Transformer, which reads weights past their layers."""
+    """Switches the fused inference of torch's Transformer on or off.
+
+    It reads weights past their layers.
+    """
     for module in network.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             kinds = ((relu, nn.ReLU), (gelu, nn.GELU))  # which torch numbers so

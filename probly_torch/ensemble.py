@@ -96,7 +96,7 @@ class Ensemble(nn.Module):
             return run(self._network, self.num_members, args, kwargs, in_axes, self.chunk_size)
 
     def _seeded(self) -> AbstractContextManager[None]:
-        """The masks of Dropout come from the ensemble's rngs, another one for each call."""
+        """Seeds the masks of Dropout from the ensemble's rngs, anew for each call."""
         if self._seeds is None or not self.training or torch.compiler.is_compiling():
             return nullcontext()
         check_run_once("Ensemble", torch._C._current_graph_task_id() != -1)
@@ -122,7 +122,7 @@ class Ensemble(nn.Module):
         return (self[i] for i in range(self.num_members))
 
     def __getitem__(self, item: int | slice | Sequence[int]) -> Any:
-        """Member `item` as a network of its own; or, for a slice or a list, an ensemble of those members."""
+        """Returns member `item` as a network of its own; for a slice or a list, an ensemble of those members."""
         if isinstance(item, (slice, list, tuple)):
             indices = member_indices("Ensemble", item, self.num_members)
             pruned = Ensemble([self[i] for i in indices], chunk_size=self.chunk_size)
@@ -201,7 +201,7 @@ def _member(make: Callable[[Rngs], nn.Module], rngs: Rngs, key: Tensor) -> nn.Mo
 
 
 def _word(key: Tensor) -> int:
-    """The 64 bits of a key."""
+    """Returns the 64 bits of a key."""
     high, low = key.tolist()
     return (high << 32) | low
 

@@ -49,10 +49,10 @@ def member_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Mean over members of each member's own cross-entropy, torch's F.cross_entropy with its options, in nats.
+    """Returns the mean over members of each member's own cross-entropy, in nats.
 
-    Each member is trained as if it were alone, which keeps members diverse (Lakshminarayanan et al. 2017);
-    its gradient is 1/E of the gradient alone.
+    The cross-entropy is torch's F.cross_entropy with its options. Each member is trained as if it were alone, which
+    keeps members diverse (Lakshminarayanan et al. 2017). Its gradient is 1/E of the gradient alone.
 
     Shape:
         logits (E, B, C), labels (B,) or (E, B) of class indices. Returns a scalar.
@@ -78,9 +78,10 @@ def member_cross_entropy(
 
 
 def member_brier(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over members and inputs of each member's own Brier score, sum_c (p_c - onehot(label)_c)^2 (Brier 1950).
+    """Returns the mean over members and inputs of each member's own Brier score (Brier 1950).
 
-    A squared error is bounded where a logarithm is not: labels that are wrong cost at most 2.
+    The score is sum_c (p_c - onehot(label)_c)^2. A squared error is bounded where a logarithm is not: labels that are
+    wrong cost at most 2.
 
     Shape:
         logits (E, B, C), labels (B,) or (E, B) of class indices. Returns a scalar, from 0 to 2.
@@ -96,7 +97,7 @@ def member_brier(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def member_gaussian_nll(mean: Tensor, variance: Tensor, targets: Tensor) -> Tensor:
-    """Mean over members and targets of each member's own -log N(target; mean, variance), in nats.
+    """Returns the mean over members and targets of each member's own -log N(target; mean, variance), in nats.
 
     It is 0.5 (log 2 pi + log variance + (target - mean)^2 / variance) (Nix and Weigend 1994; Lakshminarayanan et al.
     2017, eq. 1). Targets of several numbers are judged number by number.
@@ -113,10 +114,11 @@ def member_gaussian_nll(mean: Tensor, variance: Tensor, targets: Tensor) -> Tens
 
 
 def member_beta_nll(mean: Tensor, variance: Tensor, targets: Tensor, *, beta: float = 0.5) -> Tensor:
-    """member_gaussian_nll weighted by variance^beta, which is taken as a constant (Seitzer et al. 2022, sec. 4).
+    """Returns member_gaussian_nll weighted by variance^beta (Seitzer et al. 2022, sec. 4).
 
-    The likelihood's gradient by the mean is divided by the variance, so that inputs that fit badly are given up for a
-    large variance; with beta=0.5 they are not, and with beta=1 the gradient by the mean is that of the squared error.
+    The weight is taken as a constant. The likelihood's gradient by the mean is divided by the variance, so that inputs
+    that fit badly are given up for a large variance. With beta=0.5 they are not. With beta=1 the gradient by the mean
+    is that of the squared error.
 
     Shape:
         mean, variance (E, B, ...), targets (B, ...) or (E, B, ...). Returns a scalar.
@@ -140,10 +142,11 @@ def member_beta_nll(mean: Tensor, variance: Tensor, targets: Tensor, *, beta: fl
 def member_losses(
     loss: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, *, in_axes: int | None = None
 ) -> Tensor:
-    """Each member's own loss, of any loss of one network's outputs.
+    """Returns each member's own loss, for any loss of one network's outputs.
 
-    The gradient of their sum by the weights of member i is the gradient of training member i alone: so is each step of
-    an optimizer that treats weights one by one, as SGD and Adam do (clipping by the norm of all gradients does not).
+    The gradient of their sum by the weights of member i is the gradient of training member i alone. The same holds for
+    each step of an optimizer that treats weights one by one, as SGD and Adam do (clipping by the norm of all gradients
+    does not).
 
     Shape:
         outputs (E, ...), or several in tuples, lists and dicts; targets as loss takes them, or with in_axes=0 each
@@ -180,10 +183,11 @@ def mixture_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Mean over inputs of the cross-entropy of the mean prediction, -log (1/E) sum_i softmax(z_i)[label], in nats.
+    """Returns the mean over inputs of the cross-entropy of the mean prediction, in nats.
 
-    It is what the ensemble is judged by (NLL), and never above member_cross_entropy. As a training loss it
-    lets members share the work, and so lose diversity.
+    The cross-entropy of an input is -log (1/E) sum_i softmax(z_i)[label]. Its mean is what the ensemble is judged by
+    (NLL), and never above member_cross_entropy. As a training loss it lets members share the work, and so lose
+    diversity.
 
     Shape:
         logits (E, B, C), labels (B,) of class indices. Returns a scalar.
@@ -209,9 +213,10 @@ def mixture_cross_entropy(
 
 
 def mixture_brier(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over inputs of the Brier score of the mean prediction p, sum_c (p_c - onehot(label)_c)^2 (Brier 1950).
+    """Returns the mean over inputs of the Brier score of the mean prediction p (Brier 1950).
 
-    It is never above member_brier: their difference is the variance of the members' predictions.
+    The score of an input is sum_c (p_c - onehot(label)_c)^2. Its mean is never above member_brier: their difference is
+    the variance of the members' predictions.
 
     Shape:
         logits (E, B, C), labels (B,) of class indices. Returns a scalar, from 0 to 2.
@@ -227,10 +232,10 @@ def mixture_brier(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def mixture_gaussian_nll(mean: Tensor, variance: Tensor, targets: Tensor) -> Tensor:
-    """Mean over targets of -log (1/E) sum_i N(target; mean_i, variance_i), the mixture's own likelihood, in nats.
+    """Returns the mean over targets of -log (1/E) sum_i N(target; mean_i, variance_i), in nats.
 
-    It is what the ensemble is judged by, and never above member_gaussian_nll. Targets of several numbers are judged
-    number by number, each by the mixture of its own densities.
+    This is the mixture's own likelihood. It is what the ensemble is judged by, and never above member_gaussian_nll.
+    Targets of several numbers are judged number by number, each by the mixture of its own densities.
 
     Shape:
         mean, variance (E, B, ...), targets (B, ...). Returns a scalar.
@@ -245,7 +250,9 @@ def mixture_gaussian_nll(mean: Tensor, variance: Tensor, targets: Tensor) -> Ten
 
 
 def to_gaussian(outputs: Tensor, *, min_variance: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Means and variances of a network with two outputs for each target, mean and softplus(.) + min_variance.
+    """Splits a network's two outputs for each target into its mean and its variance.
+
+    The variance is softplus(.) + min_variance.
 
     Shape:
         outputs (..., 2K), the K means first. Returns mean and variance (..., K).
@@ -269,7 +276,10 @@ def to_gaussian(outputs: Tensor, *, min_variance: float = 1e-6) -> tuple[Tensor,
 def _cross_entropy(
     what: str, log_probs: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float, ignore_index: int
 ) -> Tensor:
-    """sum_b -((1 - a) w[y_b] log p[y_b] + a sum_c w[c]/C log p[c]) / sum_b w[y_b], and its mean over members."""
+    """Returns the mean over members of the weighted and smoothed cross-entropy.
+
+    For one member it is sum_b -((1 - a) w[y_b] log p[y_b] + a sum_c w[c]/C log p[c]) / sum_b w[y_b].
+    """
     num_members, _, num_classes = log_probs.shape
     check_cross_entropy_options(what, num_classes, weight, label_smoothing, ignore_index)
     weight = None if weight is None else weight.to(log_probs)
@@ -290,14 +300,14 @@ def _brier(probs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _labels(what: str, probs: Tensor, labels: Tensor, each: bool = True) -> Tensor:
-    """Class indices for each member: (E, B)."""
+    """Returns the class indices for each member: (E, B)."""
     integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     check_labels(what, probs.shape, labels.shape, integer, each)
     return labels.long().expand(probs.shape[:-1])
 
 
 def _log_density(what: str, mean: Tensor, variance: Tensor, targets: Tensor, each: bool) -> Tensor:
-    """log N(target; mean, variance): (E, B, ...)."""
+    """Returns log N(target; mean, variance): (E, B, ...)."""
     check_gaussian(what, mean.shape, variance.shape)
     check_targets(what, mean.shape, targets.shape, each)
     _check_variance(what, variance <= 0, "above 0")

@@ -29,10 +29,11 @@ __all__ = ["load_optimizer", "load_optimizer_arrays", "optimizer_to_arrays", "sa
 def optimizer_to_arrays(
     model: nn.Module, optimizer: torch.optim.Optimizer, *, flatten: Flatten = None
 ) -> dict[str, np.ndarray]:
-    """The state of a `torch.optim.SGD`, `Adam` or `AdamW`, by the names of the model's parameters, copied.
+    """Copies the state of an optimizer into arrays, by the names of the model's parameters in torch.
 
-    What training needs to go on, beside the weights; with the twin of the optimizer in the other framework it takes the
-    same steps. Learning rate, betas, decay and schedule are not part of it: build the twin with them, by this table.
+    The optimizer is a `torch.optim.SGD`, `Adam` or `AdamW`. Its state is what training needs to go on, beside the
+    weights. With the twin of the optimizer in the other framework, training takes the same steps. Learning rate, betas,
+    decay and schedule are not part of the state: build the twin with them, by this table.
 
     | torch.optim | optax |
     |---|---|
@@ -73,7 +74,9 @@ def optimizer_to_arrays(
 def load_optimizer_arrays(
     model: nn.Module, optimizer: torch.optim.Optimizer, arrays: Mapping[str, np.ndarray], *, flatten: Flatten = None
 ) -> None:
-    """Copies arrays into the state of an optimizer, all of them or none; in place, where it has a state already.
+    """Copies arrays into the state of an optimizer, all of them or none.
+
+    A state that the optimizer has already is changed in place.
 
     Args:
         model: whose parameters the optimizer updates, with the weights that belong to the state.
@@ -210,14 +213,14 @@ def _arrays(optimizer: torch.optim.Optimizer, slots: Mapping[str, _Slot]) -> Arr
 
 
 def _identities(slots: Mapping[str, _Slot]) -> dict[str, Any]:
-    """Equal for the names of one tied parameter, and for them only."""
+    """Returns what is equal for the names of one tied parameter, and for them only."""
     return {name: (id(slot.parameter), slot.key) for name, slot in slots.items()}
 
 
 def _parameters(
     what: str, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, tuple[nn.Parameter, dict[str, Any]]]:
-    """What the optimizer updates, with its group, under every name that it has in the model."""
+    """Returns what the optimizer updates, with its group, under every name that it has in the model."""
     kinds = torch.optim.SGD, torch.optim.Adam  # AdamW is one
     check_optimizer(what, optimizer, kinds, "SGD, Adam or AdamW", "torch.optim.AdamW(model.parameters())")
     groups = optimizer.param_groups
@@ -231,7 +234,7 @@ def _parameters(
 
 
 def _slots(parameters: Mapping[str, tuple[nn.Parameter, dict[str, Any]]]) -> dict[str, _Slot]:
-    """What the state of an optimizer of these parameters holds, or will from its first step."""
+    """Returns what the state of an optimizer of these parameters holds, or will hold from its first step."""
     slots = {}
     for name, (parameter, group) in parameters.items():
         if "betas" in group:  # Adam

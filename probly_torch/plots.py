@@ -40,10 +40,11 @@ def reliability_diagram(
     label: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Accuracy against confidence, in bins of confidence: on the diagonal, predictions are right as often as they say.
+    """Draws accuracy against confidence, in bins of confidence.
 
-    A point is a bin of the mean prediction (metrics.reliability_bins), where an empty bin has none; the line through it
-    is the 95 % interval of its accuracy (Wilson 1927). The legend has the calibration error, metrics.ece.
+    On the diagonal, predictions are right as often as they say. A point is a bin of the mean prediction
+    (metrics.reliability_bins); an empty bin has none. The line through a point is the 95 % interval of its accuracy
+    (Wilson 1927). The legend has the calibration error, metrics.ece.
 
     Shape:
         logits (E, B, C), labels (B,) of class indices.
@@ -73,7 +74,7 @@ def reliability_diagram(
 def confidence_histogram(
     logits: Tensor | np.ndarray, labels: Tensor | np.ndarray, *, num_bins: int = 15, ax: Axes | None = None
 ) -> Axes:
-    """How many inputs are predicted with which confidence, right and wrong (Guo et al. 2017, fig. 1).
+    """Draws how many inputs are predicted with which confidence, right and wrong (Guo et al. 2017, fig. 1).
 
     An ensemble whose mean confidence is above its accuracy is overconfident.
 
@@ -107,9 +108,9 @@ def risk_coverage_curve(
     label: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """The error rate among the inputs that are kept, when the most uncertain ones are left to others.
+    """Draws the error rate among the inputs that are kept, when the most uncertain ones are left to others.
 
-    Selective prediction (Geifman and El-Yaniv 2017). The legend has the area under the curve, metrics.aurc.
+    This is selective prediction (Geifman and El-Yaniv 2017). The legend has the area under the curve, metrics.aurc.
 
     Shape:
         logits (E, B, C), labels (B,) of class indices, uncertainty (B,).
@@ -147,7 +148,9 @@ def uncertainty_map(
     vmax: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Uncertainty over the plane, the lighter the larger; hatched where it is NaN.
+    """Draws uncertainty over the plane.
+
+    Larger values are lighter. The plane is hatched where they are NaN.
 
     Shape:
         grid (H, W, 2), values (H, W) or (H*W,).
@@ -181,10 +184,10 @@ def predictive_band(
     level: float = 0.95,
     ax: Axes | None = None,
 ) -> Axes:
-    """The mean of a regression over its input, with the interval that noise alone makes, and that with ignorance too.
+    """Draws the mean of a regression over its input, with two intervals around it.
 
-    The inner band is mean ± q sqrt(aleatoric), the outer one mean ± q sqrt(total), with q the quantile of a Gaussian:
-    what epistemic uncertainty adds is hatched.
+    The inner band, that of noise alone, is mean ± q sqrt(aleatoric). The outer one, that with ignorance too, is mean ±
+    q sqrt(total). Here q is the quantile of a Gaussian. What epistemic uncertainty adds is hatched.
 
     Shape:
         x (B,) or (B, 1), in any order; mean, total, aleatoric and epistemic each (B,) or (B, 1).
@@ -212,7 +215,7 @@ def predictive_band(
 
 
 def member_spread(values: Tensor | np.ndarray, *, x: Tensor | np.ndarray | None = None, ax: Axes | None = None) -> Axes:
-    """Each member's own prediction, their mean, and the range from the lowest to the highest.
+    """Draws each member's own prediction, their mean, and the range from the lowest to the highest.
 
     Shape:
         values (E, B), x (B,) or (B, 1), in any order.
@@ -236,7 +239,7 @@ def member_spread(values: Tensor | np.ndarray, *, x: Tensor | np.ndarray | None 
 def training_curves(
     history: Sequence[Mapping[str, Any]], *, names: Sequence[str] | None = None, ax: Axes | None = None
 ) -> Axes:
-    """What was logged, over epochs.
+    """Draws what was logged, over epochs.
 
     Args:
         history: a dict for each epoch, such as probly_flax.training.fit returns; or rows with an "epoch", such as those

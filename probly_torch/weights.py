@@ -44,7 +44,7 @@ Flatten = Mapping[str, Sequence[int]] | None
 
 
 def to_arrays(model: nn.Module, *, flatten: Flatten = None) -> dict[str, np.ndarray]:
-    """The weights of a model by their `state_dict` names, copied.
+    """Copies the weights of a model into arrays, by their names in torch's `state_dict`.
 
     Extra states in the state_dict are not weights.
 
@@ -110,7 +110,7 @@ def load_arrays(
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str], *, flatten: Flatten = None) -> None:
-    """Writes one safetensors file that plain torch loads too, and probly_flax.load_weights.
+    """Writes one safetensors file, which plain torch and probly_flax.load_weights load too.
 
     Without this library, `model.load_state_dict(safetensors.torch.load_file(path))` reads it; or, if the model has tied
     weights, which are kept once, `safetensors.torch.load_model(model, path)`. Its metadata has a sha256 of the bytes of
@@ -223,7 +223,7 @@ def _tensors(what: str, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _identities(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Equal for the names of one tensor, and for them only."""
+    """Returns what is equal for the names of one tensor, and for them only."""
     return {
         name: (t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) if t.numel() else name
         for name, t in tensors.items()
@@ -231,7 +231,7 @@ def _identities(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _flatten(what: str, model: nn.Module, tensors: Mapping[str, Tensor], flatten: Flatten) -> dict[str, Any]:
-    """Of layers that are known by the options that are recorded for them."""
+    """Checks `flatten`, whose layers are known by the options that are recorded for them."""
     if flatten is None:
         return {}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -253,7 +253,10 @@ def _check_flattened(
     rename: Mapping[str, str] | None = None,
     ignore: str | Iterable[str] = (),
 ) -> None:
-    """Rows of a file from Flax are in torch's order, if that was told about them when it was written."""
+    """Checks that the rows of a file from Flax are in torch's order.
+
+    They are, if Flax was told about them when the file was written.
+    """
     recorded = read_json(what, arrays.metadata, "flatten")
     if arrays.metadata.get("framework") != "flax" or flatten == {} or ("flatten" in arrays.metadata and not recorded):
         return
@@ -270,7 +273,7 @@ def _spec(tensor: Tensor) -> Spec:
 
 
 def _view(tensor: Tensor) -> np.ndarray:
-    """The tensor's own memory where NumPy can have it."""
+    """Returns the tensor's own memory where NumPy can have it."""
     tensor = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()
     name = str(tensor.dtype).removeprefix("torch.")
     if hasattr(ml_dtypes, name):  # which torch does not hand to NumPy
@@ -280,7 +283,7 @@ def _view(tensor: Tensor) -> np.ndarray:
 
 
 def _as_tensor(array: np.ndarray) -> Tensor:
-    """The array's own memory, if torch can have it."""
+    """Returns the array's own memory, if torch can have it."""
     array = np.require(array, requirements=["C", "W"])
     if hasattr(ml_dtypes, array.dtype.name):
         integers = {1: np.uint8, 2: np.int16}[array.itemsize]

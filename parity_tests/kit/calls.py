@@ -55,7 +55,10 @@ class Call:
 
 
 def torch_calls(model: TorchModel, inputs: Any, seed: int | None = None) -> list[Call]:
-    """In the order in which they end: inner layers before outer ones. Calls under vmap have no values: left out."""
+    """Records the calls in the order in which they end: inner layers before outer ones.
+
+    Calls under vmap have no values, so they are left out.
+    """
     calls: list[Call] = []
     open_calls: list[tuple[int, Any, Any]] = []
     counts: Counter[str] = Counter()
@@ -97,7 +100,10 @@ def _is_wrapped(tensor: Tensor) -> bool:
 def flax_calls(
     model: FlaxModel, inputs: Any, layout: Layout, torch_path: Callable[[str], str], seed: int = 0
 ) -> list[Call]:
-    """As `torch_calls`. Calls inside of jax.vmap, scans and other transformations of their own are left out."""
+    """Records the calls as `torch_calls` does.
+
+    Calls inside of jax.vmap, scans and other transformations of their own are left out.
+    """
     recorder = _Recorder()
     graph, *state = nnx.split(model.module)
     given = dict(leaves(model.given(inputs, layout)))
@@ -136,7 +142,10 @@ class _Recorder:
 
     @contextmanager
     def recording(self, model: nnx.Module) -> Iterator[None]:
-        """Layers record themselves through a class of their own, and plain functions that are layers by a wrapper."""
+        """Makes layers record themselves through a class of their own.
+
+        Plain functions that are layers record through a wrapper.
+        """
         self.level = _trace_state()
         self.modules = [model]  # so that none of these ids is taken by another object
         for path, part in _parts(model, ""):
@@ -186,7 +195,10 @@ def _recording_class(cls: Any) -> Any:
 
 
 def _functions(model: nnx.Module) -> Iterator[tuple[str, Any, Any, Callable[..., Any]]]:
-    """Plain functions in the places of layers: in a Sequential, or an attribute of a module of the user's own."""
+    """Yields plain functions in the places of layers.
+
+    They are in a Sequential, or an attribute of a module of the user's own.
+    """
     others = (nnx.Module, nnx.Variable, type)  # which may be called too, as dtypes may
     parts = {path: part for path, part in _parts(model, "") if not isinstance(part, others)}
     for path, module in [(path, part) for path, part in _parts(model, "") if isinstance(part, nnx.Module)]:

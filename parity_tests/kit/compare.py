@@ -1,4 +1,4 @@
-"""Whether a torch model and a Flax model are the same function: outputs, gradients and statistics on equal weights."""
+"""Comparison of a torch and a Flax model as functions: outputs, gradients and statistics on equal weights."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def compare(
 
 
 def assert_parity(torch_module: nn.Module, flax_module: nnx.Module, *inputs: Any, **options: Any) -> ParityReport:
-    """`compare`, as an assertion.
+    """Runs `compare`, as an assertion.
 
     Args:
         torch_module: as in `compare`.
@@ -216,7 +216,10 @@ class _Rules:
     oracle: Oracle | None
 
     def verdicts(self, tensor: str, errors: Errors) -> tuple[Verdict, ...]:
-        """Of a tensor; without an oracle torch's float64 run is the reference, and no verdict of its own."""
+        """Returns the verdicts of a tensor.
+
+        Without an oracle torch's float64 run is the reference, and gets no verdict of its own.
+        """
         precision, meaning = (each := errors.verdicts(tensor, self.low))[:2], each[2:]
         kept = ([] if self.dtype == "float64" else precision) + (meaning if self.oracle else meaning[:1])
         return tuple(replace(verdict, limit=verdict.limit * self.limit) for verdict in kept)
@@ -224,7 +227,7 @@ class _Rules:
 
 @dataclass
 class _Tensor:
-    """What the runs so far have shown of one tensor."""
+    """The findings of the runs so far about one tensor."""
 
     errors: Errors | None  # None for integers, of which `worst` counts those that differ
     place: tuple[tuple[int, ...], float, float, float] = ((), 0.0, 0.0, 0.0)
@@ -288,7 +291,7 @@ class _Comparison:
         return max(error(run["output", name], array, array, "float64") for name, array in outputs.items())
 
     def run(self, seed: int) -> None:
-        """Both models in both dtypes, on one draw of the inputs."""
+        """Runs both models in both dtypes, on one draw of the inputs."""
         inputs = self.inputs.draw(seed)
         g = (lambda name, shape: self._cotangent(seed, name, shape)) if self.gradients else None
         flax_runs, torch_runs = self._runs(inputs, g, seed)
@@ -311,7 +314,7 @@ class _Comparison:
                 self.lacking[key] = Verdict(key[1], f"no {key[0]} in Flax", float("inf"), 0.0)
 
     def _runs(self, inputs: Any, g: Any, seed: int) -> tuple[dict[str, Run], dict[str, Run]]:
-        """Flax's first, since torch's masks of dropout are matched with its masks."""
+        """Runs Flax first, since torch's masks of dropout are matched with its masks."""
         back = {there: here for here, there in self.names.items()}
         flax_runs = {}
         for dtype, model in self.pair.flax.items():
@@ -346,7 +349,7 @@ class _Comparison:
             tensor.place, tensor.worst = _place(a, b, dtype), worst
 
     def tensors(self) -> list[Comparison]:
-        """Of all runs."""
+        """Returns the comparisons of all runs."""
         found = []
         for (kind, name), tensor in self.found.items():
             if tensor.errors is None:
@@ -359,7 +362,7 @@ class _Comparison:
         return found + [Comparison(kind, name, (verdict,)) for (kind, name), verdict in missing.items()]
 
     def special(self) -> Iterator[Comparison]:
-        """Outputs in float64 where inputs are zero, infinite, NaN, denormal or large."""
+        """Compares outputs in float64 where inputs are zero, infinite, NaN, denormal or large."""
         noise = max(
             (
                 max(tensor.errors.noise_torch, tensor.errors.noise_flax)
@@ -382,7 +385,10 @@ class _Comparison:
                     yield Comparison("special value", tensor, (verdict,), *_place(expected, flax_run[key], "float64"))
 
     def on_integers(self, arrays: Mapping[str, np.ndarray], notes: list[str], required: bool) -> Iterator[Comparison]:
-        """Integers in place of all weights and inputs, if sums are exact then: any difference is one of meaning."""
+        """Compares on integers in place of all weights and inputs, if sums are exact then.
+
+        Any difference is one of meaning.
+        """
         low, reason = self.rules.low, ""
         for largest in INTEGERS:
             rng = np.random.default_rng(largest)
@@ -449,7 +455,7 @@ class _Comparison:
 
 
 def _showing(inputs: Inputs, failed: Sequence[Comparison]) -> Any:
-    """Inputs on which the two differ: the usual ones, unless only special values show it."""
+    """Returns inputs on which the two differ: the usual ones, unless only special values show it."""
     kinds = {each.kind for each in failed}
     if kinds != {"special value"}:
         return inputs.draw(0)
@@ -457,7 +463,7 @@ def _showing(inputs: Inputs, failed: Sequence[Comparison]) -> Any:
 
 
 def _place(a: np.ndarray, b: np.ndarray, dtype: str) -> tuple[tuple[int, ...], float, float, float]:
-    """Where two arrays differ most, both values, and how many values of the dtype lie between."""
+    """Finds where two arrays differ most, both values, and how many values of the dtype lie between."""
     if a.shape != b.shape or not a.size:
         return (), float("nan"), float("nan"), float("nan")
     index = farthest(a, b)

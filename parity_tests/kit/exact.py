@@ -1,4 +1,4 @@
-"""Whether a computation on integers is exact in any order of its sums: the certificate of the exact tier."""
+"""Certificate of the exact tier: a computation on integers is exact in any order of its sums."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Certificate(TorchDispatchMode):
 
 
 def _fraction_bits(tensor: Tensor) -> int:
-    """The number of binary places behind the point that the values need."""
+    """Returns the number of binary places behind the point that the values need."""
     for bits in range(0, _MOST_BITS + 1, 2):
         scaled = tensor * 2.0**bits
         if torch.equal(scaled, scaled.round()):

@@ -1,4 +1,4 @@
-"""What two models are called with: the caller's arrays, or arrays drawn for the shapes that the caller names."""
+"""Inputs that two models are called with: the caller's arrays, or arrays drawn for the caller's shapes."""
 
 from __future__ import annotations
 
@@ -58,12 +58,15 @@ class Inputs:
         self.is_drawn = any(_is_drawn(value) for value in (*args, *self.given[1].values()))
 
     def draw(self, seed: int) -> Any:
-        """(args, kwargs) as NumPy arrays: floating ones in float64, standard normal where they are drawn."""
+        """Draws (args, kwargs) as NumPy arrays.
+
+        Floating ones are in float64, and standard normal where they are drawn.
+        """
         rng = np.random.default_rng(seed)
         return self._replaced(lambda shape: self.rounded(np.asarray(rng.standard_normal(shape))), rng)
 
     def dyadic(self, seed: int, largest: int) -> Any:
-        """Integers from -largest to largest in place of all floating values."""
+        """Puts integers from -largest to largest in place of all floating values."""
         rng = np.random.default_rng(seed)
 
         def integers(shape: tuple[int, ...]) -> np.ndarray:
@@ -72,7 +75,7 @@ class Inputs:
         return mapped(self._replaced(integers, rng), lambda a: integers(a.shape) if is_floating(a) else a)
 
     def special(self) -> Iterator[tuple[str, Any]]:
-        """Normal values with special ones strewn in, of one sort at a time, in float64."""
+        """Yields normal values with special ones strewn in, of one sort at a time, in float64."""
         for name, values in SPECIAL.items():
             rng = np.random.default_rng(0)
 
@@ -85,7 +88,7 @@ class Inputs:
             yield name, self._replaced(strewn, rng)
 
     def rounded(self, array: np.ndarray) -> np.ndarray:
-        """To what the lower dtype holds."""
+        """Rounds to what the lower dtype holds."""
         return rounded(array, self.dtype)
 
     def _replaced(self, floating: Any, rng: np.random.Generator) -> Any:
@@ -107,13 +110,13 @@ def _is_drawn(value: Any) -> bool:
 
 
 def _is_shape(value: Any) -> bool:
-    """A tuple or list of sizes; an empty one is an empty tree."""
+    """Tells whether it is a tuple or list of sizes. An empty one is an empty tree."""
     sizes = isinstance(value, tuple | list) and len(value) > 0
     return sizes and all(type(size) is int and size > 0 for size in value)
 
 
 def check_inputs(what: str, inputs: Inputs) -> None:
-    """At least one array among them, all of them of numbers."""
+    """Raises unless there is at least one array among them, and all of them are of numbers."""
     arrays = list(leaves(inputs.draw(0)))
     if not arrays:
         raise ValueError(

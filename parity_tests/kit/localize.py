@@ -110,7 +110,10 @@ class Calls:
         return Errors.of(t, f, t["float64"], self.pair.low).verdicts("values", self.pair.low)[:3]
 
     def _nearest(self, array: np.ndarray, reference: np.ndarray) -> np.ndarray:
-        """In torch's layout: the usual one, unless the other one fits better, as after a transpose."""
+        """Returns the array in torch's layout.
+
+        It is the usual one, unless the other one fits better, as after a transpose.
+        """
         found = self.pair.layout.to_torch(array, reference.shape)
         assert found is not None
         if array.shape == reference.shape and not np.allclose(found, reference, equal_nan=True):
@@ -118,7 +121,7 @@ class Calls:
         return found
 
     def layers(self) -> tuple[LayerComparison, ...]:
-        """In the order in which they end: the whole model is the last."""
+        """Compares layers in the order in which they end: the whole model is the last."""
         modules = dict(self.pair.torch["float64"].module.named_modules())
         found = [match for match in self.matches if match.outputs]
         return tuple(
@@ -134,7 +137,7 @@ class Calls:
         )
 
     def first_divergence(self, failed: Sequence[Comparison]) -> Divergence | None:
-        """Of the tensors that differ: in what they mean, in precision, in statistics, in gradients."""
+        """Finds where the tensors first differ: in what they mean, in precision, in statistics, in gradients."""
         kinds = {each.kind for each in failed}
         found = self.first() if kinds else None
         if found is None and kinds & {"output", "input gradient", "parameter gradient"}:
@@ -146,7 +149,7 @@ class Calls:
         return found
 
     def first(self, precision: bool = False) -> Divergence | None:
-        """By the results in float64, or by the precision of the lower dtype."""
+        """Finds the first by the results in float64, or by the precision of the lower dtype."""
         rules = slice(0, 2) if precision else slice(2, 3)
 
         def holds(verdicts: Sequence[Verdict]) -> bool:
@@ -182,7 +185,7 @@ class Calls:
         return replace(divergence, cause=cause)
 
     def _in_member(self, match: Match, precision: bool) -> Divergence | None:
-        """The first difference in the first member that has one, as in `model[2].fc1`; members have one batch."""
+        """Finds the first difference in the first member that has one, as in `model[2].fc1`. Members have one batch."""
         call = match.torch["float64"]
         if call.kwargs.get("in_axes") is not None:
             return None
@@ -206,7 +209,7 @@ class Calls:
         return None
 
     def layer_pair(self, match: Match, dtype: str, module: nn.Module, flax: nnx.Module) -> LayerPair:
-        """What the suspects are tested on."""
+        """Makes the pair that the suspects are tested on."""
         t, f = match.torch[dtype], match.flax[dtype]
         both = (t.args, t.kwargs, t.outputs, f.args, f.kwargs, f.outputs)
         copies = copy.deepcopy(module), nnx.clone(flax)
@@ -265,7 +268,7 @@ class Calls:
         return verdicts[-1].holds
 
     def first_of_statistics(self, names: Sequence[str]) -> Divergence | None:
-        """The layer that owns the first of these statistics, in forward order."""
+        """Finds the layer that owns the first of these statistics, in forward order."""
         owners = {name.rpartition(".")[0] for name in names}
         match = next((match for match in self.matches if match.path in owners), None)
         if match is None:
@@ -277,7 +280,10 @@ class Calls:
         return replace(divergence, cause=_cause(cause_in_statistics, self.layer_pair(match, "float64", module, flax)))
 
     def first_of_gradients(self) -> Divergence | None:
-        """The first layer, inner ones first, whose gradients differ on equal inputs and gradients of its outputs."""
+        """Finds the first layer, inner ones first, whose gradients differ.
+
+        They differ on equal inputs and gradients of its outputs.
+        """
         for match in self.matches:
             of_torch, of_flax = {}, {}
             for dtype in match.torch:
@@ -291,7 +297,10 @@ class Calls:
         return None
 
     def _gradients(self, match: Match, dtype: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """By floating inputs and parameters, of the layer alone; empty where they cannot be told apart."""
+        """Computes the gradients of the layer alone, by floating inputs and parameters.
+
+        They are empty where they cannot be told apart.
+        """
         t, f = match.torch[dtype], match.flax[dtype]
         if not (t.results and f.results and is_floating(t.results[0]) and self._fits(t.results[0], f.results[0])):
             return {}, {}
@@ -324,7 +333,7 @@ class Calls:
         return {name: of_torch[name] for name in fitting}, fitting
 
     def _layer(self, match: Match, dtype: str) -> tuple[nn.Module, Any]:
-        """Of both models."""
+        """Returns the layer of both models."""
         return self.pair.torch[dtype].module.get_submodule(match.path), self.parts[dtype][match.path][1]
 
     def _flax_gradients(
@@ -351,7 +360,7 @@ class Calls:
 
 
 def _cause_in_gradients(module: nn.Module, of_torch: np.ndarray, of_flax: np.ndarray) -> str | None:
-    """Rows of padding learn nothing in torch."""
+    """Explains a difference by rows of padding, which learn nothing in torch."""
     padding = getattr(module, "padding_idx", None)
     if not isinstance(padding, int):
         return None
@@ -371,7 +380,7 @@ def _each(arrays: Mapping[str, Sequence[Any]], i: int) -> dict[str, Any]:
 
 
 def flax_parts(model: nnx.Module) -> dict[str, Any]:
-    """What is at each path by the twin's names; the outermost, of several."""
+    """Returns what is at each path by the twin's names. Of several, it is the outermost."""
     parts: dict[str, Any] = {}
     for path, part in _parts(model, ""):
         parts.setdefault(path, part)
@@ -394,7 +403,10 @@ def _name(part: Any) -> str:
 
 
 def _cause(find: Callable[[Any], str | None], where: LayerPair | Gap) -> str | None:
-    """What was measured is worth more than its explanation, which may not lose it."""
+    """Finds the cause, or says that looking for it raised.
+
+    What was measured is worth more than its explanation, so an error there must not lose it.
+    """
     try:
         return find(where)
     except Exception as error:

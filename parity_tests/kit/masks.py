@@ -61,7 +61,9 @@ class Masks:
 
     @contextmanager
     def flax(self, key: jax.Array) -> Iterator[None]:
-        """Around a forward in Flax, eager or traced: masks are drawn from the key alone, whatever rngs the model has.
+        """Wraps a forward in Flax, eager or traced.
+
+        Masks are drawn from the key alone, whatever rngs the model has.
 
         Raises:
             ValueError: for a probability that is computed, not given.
@@ -86,7 +88,7 @@ class Masks:
 
     @contextmanager
     def torch(self, seed: int, module: nn.Module) -> Iterator[None]:
-        """Around the same forward in torch, and its backward pass where that runs parts of it again.
+        """Wraps the same forward in torch, and its backward pass where that runs parts of it again.
 
         Raises:
             ValueError: for masks that Flax does not draw, or draws of other shapes, and for other random numbers.
@@ -133,7 +135,7 @@ class _Drawn(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def mask(self, shape: torch.Size, keep: float = 0.5) -> Tensor:
-        """Members of a loop draw one after the other."""
+        """Draws the next mask. Members of a loop draw one after the other."""
         draws, what = self.masks.draws, self.masks.what
         i, self.count = self.count, self.count + 1
         if not draws or i >= self.members * len(draws):
@@ -162,7 +164,7 @@ class _Drawn(TorchDispatchMode):
         )
 
     def _layouts(self, mask: Tensor) -> Iterator[Tensor]:
-        """The mask as torch may have it: channels or the sequence first, heads as rows."""
+        """Yields the mask as torch may have it: channels or the sequence first, heads as rows."""
         first = [mask.movedim(-1, 1)] if mask.ndim > 2 else []
         yield from [*first, mask] if self.masks.channels_last and mask.ndim > 3 else [mask, *first]
         if mask.ndim == 3:

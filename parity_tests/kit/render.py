@@ -68,7 +68,7 @@ TENSORS = Columns(("tensor", "rule"), (*VERDICT_NUMBERS, "torch", "Flax", "ULP")
 
 
 def text(report: RenderableType) -> str:
-    """Without colour, and no wider than a log."""
+    """Renders without colour, and no wider than a log."""
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_jupyter=False, legacy_windows=False)
     with console.capture() as capture:
         console.print(report)
@@ -76,7 +76,7 @@ def text(report: RenderableType) -> str:
 
 
 def show(report: RenderableType) -> None:
-    """On stdout, in colour where that is a terminal."""
+    """Prints on stdout, in colour where that is a terminal."""
     console = Console()
     if console.is_terminal:
         console.print(report)
@@ -85,7 +85,10 @@ def show(report: RenderableType) -> None:
 
 
 def lines(report: ParityReport, short: bool = False) -> Iterator[RenderableType]:
-    """What a terminal shows: layers, kinds of tensors, every tensor that differs, the first divergence, the verdict."""
+    """Yields what a terminal shows.
+
+    These are layers, kinds of tensors, every tensor that differs, the first divergence and the verdict.
+    """
     yield Text(title(report), "bold")
     layers = _few(report.layers, FEW_LAYERS) if short else report.layers
     if layers:
@@ -115,7 +118,7 @@ def title(report: ParityReport) -> str:
 
 
 def verdict(report: ParityReport) -> str:
-    """The last line."""
+    """Writes the last line."""
     count, known = len(report.comparisons), sum(_is_known(each) for each in report.comparisons)
     if report.passed:
         but = f"; {known} {'is' if known == 1 else 'are'} known to differ" if known else ""
@@ -126,7 +129,7 @@ def verdict(report: ParityReport) -> str:
 
 
 def all_notes(report: ParityReport) -> list[str]:
-    """The notes, and the tensors that are known to differ, by their reasons."""
+    """Returns the notes, and the tensors that are known to differ, by their reasons."""
     notes = list(report.notes)
     known = [each for each in report.comparisons if _is_known(each)]
     for reason in dict.fromkeys(each.gap for each in known):
@@ -137,7 +140,7 @@ def all_notes(report: ParityReport) -> list[str]:
 
 
 def sentence(comparison: Comparison) -> str:
-    """Of a tensor that does not hold: which rule it breaks, and where."""
+    """Describes a tensor that does not hold: which rule it breaks, and where."""
     if comparison.gap is not None:
         return (
             f"{_name(comparison)} agrees, though it is known to differ: {comparison.gap}. "
@@ -157,7 +160,7 @@ def sentence(comparison: Comparison) -> str:
 
 
 def data(value: Any) -> Any:
-    """A report as JSON holds it; what is infinite or NaN is a string that Python's float() reads."""
+    """Returns a report as JSON holds it. What is infinite or NaN is a string that Python's float() reads."""
     if is_dataclass(value):
         items = {field.name: getattr(value, field.name) for field in fields(value)}
         return data(items | {name: getattr(value, name) for name in COMPUTED if hasattr(value, name)})
@@ -177,7 +180,7 @@ def to_json(report: ParityReport) -> str:
 
 
 def to_html(report: ParityReport) -> str:
-    """A page that needs no other file."""
+    """Makes a page that needs no other file."""
     image = base64.b64encode(to_png(figure(report))).decode()
     first = report.first_divergence
     parts = [
@@ -194,7 +197,7 @@ def to_html(report: ParityReport) -> str:
 
 
 def html_page(heading: str, parts: Sequence[str]) -> str:
-    """A page of parts that are HTML already."""
+    """Makes a page of parts that are HTML already."""
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{escape(heading)}</title>'
         f"<style>{CSS}</style></head>\n<body>\n<h1>{escape(heading)}</h1>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
@@ -202,7 +205,7 @@ def html_page(heading: str, parts: Sequence[str]) -> str:
 
 
 def figure(report: ParityReport) -> Figure:
-    """The error by depth: the innermost layers in forward order, or the tensors of what has none."""
+    """Plots the error by depth: the innermost layers in forward order, or the tensors where there are no layers."""
     points: Sequence[Any] = _innermost(report.layers) or report.comparisons
     labels = [_layer_name(p) if isinstance(p, LayerComparison) else _name(p) for p in points]
     drawing = new_figure()
@@ -248,7 +251,7 @@ def figure(report: ParityReport) -> Figure:
 
 
 def new_figure() -> Figure:
-    """Of matplotlib, without pyplot, which would keep it."""
+    """Makes a figure of matplotlib, without pyplot, which would keep it."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -267,7 +270,7 @@ def to_png(drawing: Figure) -> bytes:
 
 
 def writers(report: ParityReport) -> dict[str, Callable[[], bytes]]:
-    """What makes a file of each suffix."""
+    """Returns what makes a file of each suffix."""
     return {
         ".json": lambda: to_json(report).encode(),
         ".html": lambda: to_html(report).encode(),
@@ -279,7 +282,7 @@ SUFFIXES = (".json", ".html", ".png")
 
 
 def check_path(what: str, path: str | os.PathLike[str]) -> Path:
-    """A path that a report can be written to."""
+    """Refuses a path that no report can be written to."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"{what} expects a path; got {type(path).__name__}. Pass 'parity.html'.")
     path = Path(path)
@@ -310,7 +313,7 @@ def save(what: str, path: str | os.PathLike[str], content: Mapping[str, Callable
 
 
 def _few(items: Sequence[Compared], count: int) -> list[Compared]:
-    """Those that differ first, then those that are nearest to their limit; in their order."""
+    """Picks those that differ first, then those that are nearest to their limit. They stay in their order."""
     order = sorted(range(len(items)), key=lambda i: (items[i].holds, -items[i].worst.ratio if items[i].holds else i))
     return [items[i] for i in sorted(order[:count])]
 
@@ -332,7 +335,7 @@ def _name(comparison: Comparison) -> str:
 
 
 def _is_known(comparison: Comparison) -> bool:
-    """Whether it differs, as it is known to."""
+    """Tells whether it differs, as it is known to."""
     return comparison.gap is not None and comparison.holds
 
 
@@ -343,7 +346,7 @@ def _mark(comparison: Comparison) -> str:
 
 
 def _dtype(verdict: Verdict) -> str:
-    """The dtype in which a rule measures roundings, its first word; none in the exact tier."""
+    """Returns the dtype in which a rule measures roundings, its first word. The exact tier has none."""
     return dtype if (dtype := verdict.rule.split()[0]) in UNIT_ROUNDOFF else "-"
 
 
@@ -408,7 +411,7 @@ def _html_table(heading: str, columns: Columns, rows: Sequence[Row]) -> str:
 
 
 def _innermost(layers: Sequence[LayerComparison]) -> list[LayerComparison]:
-    """Those with no other in them."""
+    """Returns the layers that hold no other."""
     parts = [layer.path.split(".") for layer in layers if layer.path]
     outer = {""} if parts else set()
     outer |= {".".join(names[:depth]) for names in parts for depth in range(1, len(names))}
@@ -416,13 +419,13 @@ def _innermost(layers: Sequence[LayerComparison]) -> list[LayerComparison]:
 
 
 def _place(first: Divergence, points: Sequence[Any]) -> float | None:
-    """Where a plot marks the first divergence: at its layer, or behind the one after which it is."""
+    """Finds where a plot marks the first divergence: at its layer, or behind the one after which it is."""
     places = [i for i, p in enumerate(points) if getattr(p, "path", None) == (first.after or first.path)]
     return places[0] + (0 if first.after is None else 0.5) if places else None
 
 
 def _worst_in(dtype: str, verdicts: Sequence[Verdict]) -> Verdict | None:
-    """The rule of this dtype that is nearest to its limit, or furthest beyond it."""
+    """Returns the rule of this dtype that is nearest to its limit, or furthest beyond it."""
     return max((v for v in verdicts if _dtype(v) == dtype), key=lambda v: v.ratio, default=None)
 
 

@@ -1,4 +1,4 @@
-"""What a comparison found: tensor by tensor, layer by layer, and where the two part."""
+"""The findings of a comparison: tensor by tensor, layer by layer, and where the two part."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        """Whether every rule holds; for a known gap, whether one still does not."""
+        """Tells whether every rule holds. For a known gap, it tells whether one still does not."""
         return all(verdict.holds for verdict in self.verdicts) is (self.gap is None)
 
 
@@ -79,7 +79,7 @@ class LayerComparison:
 
     @property
     def holds(self) -> bool:
-        """Whether every rule holds."""
+        """Tells whether every rule holds."""
         return all(verdict.holds for verdict in self.verdicts)
 
 
@@ -104,7 +104,7 @@ class Divergence:
     cause: str | None = None
 
     def __str__(self) -> str:
-        """A sentence: the layer, then the cause."""
+        """Makes a sentence: the layer, then the cause."""
         name = self.path or "the whole model"
         where = name if self.after is None else f"{name}, after {self.after}"
         types = self.torch_type if self.torch_type == self.flax_type else f"{self.torch_type} and {self.flax_type}"
@@ -140,15 +140,15 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every tensor holds."""
+        """Tells whether every tensor holds."""
         return bool(self.comparisons) and all(comparison.holds for comparison in self.comparisons)
 
     def __bool__(self) -> bool:
-        """`passed`."""
+        """Returns `passed`."""
         return self.passed
 
     def __str__(self) -> str:
-        """Plain text, of about 40 lines at most: of many layers and tensors, those that differ come first."""
+        """Returns plain text of about 40 lines at most. Of many layers and tensors, those that differ come first."""
         from rich.console import Group
 
         from parity_tests.kit import render
@@ -158,7 +158,7 @@ class ParityReport:
     __repr__ = __str__
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """All lines."""
+        """Yields all lines."""
         from parity_tests.kit import render
 
         return render.lines(self)
@@ -170,7 +170,7 @@ class ParityReport:
         render.show(self)
 
     def to_json(self) -> str:
-        """JSON of all that is in the report; what is infinite or NaN is a string: "inf", "nan".
+        """Returns JSON of all that is in the report. What is infinite or NaN is a string: "inf", "nan".
 
         Example:
             >>> import json
@@ -207,7 +207,10 @@ class ParityReport:
 
 
 def with_gaps(what: str, comparisons: Sequence[Comparison], known_gaps: Mapping[str, str]) -> list[Comparison]:
-    """Each known gap's reason at the tensors that differ; at one that does not, if none does, so that it fails."""
+    """Puts each known gap's reason at the tensors that differ.
+
+    If none does, it is at one that does not, so that this one fails.
+    """
     marked = list(comparisons)
     for pattern, reason in known_gaps.items():
         matching = [i for i, each in enumerate(marked) if fnmatchcase(each.name, pattern)]

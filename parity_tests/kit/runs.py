@@ -29,7 +29,7 @@ Arrays = Mapping[str, np.ndarray]
 
 @contextmanager
 def highest_precision() -> Iterator[None]:
-    """No TF32 and no bfloat16 inside of float32 products, in neither framework."""
+    """Switches off TF32 and bfloat16 inside of float32 products, in both frameworks."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -49,20 +49,20 @@ class TorchModel:
         self.device = next((t.device for t in self.module.state_dict().values()), torch.device("cpu"))
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Its weights and statistics."""
+        """Returns its weights and statistics."""
         return probly_torch.to_arrays(self.module)
 
     def set_arrays(self, arrays: Arrays) -> None:
-        """Other weights and statistics, converted to its dtype."""
+        """Sets other weights and statistics, converted to its dtype."""
         probly_torch.load_arrays(self.module, arrays, cast=True)
 
     def given(self, inputs: Any) -> Any:
-        """(args, kwargs) of NumPy as tensors of its own."""
+        """Returns (args, kwargs) of NumPy as tensors of its own."""
         return mapped(inputs, self._tensor)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Around a forward: statistics that it updates are what they were afterwards."""
+        """Wraps a forward: statistics that it updates are what they were afterwards."""
         before = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
         try:
             yield
@@ -73,7 +73,7 @@ class TorchModel:
                         buffer.copy_(before[name])
 
     def masked(self, seed: int | None) -> AbstractContextManager[Any]:
-        """Around a forward: masks of dropout are those of Flax with this seed, which has run before."""
+        """Wraps a forward: masks of dropout are those of Flax with this seed, which ran before."""
         return nullcontext() if self.masks is None or seed is None else self.masks.torch(seed, self.module)
 
     def run(
@@ -82,7 +82,10 @@ class TorchModel:
         cotangent: Callable[[str, Sequence[int]], np.ndarray] | None = None,
         seed: int | None = None,
     ) -> Run:
-        """Outputs and statistics; with a gradient of the outputs, by their names and shapes, the other gradients."""
+        """Returns outputs and statistics.
+
+        With a gradient of the outputs, by their names and shapes, it returns the other gradients too.
+        """
         args, kwargs = self.given(inputs)
         sources = {name: t for name, t in leaves((args, kwargs)) if t.is_floating_point()}
         for tensor in sources.values():
@@ -141,7 +144,7 @@ class FlaxModel:
 
     @contextmanager
     def x64(self) -> Iterator[None]:
-        """float64 needs JAX to have it, and nnx to promote to it; other dtypes run as the caller has set up JAX."""
+        """Gives JAX float64, and makes nnx promote to it. Other dtypes run as the caller set up JAX."""
         if self.dtype == "float64":
             with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
                 yield
@@ -149,12 +152,12 @@ class FlaxModel:
             yield
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Its weights and statistics by torch's names."""
+        """Returns its weights and statistics by torch's names."""
         with self.x64():
             return probly_flax.to_arrays(self.module, flatten=self.flatten)
 
     def set_arrays(self, arrays: Arrays) -> None:
-        """Weights and statistics of the twin; those that are not named stay."""
+        """Sets weights and statistics of the twin. Those that are not named stay."""
         if not arrays:
             return
         with self.x64(), warnings.catch_warnings():
@@ -162,7 +165,7 @@ class FlaxModel:
             probly_flax.load_arrays(self.module, arrays, strict=False, cast=True, flatten=self.flatten)
 
     def given(self, inputs: Any, layout: Layout) -> Any:
-        """(args, kwargs) of NumPy as JAX arrays in Flax's layout."""
+        """Returns (args, kwargs) of NumPy as JAX arrays in Flax's layout."""
 
         def array(values: np.ndarray) -> jax.Array:
             return jax_of(layout.to_flax(values), self.dtype if is_floating(values) else None)
@@ -179,7 +182,7 @@ class FlaxModel:
         seed: int = 0,
         jit: bool = True,
     ) -> Run:
-        """As `TorchModel.run`; `shapes` are those of torch's outputs, `seed` is that of the masks.
+        """Runs as `TorchModel.run` does. `shapes` are those of torch's outputs, `seed` is that of the masks.
 
         Raises:
             LayoutError: if outputs have other shapes, or other places.
@@ -212,7 +215,7 @@ class FlaxModel:
         return run
 
     def outputs(self, inputs: Any, layout: Layout, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-        """Shapes and dtypes of the outputs in Flax, without computing them.
+        """Returns shapes and dtypes of the outputs in Flax, without computing them.
 
         Raises:
             LayoutError: if they do not fit torch's shapes.
@@ -233,11 +236,11 @@ class FlaxModel:
         return states[0], states[1]
 
     def masked(self, key: Any) -> AbstractContextManager[Any]:
-        """Around a forward: masks of dropout come from the key."""
+        """Wraps a forward: masks of dropout come from the key."""
         return nullcontext() if self.masks is None else self.masks.flax(key)
 
     def _called(self, what: str, make: Callable[[Any], Any], inputs: Any, jit: bool) -> Any:
-        """Compiled once, for inputs of one structure."""
+        """Returns the call, compiled once, for inputs of one structure."""
         if not (self.jit and jit):
             return make(inputs)
         if what not in self._compiled:
@@ -274,7 +277,7 @@ class FlaxModel:
         return backward
 
     def _named(self, state: Any) -> dict[str, np.ndarray]:
-        """The arrays of a state under the names of the weights that they belong to."""
+        """Returns the arrays of a state under the names of the weights that they belong to."""
         model = nnx.clone(self.module)
         nnx.update(model, state)
         return probly_flax.to_arrays(model, flatten=self.flatten)
@@ -300,12 +303,15 @@ def _in_torch(layout: Layout, name: str, array: Any, shapes: Mapping[str, Sequen
 
 
 def _input_name(place: str) -> str:
-    """`[0][1]` is the second positional argument, `[1]['mask']` the keyword argument."""
+    """Names an input: `[0][1]` is the second positional argument, `[1]['mask']` the keyword argument."""
     return f"inputs{place[3:]}" if place.startswith("[0]") else place[5:].replace("']", "", 1)
 
 
 def _cast(module: nnx.Module, dtype: str) -> nnx.Module:
-    """A copy whose weights and computations have another dtype; a lower dtype that it computes in by choice is kept."""
+    """Copies a model whose weights and computations get another dtype.
+
+    A lower dtype that it computes in by choice is kept.
+    """
     own = {v.dtype.name for _, v in nnx.to_flat_state(nnx.state(module, nnx.Param)) if is_floating(v.get_value())}
     with jax.enable_x64(True):
         model = nnx.clone(module)

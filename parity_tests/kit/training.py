@@ -1,4 +1,4 @@
-"""Whether a torch model with its optimizer and a Flax model with its transformation take the same steps of training.
+"""Comparison of a torch model with its optimizer and a Flax model with its transformation, step by step of training.
 
 Every step is judged from equal state, so that a chaotic network raises no false alarm: the weights and statistics of
 torch's run in float64, rounded to the lower dtype, are put into both, in both dtypes. Losses, gradients and statistics
@@ -76,7 +76,7 @@ class Departure:
     cause: str | None = None
 
     def __str__(self) -> str:
-        """A sentence: what differs where, by how much, and why."""
+        """Makes a sentence: what differs where, by how much, and why."""
         name = self.kind if self.kind == self.tensor else f"{self.kind} of {self.tensor}"
         found = 'compare(torch_module, flax_module, inputs, mode="train") names the layer'
         why = self.cause or (
@@ -135,20 +135,20 @@ class TrainingReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every tensor holds at every step."""
+        """Tells whether every tensor holds at every step."""
         return bool(self.steps) and all(comparison.holds for comparison in self.comparisons)
 
     def __bool__(self) -> bool:
-        """`passed`."""
+        """Returns `passed`."""
         return self.passed
 
     def __str__(self) -> str:
-        """A line for each kind of tensor, the first departure, notes, and the verdict as the last line."""
+        """Returns a line for each kind of tensor, the first departure, notes, and the verdict as the last line."""
         sentences = (fill(sentence, render.WIDTH) for sentence in self._sentences())
         return "\n".join([self._title(), "", *self._table(), "", *sentences, self._verdict()])
 
     def to_json(self) -> str:
-        """Valid JSON: what is infinite or NaN is a string that Python's float() reads."""
+        """Returns valid JSON. What is infinite or NaN is a string that Python's float() reads."""
         first = self.first_departure
         content = render.data(self) | {"passed": self.passed, "verdict": self._verdict()}
         if first is not None:
@@ -375,7 +375,7 @@ class _Judged:
         self.notes: list[str] = []
 
     def compare_weights(self, ours: Arrays, theirs: Arrays) -> None:
-        """Values are equal before the first step."""
+        """Compares values, which have to be equal before the first step."""
         for name in ours.keys() & theirs.keys():
             a, b = numpy_of(ours[name]), numpy_of(theirs[name])
             verdict = Verdict(name, "inequality of torch and flax", float(not np.array_equal(a, b)), 0.0)
@@ -385,7 +385,7 @@ class _Judged:
                 self.departure = Departure(0, "weight", name, verdict, cause)
 
     def step(self, number: int, batch: Batch) -> TrainingStep | None:
-        """None where torch's loss is not finite, after which nothing can be compared."""
+        """Takes a step. Returns None where torch's loss is not finite, after which nothing can be compared."""
         torch64, flax64 = self.torchs["float64"], self.flaxs["float64"]
         state = {name: rounded(numpy_of(array), self.low) for name, array in torch64.to_arrays().items()}
         for d in self.torchs:
@@ -417,7 +417,7 @@ class _Judged:
         return TrainingStep(number, value, worst, 0.0, 0.0)
 
     def result(self) -> tuple[tuple[Comparison, ...], Departure | None]:
-        """Every tensor: in float64 at its worst step, in the lower dtype at the one in the middle.
+        """Returns every tensor: in float64 at its worst step, in the lower dtype at the one in the middle.
 
         There, since a relu whose input is next to 0 may take another side in one of the two, at one step.
         """
@@ -460,10 +460,10 @@ class _Judged:
         return found
 
     def _at_scale(self, key: Key, errors: Errors) -> Errors:
-        """At the largest scale that the tensor had so far.
+        """Measures errors at the largest scale that the tensor had so far.
 
-        Losses and gradients go to zero as training succeeds, and then are differences of larger numbers, of which
-        float32 keeps no digit by which float64 could be judged.
+        Losses and gradients go to zero as training succeeds. They are then differences of larger numbers, and float32
+        keeps no digit by which float64 could be judged.
         """
         self.scales[key] = max(errors.scale, self.scales.get(key, 0.0))
         return errors.at_scale(self.scales[key])
@@ -520,14 +520,14 @@ class _Free:
                 parameter.copy_(torch.from_numpy(moved[name]))
 
     def step(self, batch: Batch) -> tuple[float, float]:
-        """The distances after it, of Flax and of the twin."""
+        """Returns the distances after the step, of Flax and of the twin."""
         for run in (self.theirs, self.ours, self.twin):
             run.step(run.gradients(batch))
         ours = self.ours.weights()
         return self._distance(self.theirs.weights(ours), ours), self._distance(self.twin.weights(), ours)
 
     def notes(self, steps: Sequence[TrainingStep]) -> list[str]:
-        """A warning where they part by far more than rounding explains."""
+        """Warns where they part by far more than rounding explains."""
         floor = UNIT_ROUNDOFF["float64"]
         for i, step in enumerate(steps):
             explained = max(floor, *(s.twin_distance for s in steps[: i + 1]))
@@ -539,7 +539,7 @@ class _Free:
         return []
 
     def _distance(self, weights: Arrays, reference: Arrays) -> float:
-        """The largest of all tensors, each at its scale."""
+        """Returns the largest distance of all tensors, each at its scale."""
         weights, reference = self.theirs.summed(weights), self.theirs.summed(reference)
         roundings = (error(weights[name], array, array, "float64") for name, array in reference.items())
         return UNIT_ROUNDOFF["float64"] * max(roundings, default=0.0)

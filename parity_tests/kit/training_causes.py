@@ -24,7 +24,7 @@ Choice = tuple[str, optax.GradientTransformation]  # how it is written, and the 
 
 @dataclass(frozen=True)
 class Fed:
-    """What torch's optimizer was given at a step: weights, gradients, and what hooks scaled those by."""
+    """The inputs of torch's optimizer at a step: weights, gradients, and what hooks scaled those by."""
 
     weights: Arrays
     gradients: Arrays
@@ -34,20 +34,20 @@ class Fed:
 
 @dataclass
 class History:
-    """What torch's optimizer was given from the first step on; forgotten where that is too much to keep."""
+    """The inputs of torch's optimizer from the first step on. They are forgotten where that is too much to keep."""
 
     steps: list[Fed] = field(default_factory=list)
     is_whole: bool = True
 
     def add(self, fed: Fed) -> None:
-        """Another step."""
+        """Adds another step."""
         size = sum(array.nbytes for arrays in (fed.weights, fed.gradients) for array in arrays.values())
         self.is_whole = self.is_whole and size * (len(self.steps) + 1) <= KEPT
         self.steps = [*self.steps, fed] if self.is_whole else []
 
 
 def cause_of_loss(torch_loss: float, flax_loss: float, sizes: Mapping[str, int]) -> str | None:
-    """A sum for a mean, over one of these sizes."""
+    """Recognises a sum for a mean, over one of these sizes."""
     for more, less, many, few in (("Flax", "torch", flax_loss, torch_loss), ("torch", "Flax", torch_loss, flax_loss)):
         for name, size in sizes.items():
             if size > 1 and np.isfinite(many) and _agree(np.array(many), np.array(few * size)):
@@ -56,7 +56,7 @@ def cause_of_loss(torch_loss: float, flax_loss: float, sizes: Mapping[str, int])
 
 
 def cause_of_statistic(name: str, old: np.ndarray, ours: np.ndarray, theirs: np.ndarray, module: Any) -> str | None:
-    """The unbiased variance, which torch keeps and nnx does not."""
+    """Recognises the unbiased variance, which torch keeps and nnx does not."""
     path, _, own = name.rpartition(".")
     momentum = getattr(module.get_submodule(path), "momentum", None)
     if own != "running_var" or momentum is None:
@@ -76,7 +76,10 @@ def cause_of_statistic(name: str, old: np.ndarray, ours: np.ndarray, theirs: np.
 def cause_of_update(
     name: str, optimizer: torch.optim.Optimizer, history: History, ours: np.ndarray, theirs: np.ndarray, summed: bool
 ) -> str | None:
-    """What takes torch's steps in optax, and which steps Flax takes; the last step of the history is in question."""
+    """Explains what takes torch's steps in optax, and which steps Flax takes.
+
+    The last step of the history is in question.
+    """
     if not history.is_whole:
         return None
     old = history.steps[-1].weights[name]
@@ -121,7 +124,10 @@ def _explained(
 
 
 def _choices(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> Iterator[Choice]:
-    """The twin of torch's optimizer first, then what is taken for it; none where groups have options of their own."""
+    """Yields the twin of torch's optimizer first, then what is taken for it.
+
+    There are none where groups have options of their own.
+    """
     first, *rest = [{k: v for k, v in group.items() if k in OPTIONS} for group in optimizer.param_groups]
     if any(group != first for group in rest):
         return
@@ -193,7 +199,7 @@ def _choices(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> Iterat
 
 
 def _step(transform: optax.GradientTransformation, name: str, history: History, scales: Sequence[float]) -> np.ndarray:
-    """New weights of one tensor, after all that was fed before."""
+    """Returns new weights of one tensor, after all that was fed before."""
     new = weights = jax_of(history.steps[0].weights[name])
     state = transform.init(weights)
     for fed, scale in zip(history.steps, scales, strict=True):
@@ -212,7 +218,7 @@ def _norm(gradients: Arrays) -> float:
 
 
 def _described(optimizer: torch.optim.Optimizer) -> str:
-    """The class, and its options that are set."""
+    """Describes the class, and its options that are set."""
     group = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in optimizer.param_groups[0].items()}
     options = (f"{k}={group[k]!r}" for k in OPTIONS if group.get(k))
     return f"{type(optimizer).__name__}({', '.join(options)})"

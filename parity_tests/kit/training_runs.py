@@ -40,7 +40,7 @@ class Batch:
 
 
 def batches_of(batches: Iterable[Any], steps: int | None, dtype: str, seed: int) -> list[Batch]:
-    """As many as steps, floating values rounded to what the lower dtype holds."""
+    """Makes as many batches as steps, with floating values rounded to what the lower dtype holds."""
     if isinstance(batches, str | Mapping) or not isinstance(batches, Iterable):
         raise TypeError(
             f"{WHAT} expects batches to be pairs of inputs and targets; got {type_name(batches)}. Pass [(x, y)]."
@@ -65,7 +65,7 @@ def batches_of(batches: Iterable[Any], steps: int | None, dtype: str, seed: int)
 
 
 def torch_loss(outputs: Any, targets: Any) -> Tensor:
-    """Cross-entropy for integers, else the mean squared error; members [E, B, ...] share the targets."""
+    """Returns cross-entropy for integers, else the mean squared error. Members [E, B, ...] share the targets."""
     kind = _check_shapes(outputs, targets, targets.is_floating_point(), 1)
     if kind == "squares":
         return (outputs - targets).square().mean()
@@ -76,7 +76,7 @@ def torch_loss(outputs: Any, targets: Any) -> Tensor:
 
 
 def flax_loss(outputs: Any, targets: Any) -> jax.Array:
-    """The same, with classes on the last axis."""
+    """Returns the same loss, with classes on the last axis."""
     if _check_shapes(outputs, targets, is_floating(targets), -1) == "squares":
         difference = outputs - (targets if outputs.shape == targets.shape else targets[None])
         return jnp.square(difference).mean()
@@ -139,7 +139,10 @@ class TorchRun:
         self.model.set_arrays(arrays)
 
     def gradients(self, batch: Batch) -> Run:
-        """Of every parameter, also of those that are not trained; and the loss, and the statistics of the forward."""
+        """Returns the gradients of every parameter, also of those that are not trained.
+
+        The loss and the statistics of the forward come with them.
+        """
         args, kwargs = self.model.given(batch.inputs)
         targets = self.model.given(batch.targets)
         for parameter in self.parameters.values():
@@ -157,7 +160,7 @@ class TorchRun:
         return run | {("statistic", name): numpy_of(arrays[name]) for name in floating}
 
     def step(self, run: Run) -> float:
-        """Of the optimizer, fed the gradients of a run; returns what its hooks scaled them by."""
+        """Steps the optimizer, fed the gradients of a run. Returns what its hooks scaled them by."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 grad = torch.tensor(run["gradient", name], dtype=parameter.dtype, device=parameter.device)
@@ -176,12 +179,12 @@ class TorchRun:
         return float(self.optimizer.param_groups[0].get("lr", 0.0))
 
     def weights(self) -> Arrays:
-        """Of the parameters, tied ones once."""
+        """Returns the values of the parameters, tied ones once."""
         arrays = self.to_arrays()
         return {name: numpy_of(arrays[name]) for name in self.parameters}
 
     def _all_names(self) -> set[str]:
-        """Of parameters, tied ones under each name."""
+        """Returns the names of parameters, tied ones under each name."""
         return {name for name, _ in self.model.module.named_parameters(remove_duplicate=False)}
 
 
@@ -211,7 +214,7 @@ class FlaxRun:
         self.update = nnx.jit(_update) if model.jit else _update
 
     def copy(self) -> FlaxRun:
-        """With weights and an optimizer of its own."""
+        """Copies the run, with weights and an optimizer of its own."""
         new = copy.copy(self)
         new.model = copy.copy(self.model)
         new.model.module = nnx.clone(self.model.module)
@@ -223,11 +226,11 @@ class FlaxRun:
         return self._arrays(self.model.module)
 
     def set_arrays(self, arrays: Mapping[str, np.ndarray], strict: bool = False) -> None:
-        """Weights and statistics; under strict a name that only one side has is a ValueError."""
+        """Sets weights and statistics. Under strict a name that only one side has is a ValueError."""
         self._load(self.model.module, arrays, strict)
 
     def gradients(self, batch: Batch) -> Run:
-        """As torch's."""
+        """Returns the gradients as torch's run does."""
         args, kwargs = self.model.given(batch.inputs, self.layout)
         with self.model.x64():
             targets = mapped(batch.targets, self._target)
@@ -245,7 +248,7 @@ class FlaxRun:
         return run | {("statistic", name): numpy_of(arrays[name]) for name in floating}
 
     def step(self, run: Run) -> None:
-        """As torch's."""
+        """Steps as torch's run does."""
         arrays = {name: array for (kind, name), array in run.items() if kind == "gradient"}
         for _, *others in self.parameters():
             arrays |= {each: 0 * arrays[each] for each in others}  # whose sum is the gradient of the first
@@ -255,7 +258,7 @@ class FlaxRun:
             self.update(self.model.module, self.optimizer, nnx.state(holder, nnx.Param))
 
     def parameters(self) -> list[tuple[str, ...]]:
-        """Their names; those of a sum, which is one parameter here, together."""
+        """Returns the names of the parameters. Those of a sum, which is one parameter here, are together."""
         own = ((name, *others) for name, others in self.model.parameters.items())
         return [tuple(self.torch_names.get(each, each) for each in names) for names in own]
 
@@ -263,12 +266,12 @@ class FlaxRun:
         return [self.torch_names.get(name, name) for name in self.model.statistics]
 
     def weights(self, like: Iterable[str]) -> Arrays:
-        """Of the parameters that torch has under these names."""
+        """Returns the values of the parameters that torch has under these names."""
         arrays = self.to_arrays()
         return {name: numpy_of(arrays[name]) for name in like}
 
     def summed(self, weights: Mapping[str, np.ndarray]) -> Arrays:
-        """Parameters of torch whose sum is one of Flax are given as their sum, under the name of the first."""
+        """Sums parameters of torch whose sum is one of Flax. The sum has the name of the first."""
         summed = dict(weights)
         for name, *others in self.parameters():
             for each in others:
@@ -303,7 +306,7 @@ def _update(model: nnx.Module, optimizer: nnx.Optimizer[Any], grads: Any) -> Non
 
 
 def layout_of(torch_run: TorchRun, flax_run: FlaxRun, inputs: Any, channels_last: bool | None) -> Layout:
-    """In which layout Flax takes the inputs: the first one in which its outputs have torch's shapes."""
+    """Finds the layout in which Flax takes the inputs: the first one in which its outputs have torch's shapes."""
     ranks = {array.ndim for _, array in leaves(inputs) if is_floating(array)}
     last = [frozenset(each) for each in ({4, 5}, {3, 4, 5})]
     if channels_last is not None:
@@ -355,7 +358,7 @@ def _check_optimizer(optimizer: Any, own: Sequence[nn.Parameter]) -> None:
 
 
 def _check_hooks(optimizer: torch.optim.Optimizer) -> None:
-    """A copy would leave them out."""
+    """Refuses hooks, which a copy would leave out."""
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise ValueError(
             f"{WHAT} expects an optimizer without hooks, which belong to its own parameters; got one with hooks. Pass "

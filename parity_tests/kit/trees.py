@@ -13,12 +13,12 @@ import torch
 
 
 def is_array(value: Any) -> bool:
-    """Of NumPy, torch or JAX; no scalar of Python."""
+    """Tells whether it is an array of NumPy, torch or JAX. A scalar of Python is none."""
     return isinstance(value, np.ndarray | np.generic | torch.Tensor | jax.Array | jax.ShapeDtypeStruct)
 
 
 def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The arrays of a tree with their places in it; dicts in the order of their keys."""
+    """Yields the arrays of a tree with their places in it. Dicts go in the order of their keys."""
     if is_array(tree):
         yield name, tree
     for place, child in _children(tree):
@@ -26,7 +26,7 @@ def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """The tree with another value for each array; everything else is kept."""
+    """Returns the tree with another value for each array. Everything else is kept."""
     if is_array(tree):
         return function(tree)
     if isinstance(tree, dict):
@@ -60,14 +60,14 @@ def _children(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def is_floating(array: Any) -> bool:
-    """Whether an array of any framework has a floating dtype, bfloat16 too."""
+    """Tells whether an array of any framework has a floating dtype, bfloat16 too."""
     if isinstance(array, torch.Tensor):
         return array.is_floating_point()
     return bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
 def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Floating values as this dtype holds them, in float64, so that every run sees the same numbers."""
+    """Rounds floating values to what this dtype holds, in float64, so that every run sees the same numbers."""
     if not is_floating(array):
         return array
     with np.errstate(over="ignore"):
@@ -75,7 +75,7 @@ def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def numpy_of(array: Any) -> np.ndarray:
-    """The values, floating ones in float64, which holds every value of the lower dtypes."""
+    """Returns the values, floating ones in float64, which holds every value of the lower dtypes."""
     if isinstance(array, torch.Tensor):
         array = array.detach().cpu()
         return np.array((array.double() if array.is_floating_point() else array).numpy())
@@ -84,6 +84,9 @@ def numpy_of(array: Any) -> np.ndarray:
 
 
 def jax_of(array: np.ndarray, dtype: Any = None) -> jax.Array:
-    """On JAX's device. NumPy converts, and the dtype is named: JAX compiles a program for each shape otherwise."""
+    """Puts an array on JAX's device.
+
+    NumPy converts, and the dtype is named: JAX compiles a program for each shape otherwise.
+    """
     dtype = jax.dtypes.canonicalize_dtype(array.dtype if dtype is None else dtype)
     return jnp.asarray(np.asarray(array, dtype), dtype)

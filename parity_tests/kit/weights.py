@@ -17,7 +17,9 @@ Arrays = Mapping[str, np.ndarray]
 def match_weights(
     of_torch: Arrays, of_flax: Arrays, rename: Mapping[str, str] | None, own: bool
 ) -> tuple[dict[str, str], list[Comparison]]:
-    """torch's names of the weights that both have, with those in Flax's twin; and what differs, as comparisons.
+    """Matches torch's names of the weights that both have with those in Flax's twin.
+
+    What differs is returned as comparisons.
 
     Args:
         of_torch: by torch's names.
@@ -60,7 +62,7 @@ def _compared(name: str, a: np.ndarray, b: np.ndarray) -> Comparison:
 
 
 def torch_paths(names: Mapping[str, str]) -> Callable[[str], str]:
-    """torch's name of a layer, from its name in Flax's twin; from the names of their weights."""
+    """Maps the name of a layer in Flax's twin to torch's name, by the names of their weights."""
     found: dict[str, set[str]] = {}
     for here, there in names.items():
         a, b = here.rpartition(".")[0], there.rpartition(".")[0]
@@ -74,7 +76,10 @@ def torch_paths(names: Mapping[str, str]) -> Callable[[str], str]:
 
 
 def random_weights(arrays: Arrays) -> dict[str, np.ndarray]:
-    """None of them special: no bias of zeros, no scale of ones, no variance of 1; activations keep their size."""
+    """Draws weights with none of them special.
+
+    There is no bias of zeros, no scale of ones, no variance of 1. Activations keep their size.
+    """
     rng = np.random.default_rng(0)
     drawn = {}
     for name, array in arrays.items():
@@ -98,7 +103,7 @@ def random_weights(arrays: Arrays) -> dict[str, np.ndarray]:
 
 
 def fresh_weights(arrays: Arrays) -> list[str]:
-    """A note if weights have the values that layers start with, which hide faults."""
+    """Returns a note if weights have the values that layers start with, which hide faults."""
     constant = [
         name
         for name, array in arrays.items()

@@ -18,7 +18,10 @@ if version("jaxlib").startswith("0.10."):
 
 
 def pytest_configure(config):
-    """Tests compile many equal programs: JAX keeps them in pytest's cache, for workers, subprocesses and later runs."""
+    """Keeps compiled programs in pytest's cache, for workers, subprocesses and later runs.
+
+    Tests compile many equal programs.
+    """
     jax.config.update("jax_num_cpu_devices", 8)  # for sharding
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of subprocesses: more threads than cores wait for one another
     if "PLAIN_XLA" not in os.environ:
@@ -34,7 +37,7 @@ def pytest_configure(config):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The share of the planted faults that the suite sees: test_faults.py plants each in a test of its own."""
+    """Reports the share of the planted faults that the suite sees. test_faults.py plants each in a test of its own."""
     seen = {}
     for report in (r for outcome in ("passed", "failed", "error") for r in terminalreporter.getreports(outcome)):
         module, _, test = report.nodeid.rpartition("::")
@@ -58,7 +61,7 @@ def _comparable():
 
 @pytest.fixture
 def four_devices():
-    """A mesh of data and model, two devices each, for sharding."""
+    """Sets a mesh of data and model, two devices each, for sharding."""
     cpus, axis_types = jax.devices("cpu"), (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=axis_types, devices=cpus[:4])
     with jax.default_device(cpus[0]), jax.set_mesh(mesh):

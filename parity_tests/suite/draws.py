@@ -22,7 +22,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 
 def bounds(low: float, high: float, powers: int = 0) -> Iterator[tuple[float, float]]:
-    """Random pairs, in every dtype apart; the first begin at 0."""
+    """Yields random pairs, in every dtype apart. The first begin at 0."""
     numbers = np.random.default_rng(0)
     for i in range(PAIRS):
         first, last = np.sort(numbers.uniform(low, high, 2)) * 10.0 ** numbers.integers(-powers, powers + 1)
@@ -30,14 +30,14 @@ def bounds(low: float, high: float, powers: int = 0) -> Iterator[tuple[float, fl
 
 
 def shapes() -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Seeds and shapes."""
+    """Yields seeds and shapes."""
     numbers = np.random.default_rng(1)
     for axes in range(5):
         yield int(numbers.integers(2**32)), tuple(numbers.integers(1, 9, axes).tolist())
 
 
 def draws(random: Any, dtype_of: Callable[[str], Any], array: Callable[[Any, str], Any]) -> Iterator[tuple[str, Any]]:
-    """Names and arrays of everything that a twin's `random` draws."""
+    """Yields names and arrays of everything that a twin's `random` draws."""
     key = random.key(3)
     for name in FLOATS:
         dtype = dtype_of(name)
@@ -65,7 +65,7 @@ def draws(random: Any, dtype_of: Callable[[str], Any], array: Callable[[Any, str
 
 
 def many(random: Any, dtype_of: Callable[[str], Any]) -> Iterator[tuple[str, Any]]:
-    """As `draws`, enough for several threads."""
+    """Yields draws as `draws` does, enough for several threads."""
     for name in FLOATS[:2]:
         yield f"many normal {name}", random.normal(random.key(5), (1 << 17,), dtype_of(name))
         yield (
@@ -75,7 +75,7 @@ def many(random: Any, dtype_of: Callable[[str], Any]) -> Iterator[tuple[str, Any
 
 
 def torch_draws() -> dict[str, np.ndarray]:
-    """Those of torch, by name."""
+    """Returns the draws of torch, by name."""
     import torch
     from torch import nn
 
@@ -103,7 +103,7 @@ def torch_draws() -> dict[str, np.ndarray]:
 
 
 def flax_draws() -> dict[str, np.ndarray]:
-    """Those of Flax, by name; the layers are made under jit, where XLA could merge operations."""
+    """Returns the draws of Flax, by name. The layers are made under jit, where XLA could merge operations."""
     import jax
     import jax.numpy as jnp
     from flax import nnx

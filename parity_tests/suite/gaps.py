@@ -103,7 +103,7 @@ def _infinite_weights() -> bool:
 
 
 def _attention(keys: tuple[float, float], shown: tuple[bool, bool]) -> tuple[np.ndarray, np.ndarray]:
-    """Of values 0 and 1, (1,) in both."""
+    """Attends to values 0 and 1. The result is (1,) in both."""
     query, key, value = (np.array(v, "float32").reshape(1, 1, -1, 1) for v in ([1.0], keys, [0.0, 1.0]))
     hidden = torch.zeros(2).masked_fill(~torch.tensor(shown), -INF)
     scores = torch.tensor(query) @ torch.tensor(key).mT + hidden  # as nn.MultiheadAttention adds its mask

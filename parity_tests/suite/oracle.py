@@ -13,7 +13,7 @@ import numpy as np
 
 
 def batch_ensemble_linear(g, x, weight, r, s, bias=None):
-    """One row at a time: the weight of member i is W[o, j] * s[i, o] * r[i, j]."""
+    """Computes one row at a time: the weight of member i is W[o, j] * s[i, o] * r[i, j]."""
     num_members, batch = len(r), len(x) // len(r)
     out_features = weight.shape[0]
     y = np.zeros((*x.shape[:-1], out_features))
@@ -49,7 +49,7 @@ def split_members(g, y, num_members):
 
 
 def mlp(g, x, weights, biases):
-    """One network: linear, relu, linear, ...; weights and biases are lists."""
+    """Computes one network: linear, relu, linear, ...; weights and biases are lists."""
     hidden, inputs, before = x, [], []
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         inputs.append(hidden)
@@ -69,7 +69,7 @@ def mlp(g, x, weights, biases):
 
 
 def ensemble_mlp(g, x, **parameters):
-    """A deep ensemble of networks; parameters are `0.weight`, `0.bias`, ... stacked over members."""
+    """Computes a deep ensemble of networks. Parameters are `0.weight`, `0.bias`, ... stacked over members."""
     layers = sorted({int(name.split(".")[-2]) for name in parameters})
     prefix = next(iter(parameters)).rpartition(f"{layers[0]}.")[0]
     num_members = len(g)
@@ -91,7 +91,7 @@ def ensemble_mlp(g, x, **parameters):
 
 
 def batch_ensemble_mlp(g, x, **parameters):
-    """A BatchEnsemble: each member is a network of its own, with the weights W * s_i r_i^T."""
+    """Computes a BatchEnsemble: each member is a network of its own, with the weights W * s_i r_i^T."""
     layers = sorted({int(name.split(".")[-2]) for name in parameters})
     prefix = next(iter(parameters)).rpartition(f"{layers[0]}.")[0]
     num_members = len(g)
@@ -207,7 +207,7 @@ def pairwise_kl(g, logits, unit="nats"):
 
 
 def classification_uncertainty(g, logits, unit="nats"):
-    """Mean probabilities, total, aleatoric and epistemic on the last axis."""
+    """Returns mean probabilities, total, aleatoric and epistemic on the last axis."""
     num_classes, nats = logits.shape[-1], 1 / math.log(2) if unit == "bits" else 1.0
     mean, by_mean = mean_probs(g[:, :num_classes], logits)
     aleatoric, by_aleatoric = expected_entropy(nats * (g[:, num_classes] + g[:, num_classes + 1]), logits)
@@ -218,7 +218,7 @@ def classification_uncertainty(g, logits, unit="nats"):
 
 
 def regression_uncertainty(g, mean, variance):
-    """Mean, total, aleatoric and epistemic on the first axis."""
+    """Returns mean, total, aleatoric and epistemic on the first axis."""
     num_members = len(mean)
     center = sum(mean) / num_members
     aleatoric = sum(variance) / num_members

@@ -11,7 +11,10 @@ import numpy as np
 
 
 def batch_ensemble_attention(g, query, key, value, num_heads, added, **weights):
-    """Outputs, attention weights (rows, heads, L, S) and gradients; `added` to scores has the shape of the weights."""
+    """Returns outputs, attention weights (rows, heads, L, S) and gradients.
+
+    `added` to scores has the shape of the weights.
+    """
     num_members = len(weights["q_r"])
     batch, features = len(query) // num_members, weights["q_s"].shape[1]
     size = features // num_heads

@@ -10,7 +10,10 @@ import numpy as np
 
 
 def batch_ensemble_conv(g, x, weight, r, s, bias=None, *, stride, padding, dilation, groups=1, padding_mode="zeros"):
-    """Member i is a convolution with the weight W[o, j] * s[i, o] * r[i, c]; padding is a (low, high) for each axis."""
+    """Computes member i as a convolution with the weight W[o, j] * s[i, o] * r[i, c].
+
+    Padding is a (low, high) for each axis.
+    """
     num_members, batch = len(r), len(x) // len(r)
     sizes, taps = x.shape[2:], weight.shape[2:]
     out_sizes = [
@@ -47,7 +50,7 @@ def batch_ensemble_conv(g, x, weight, r, s, bias=None, *, stride, padding, dilat
 def batch_ensemble_conv_transpose(
     g, x, weight, r, s, bias=None, *, stride, padding, dilation, output_padding, groups=1
 ):
-    """Member i spreads each input over the outputs by the weight W[c, o] * r[i, c] * s[i, o]."""
+    """Computes member i, which spreads each input over the outputs by the weight W[c, o] * r[i, c] * s[i, o]."""
     num_members, batch = len(r), len(x) // len(r)
     sizes, taps = x.shape[2:], weight.shape[2:]
     out_sizes = [
@@ -87,14 +90,14 @@ def _zeros(x, weight, r, s, bias):
 
 
 def _scales(r, s, groups):
-    """s[o] * r[c] for the input channels c that output channel o reads, and which channels these are."""
+    """Returns s[o] * r[c] for the input channels c that output channel o reads, and which channels these are."""
     in_each, out_each = len(r) // groups, len(s) // groups
     channels = [np.arange(in_each) + (o // out_each) * in_each for o in range(len(s))]
     return np.array([s[o] * r[channels[o]] for o in range(len(s))]), channels
 
 
 def _source(index, size, mode):
-    """The index of the input that is read, None for a zero."""
+    """Returns the index of the input that is read, or None for a zero."""
     if 0 <= index < size:
         return index
     if mode == "circular":
@@ -115,7 +118,7 @@ def _grads_of_member(grads, grad_member_weight, i, weight, r, s, in_channels):
 
 
 def _by_output(weight, groups):
-    """(in, out / groups, ...) -> (out, in / groups, ...), group by group."""
+    """Rearranges (in, out / groups, ...) to (out, in / groups, ...), group by group."""
     return np.concatenate([group.swapaxes(0, 1) for group in np.split(weight, groups)])
 
 

@@ -10,9 +10,9 @@ from parity_tests.suite.oracle import softmax, softmax_backward
 
 
 def _targets(labels, num_classes, weight, label_smoothing, ignore_index):
-    """What the log-probabilities of each class are multiplied by, for each input, so that their sum is the mean.
+    """Returns each input's factors for the log-probabilities of each class, so that the sum is the mean.
 
-    With it 0; or NaN, to be added to the mean, where every label is ignored.
+    The second result is 0. It is NaN, to be added to the mean, where every label is ignored.
     """
     weight = np.ones(num_classes) if weight is None else np.array(weight)
     targets, total = np.zeros((len(labels), num_classes)), 0.0
@@ -52,7 +52,7 @@ def mixture_cross_entropy(g, logits, labels, weight=None, label_smoothing=0.0, i
 
 
 def member_losses(g, logits, labels):
-    """Of the cross-entropy of one network."""
+    """Computes the cross-entropy of one network."""
     y, grad = np.zeros(len(logits)), np.zeros(logits.shape)
     for i in range(len(logits)):
         own = labels[i] if labels.ndim == 2 else labels
@@ -86,7 +86,7 @@ def mixture_brier(g, logits, labels):
 
 
 def to_gaussian(g, outputs, min_variance=1e-6):
-    """Means, then variances, on the last axis, as the outputs have them."""
+    """Returns means, then variances, on the last axis, as the outputs have them."""
     y, grad = np.array(outputs), np.array(g)
     num_targets = outputs.shape[-1] // 2
     for at in np.ndindex(outputs.shape):
@@ -101,7 +101,7 @@ def member_gaussian_nll(g, mean, variance, targets):
 
 
 def member_beta_nll(g, mean, variance, targets, beta=0.5):
-    """The factor variance**beta is a constant to the gradient."""
+    """Computes the loss. The factor variance**beta is a constant to the gradient."""
     total = 0.0
     grads = {"mean": np.zeros(mean.shape), "variance": np.zeros(mean.shape), "targets": np.zeros(targets.shape)}
     for at in np.ndindex(mean.shape):

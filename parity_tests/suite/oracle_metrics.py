@@ -45,7 +45,7 @@ def diversity(logits, labels):
 
 
 def bin_of(confidence, num_bins):
-    """k with k/n < confidence <= (k+1)/n, where edges are rounded as any number is; 0 is in the first."""
+    """Returns k with k/n < confidence <= (k+1)/n, where edges are rounded as any number is. 0 is in the first."""
     for k in range(num_bins):
         if confidence <= (k + 1) / num_bins:
             return k
@@ -53,7 +53,7 @@ def bin_of(confidence, num_bins):
 
 
 def bins(confidences, hits, num_bins):
-    """Of each bin: the sum of confidences, of hits, and the count."""
+    """Returns for each bin the sum of confidences, of hits, and the count."""
     sums = [[0.0, 0.0, 0] for _ in range(num_bins)]
     for confidence, hit in zip(confidences, hits, strict=True):
         row = sums[bin_of(confidence, num_bins)]
@@ -97,7 +97,7 @@ def reliability_bins(logits, labels, num_bins=15):
 
 
 def expected_among_ties(scores, values):
-    """The mean over all orders of inputs of one score: of each, the mean of the values of its score."""
+    """Averages over all orders of inputs of one score: each gets the mean of the values of its score."""
     return [np.mean([v for other, v in zip(scores, values, strict=True) if other == score]) for score in scores]
 
 
@@ -156,7 +156,7 @@ def rmse(mean, variance, targets):
 
 
 def _distance(mean, variance):
-    """E|X| of a Gaussian, folded."""
+    """Returns E|X| of a Gaussian, folded."""
     sigma = math.sqrt(variance)
     return sigma * math.sqrt(2 / math.pi) * math.exp(-(mean**2) / (2 * variance)) + mean * math.erf(
         mean / (sigma * math.sqrt(2))

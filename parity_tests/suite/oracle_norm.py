@@ -6,7 +6,7 @@ import numpy as np
 
 
 def embed(g, x, weight, r, s):
-    """One token at a time: row t of member i's table is W[t] * r[i, t] * s[i]."""
+    """Computes one token at a time: row t of member i's table is W[t] * r[i, t] * s[i]."""
     batch = len(x) // len(r)
     y = np.zeros((*x.shape, weight.shape[1]))
     grads = {name: np.zeros(v.shape) for name, v in (("weight", weight), ("r", r), ("s", s))}
@@ -23,7 +23,7 @@ def embed(g, x, weight, r, s):
 
 
 def attend(g, x, weight, r, s):
-    """One query at a time: its inner products with the rows of member i's table."""
+    """Computes one query at a time: its inner products with the rows of member i's table."""
     batch = len(x) // len(r)
     y = np.zeros((*x.shape[:-1], len(weight)))
     grads = {name: np.zeros(v.shape) for name, v in (("x", x), ("weight", weight), ("r", r), ("s", s))}
@@ -42,7 +42,7 @@ def attend(g, x, weight, r, s):
 
 
 def standardize(g, x, eps):
-    """All values of x to mean 0 and variance 1, and the gradient by x."""
+    """Scales all values of x to mean 0 and variance 1, and returns the gradient by x."""
     mean = x.sum() / x.size
     var = ((x - mean) ** 2).sum() / x.size
     y = (x - mean) / np.sqrt(var + eps)
@@ -55,7 +55,7 @@ def _start(x, weight, bias):
 
 
 def batch_norm(g, x, weight, bias, eps, mean=None, var=None):
-    """One channel of one member at a time; with running statistics where they are given."""
+    """Computes one channel of one member at a time, with running statistics where they are given."""
     y, grads = _start(x, weight, bias)
     batch = len(x) // len(weight)
     for i in range(len(weight)):
@@ -74,7 +74,7 @@ def batch_norm(g, x, weight, bias, eps, mean=None, var=None):
 
 
 def running_statistics(x, mean, var, momentum, unbiased):
-    """After one batch. torch tracks the unbiased variance, Flax the biased one."""
+    """Returns the statistics after one batch. torch tracks the unbiased variance, Flax the biased one."""
     mean, var = mean.copy(), var.copy()
     batch = len(x) // len(mean)
     for i in range(len(mean)):
@@ -88,7 +88,7 @@ def running_statistics(x, mean, var, momentum, unbiased):
 
 
 def layer_norm(g, x, weight, bias, eps):
-    """One position at a time; the axes of a member's weight are the last ones."""
+    """Computes one position at a time. The axes of a member's weight are the last ones."""
     y, grads = _start(x, weight, bias)
     batch = len(x) // len(weight)
     for i in range(len(weight)):
@@ -103,7 +103,7 @@ def layer_norm(g, x, weight, bias, eps):
 
 
 def group_norm(g, x, weight, bias, eps, groups):
-    """One group of channels of one row at a time."""
+    """Computes one group of channels of one row at a time."""
     y, grads = _start(x, weight, bias)
     batch, size = len(x) // len(weight), x.shape[1] // groups
     for i in range(len(weight)):

@@ -24,7 +24,7 @@ def lstm_step(x, h, c, w):
 
 
 def lstm_step_backward(g_h, g_c, tape, w, grads):
-    """Gradients by x, h and c; those by the weights are added to grads."""
+    """Returns gradients by x, h and c. Those by the weights are added to grads."""
     x, h, c, i, f, g, o, new_c, m = tape
     g_m = g_h
     if "weight_hr" in w:
@@ -41,7 +41,7 @@ def lstm_step_backward(g_h, g_c, tape, w, grads):
 
 
 def gru_step(x, h, c, w):
-    """A GRU has no c; it is passed on."""
+    """Takes a step of a GRU. It has no c, which is passed on."""
     a, d = w["weight_ih"] @ x + w["bias_ih"], w["weight_hh"] @ h + w["bias_hh"]
     (a_r, a_z, a_n), (d_r, d_z, d_n) = np.split(a, 3), np.split(d, 3)
     r, z = sigmoid(a_r + d_r), sigmoid(a_z + d_z)
@@ -65,7 +65,7 @@ STEPS = {"LSTM": (lstm_step, lstm_step_backward), "GRU": (gru_step, gru_step_bac
 
 
 def folded(parameters, i, place, gates):
-    """Member i's own weights of one layer and direction: W * s_i r_i^T, and b_i, or zeros."""
+    """Returns member i's own weights of one layer and direction: W * s_i r_i^T, and b_i, or zeros."""
     w = {}
     for kind in ("ih", "hh", "hr"):
         if f"weight_{kind}{place}" in parameters:
@@ -92,7 +92,10 @@ def unfold(own, parameters, i, place, grads):
 
 
 def one_row(kind, x, h_0, c_0, weights, g_y, g_h, g_c):
-    """One sequence (T, in) through layers of directions: weights[layer][direction]. Outputs, and all gradients."""
+    """Runs one sequence (T, in) through layers of directions: weights[layer][direction].
+
+    Returns outputs, and all gradients.
+    """
     step, step_backward = STEPS[kind]
     steps, directions = len(x), len(weights[0])
     h_n, c_n = np.zeros(h_0.shape), np.zeros(c_0.shape)
@@ -129,13 +132,13 @@ def one_row(kind, x, h_0, c_0, weights, g_y, g_h, g_c):
 
 
 def recurrent(kind, g, x, parameters, num_members, num_layers=1, bidirectional=False, h_0=None, c_0=None):
-    """x (E*B, T, in), states (D*num_layers, E*B, size), g by name of the outputs. All of a batch-first layer."""
+    """Runs a batch-first layer on x (E*B, T, in), states (D*num_layers, E*B, size), g by name of the outputs."""
     places = [[f"_l{n}{way}" for way in (("", "_reverse") if bidirectional else ("",))] for n in range(num_layers)]
     return _members(kind, g, x, parameters, num_members, places, h_0, c_0)
 
 
 def cell(kind, g, x, parameters, num_members, h_0=None, c_0=None):
-    """One step: x (E*B, in), states (E*B, hidden)."""
+    """Runs one step: x (E*B, in), states (E*B, hidden)."""
     h_0, c_0 = (None if v is None else v[None] for v in (h_0, c_0))
     g = {"output": g["output"][:, None], "h_n": g["h_n"][None], "c_n": g["c_n"][None]}
     outputs, grads = _members(kind, g, x[:, None], parameters, num_members, [[""]], h_0, c_0)

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 
 def randomized(network: nn.Module) -> nn.Module:
-    """Random parameters and statistics; those of a fresh network hide faults: zero biases, unit scales, variance 1."""
+    """Draws random parameters and statistics.
+
+    Those of a fresh network hide faults: zero biases, unit scales, variance 1.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
@@ -377,17 +380,17 @@ class Classifier(nn.Module):
 
 
 def mlp() -> nn.Module:
-    """The smallest."""
+    """Makes the smallest network."""
     return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 7), nn.Softplus(), nn.Linear(7, 3))
 
 
 def images(*shape: int) -> Tensor:
-    """Random ones."""
+    """Draws random images."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 def tokens(rows: int, length: int) -> Tensor:
-    """Random ids; the rows end in padding."""
+    """Draws random ids. The rows end in padding."""
     ids = torch.randint(1, 13, (rows, length), generator=torch.Generator().manual_seed(1))
     ids[:, -2:] = 0
     return ids

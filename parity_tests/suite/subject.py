@@ -52,7 +52,7 @@ class Subject:
     scale: dict[str, float] = field(default_factory=dict)
 
     def draw(self, seed: int, dtype: str) -> Arrays:
-        """Random arrays, around 1 for r and s so that none is degenerate, and exact in the dtype."""
+        """Draws random arrays, around 1 for r and s so that none is degenerate, and exact in the dtype."""
         rng = np.random.default_rng([seed, *self.name.encode()])
         arrays = {}
         for name, shape in self.shapes.items():
@@ -62,7 +62,10 @@ class Subject:
         return arrays | self._draw_integers(rng)
 
     def draw_exact(self, seed: int, dtype: str) -> Arrays:
-        """Small integers times a power of two: signs only in bfloat16, whose stored values have 8 bits."""
+        """Draws small integers times a power of two.
+
+        They are signs only in bfloat16, whose stored values have 8 bits.
+        """
         largest, scale, _ = self._dyadic(dtype)
         rng = np.random.default_rng([seed, *self.name.encode()])
         arrays = {
@@ -72,7 +75,10 @@ class Subject:
         return arrays | self._draw_integers(rng)
 
     def certificate(self, arrays: Arrays, dtype: str) -> float:
-        """The largest value that any partial sum can reach, in units of the smallest one: all signs made plus."""
+        """Returns the largest value that any partial sum can reach, in units of the smallest one.
+
+        All signs are made plus.
+        """
         _, scale, degree = self._dyadic(dtype)
         worst = {name: np.maximum(np.abs(v), scale) if v.dtype.kind == "f" else v for name, v in arrays.items()}
         return max(float(np.abs(v).max()) for v in run_oracle(self, worst).values()) / scale**degree
@@ -107,7 +113,10 @@ def each_run(
     eager: Collection[str],
     eager_dtypes: Iterable[tuple[str, ...]],
 ) -> dict[str, tuple[Subject, tuple[str, ...], bool]]:
-    """By name: all subjects under jit, and some op by op as well, where JAX takes long, compiling each op alone."""
+    """Lists by name all subjects under jit, and some op by op as well.
+
+    Op by op JAX takes long, since it compiles each op alone.
+    """
     return {
         f"{subject.name}-{'+'.join(each)}-{'jit' if jit else 'eager'}": (subject, each, jit)
         for subject in subjects
@@ -118,14 +127,14 @@ def each_run(
 
 
 def run_oracle(subject: Subject, arrays: Arrays) -> Arrays:
-    """Outputs and gradients in float64."""
+    """Returns outputs and gradients in float64."""
     options = {name: value for name, value in subject.options.items() if name != "in_axes"}
     output, grads = subject.oracle(**arrays, **options)
     return {"output": output} | {f"gradient by {name}": grad for name, grad in grads.items()}
 
 
 def run_torch(subject: Subject, arrays: Arrays, dtype: str, compiled: bool = False) -> Arrays:
-    """Outputs and gradients by autograd, eager or under torch.compile."""
+    """Returns outputs and gradients by autograd, eager or under torch.compile."""
     function, call = _torch_call(subject, dtype, compiled)
     torch_dtype = getattr(torch, dtype)
     tensors = {name: torch.tensor(v, dtype=torch_dtype if v.dtype.kind == "f" else None) for name, v in arrays.items()}
@@ -149,7 +158,7 @@ def _torch_call(subject: Subject, dtype: str, compiled: bool) -> tuple[Any, Call
 
 
 def run_flax(subject: Subject, arrays: Arrays, dtype: str, compiled: bool = False) -> Arrays:
-    """Outputs and gradients by vjp, op by op or under jax.jit."""
+    """Returns outputs and gradients by vjp, op by op or under jax.jit."""
     model, run = _flax_call(subject, dtype, compiled)
     values = {name: v.astype(jnp.dtype(dtype)) if v.dtype.kind == "f" else v for name, v in arrays.items()}
     g = jax_of(values.pop("g"))
@@ -187,7 +196,10 @@ def _flax_call(subject: Subject, dtype: str, compiled: bool) -> tuple[Any, Calla
 
 
 def without_draws(make: Callable[[], Any]) -> Any:
-    """A Flax model with zeros for weights, where others are loaded: JAX takes half a second to compile each draw."""
+    """Makes a Flax model with zeros for weights, where others are loaded.
+
+    JAX takes half a second to compile each draw.
+    """
 
     def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -198,7 +210,7 @@ def without_draws(make: Callable[[], Any]) -> Any:
 
 
 def randomized(model: Any, seed: int = 0) -> Any:
-    """The Flax model with weights that NumPy draws, those that scale around 1."""
+    """Gives the Flax model weights that NumPy draws, those that scale around 1."""
     rng = np.random.default_rng(seed)
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         center = 1.0 if path[-1] in ("r", "s", "scale") else 0.0
@@ -208,5 +220,5 @@ def randomized(model: Any, seed: int = 0) -> Any:
 
 @nnx.jit  # one program: op by op, JAX compiles each operation for each shape
 def jitted(model: Any, *inputs: Any, **options: Any) -> Any:
-    """A call of a Flax model under jit."""
+    """Calls a Flax model under jit."""
     return model(*inputs, **options)

@@ -38,7 +38,7 @@ def _linear(sizes: tuple[int, int, int, int], middle: tuple[int, ...] = (), bias
 
 
 def flax_linear(x: jax.Array, weight: jax.Array, **rest: Any) -> jax.Array:
-    """batch_ensemble_linear of torch's weight layout."""
+    """Calls batch_ensemble_linear with torch's weight layout."""
     return pf.functional.batch_ensemble_linear(x, weight.T, **rest)
 
 
@@ -62,7 +62,7 @@ WIDTHS = (5, 6, 3)
 
 
 def torch_mlp(dtype: torch.dtype) -> nn.Sequential:
-    """Linear, relu, linear."""
+    """Makes a network of linear, relu, linear."""
     return nn.Sequential(nn.Linear(*WIDTHS[:2], dtype=dtype), nn.ReLU(), nn.Linear(*WIDTHS[1:], dtype=dtype))
 
 
@@ -74,7 +74,7 @@ class WithForward(nn.Sequential):
 
 
 def flax_mlp(dtype: Any) -> nnx.Module:
-    """Linear, relu, linear."""
+    """Makes a network of linear, relu, linear."""
     rngs = nnx.Rngs(0)
     linear = partial(nnx.Linear, param_dtype=dtype, rngs=rngs)
     return nnx.Sequential(linear(*WIDTHS[:2]), jax.nn.relu, linear(*WIDTHS[1:]))

@@ -21,7 +21,7 @@ from probly_torch.layers.attention import BatchEnsembleMultiHeadAttention as Tor
 
 
 def to_torch(layer):
-    """By torch's names; of gradients as well, which come in a layer's place."""
+    """Returns arrays by torch's names. It takes gradients as well, which come in a layer's place."""
     q, k, v, out = layer.query, layer.key, layer.value, layer.out
     kernels = [np.asarray(p.kernel[...]) for p in (q, k, v)]
     weights = [kernel.reshape(len(kernel), -1).T for kernel in kernels]
@@ -72,14 +72,17 @@ class Case:
     padding: bool = False
 
     def torch(self, dtype="float32", **options):
-        """A pair is made with options of nn.MultiheadAttention."""
+        """Makes torch's layer. A pair is made with options of nn.MultiheadAttention."""
         options = {"batch_first": True, "bias": self.bias} | options
         if self.kv_features != self.features:
             options |= {"kdim": self.kv_features, "vdim": self.kv_features}
         return nn.MultiheadAttention(self.features, self.heads, dtype=getattr(torch, dtype), **options)
 
     def flax(self, dtype="float32", **options):
-        """With its softmax in the dtype of the layer, which is what nnx does where there is dropout."""
+        """Makes Flax's layer with its softmax in the dtype of the layer.
+
+        This is what nnx does where there is dropout.
+        """
         options = {"dropout_rate": 0.1, "deterministic": True} | options
         return nnx.MultiHeadAttention(
             self.heads,
@@ -93,7 +96,7 @@ class Case:
         )
 
     def draw(self, seed, dtype):
-        """Inputs, a cotangent and weights by torch's names, all exact in the dtype."""
+        """Draws inputs, a cotangent and weights by torch's names, all exact in the dtype."""
         rng = np.random.default_rng([seed, self.num_members, self.steps, self.keys])
         rows = self.num_members * self.batch
         shapes = {
@@ -113,7 +116,7 @@ class Case:
         return arrays
 
     def masks(self):
-        """Torch's masks, True where hidden; the first key is never."""
+        """Returns torch's masks, True where hidden. The first key is never hidden."""
         rng, rows = np.random.default_rng(0), self.num_members * self.batch
         attn_mask = padding = None
         if self.attn_mask:
@@ -126,7 +129,7 @@ class Case:
         return attn_mask, padding
 
     def hidden(self):
-        """Both masks as one, (rows, heads, steps, keys)."""
+        """Returns both masks as one, (rows, heads, steps, keys)."""
         attn_mask, padding = self.masks()
         hidden = np.zeros((self.num_members * self.batch, self.heads, self.steps, self.keys), bool)
         if attn_mask is not None:
@@ -145,7 +148,7 @@ CASES = {
 
 
 def sown(layer, *inputs, **kwargs):
-    """Outputs and attention weights of each head."""
+    """Returns outputs and attention weights of each head."""
     y, intermediates = nnx.capture(layer, nnx.Intermediate)(*inputs, sow_weights=True, **kwargs)
     return y, intermediates["attention_weights"][0]
 

@@ -46,13 +46,13 @@ class ChannelsFirstConvTranspose(flax_layers.BatchEnsembleConvTranspose):
 
 
 def flax_conv(x: jax.Array, weight: jax.Array, **rest: Any) -> jax.Array:
-    """batch_ensemble_conv of torch's layouts."""
+    """Calls batch_ensemble_conv with torch's layouts."""
     kernel = jnp.moveaxis(weight, (0, 1), (-1, -2))
     return channels_first(flax_functional.batch_ensemble_conv(channels_last(x), kernel, **rest))
 
 
 def flax_conv_transpose(x: jax.Array, weight: jax.Array, transpose_kernel: bool, **rest: Any) -> jax.Array:
-    """batch_ensemble_conv_transpose of torch's layouts."""
+    """Calls batch_ensemble_conv_transpose with torch's layouts."""
     if transpose_kernel:
         kernel = jnp.moveaxis(weight, (0, 1), (-1, -2))
     else:
@@ -64,7 +64,7 @@ def flax_conv_transpose(x: jax.Array, weight: jax.Array, transpose_kernel: bool,
 
 
 def shapes(channels: Sizes, sizes: Sizes, taps: Sizes, groups: int = 1, bias: bool = True, transpose: bool = False):
-    """E, B, in and out channels, sizes and taps of the kernel -> the shape of each array in torch."""
+    """Maps E, B, in and out channels, sizes and taps of the kernel to the shape of each array in torch."""
     num_members, batch, in_channels, out_channels = channels
     weight = (in_channels, out_channels // groups) if transpose else (out_channels, in_channels // groups)
     return {
@@ -143,7 +143,7 @@ def _conv_transpose(
 
 
 def flax_padding(taps: Sizes, padding: Sizes, dilation: Sizes, output_padding: Sizes) -> list[tuple[int, int]]:
-    """What nnx.ConvTranspose calls padding is that of the dilated inputs."""
+    """Returns the padding of nnx.ConvTranspose, which is that of the dilated inputs."""
     low = [d * (k - 1) - p for k, p, d in zip(taps, padding, dilation, strict=True)]
     return [(pad, pad + extra) for pad, extra in zip(low, output_padding, strict=True)]
 

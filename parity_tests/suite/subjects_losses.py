@@ -35,7 +35,7 @@ def _of_logits(name: str, labels: tuple[int, ...] | None = None, logits=(3, 5, 4
 
 
 def _torch(function: Callable[..., Any], logits: torch.Tensor, weight: Any = None, **rest: Any) -> torch.Tensor:
-    """With the weight of each class as a tensor, and what is returned as one."""
+    """Calls the function with the weight of each class as a tensor. What is returned is one too."""
     options = rest if weight is None else {**rest, "weight": torch.tensor(weight, dtype=logits.dtype)}
     returned = function(logits, **options)
     return (
@@ -44,7 +44,7 @@ def _torch(function: Callable[..., Any], logits: torch.Tensor, weight: Any = Non
 
 
 def _flax(function: Callable[..., Any], logits: jax.Array, weight: Any = None, **rest: Any) -> jax.Array:
-    """The same."""
+    """Calls the function as `_torch` does."""
     options = rest if weight is None else {**rest, "weight": jnp.array(weight, logits.dtype)}
     returned = function(logits, **options)
     return (
@@ -53,12 +53,12 @@ def _flax(function: Callable[..., Any], logits: jax.Array, weight: Any = None, *
 
 
 def torch_member_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Of the cross-entropy of one network."""
+    """Computes the cross-entropy of one network."""
     return pt.losses.member_losses(functional.cross_entropy, logits, labels, in_axes=0 if labels.ndim == 2 else None)
 
 
 def flax_member_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Of the cross-entropy of one network."""
+    """Computes the cross-entropy of one network."""
 
     def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1).mean()
@@ -79,7 +79,7 @@ def _member_losses(labels: tuple[int, ...]) -> Subject:
 
 
 def _of_gaussian(name: str, targets: tuple[int, ...] | None = None, **options: Any) -> Subject:
-    """Variances are 0.5 + root**2, so that every draw of the root gives some."""
+    """Computes with variances of 0.5 + root**2, so that every draw of the root gives some."""
     module, of_oracle = ("losses", oracle_losses) if targets else ("uncertainty", oracle)
 
     def run(function: Callable[..., Any], stack: Callable[..., Any], mean: Any, root: Any, **rest: Any) -> Any:

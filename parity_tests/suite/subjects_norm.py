@@ -24,7 +24,7 @@ EPS = 2.0**-10  # one that matters
 
 
 def with_tensors(layer: nn.Module, **tensors: torch.Tensor) -> nn.Module:
-    """The layer with these tensors, leaves of the caller's graph, in place of its parameters."""
+    """Puts these tensors, leaves of the caller's graph, in place of the layer's parameters."""
     for name, tensor in tensors.items():
         delattr(layer, name)
         setattr(layer, name, tensor)
@@ -32,7 +32,7 @@ def with_tensors(layer: nn.Module, **tensors: torch.Tensor) -> nn.Module:
 
 
 def with_arrays(layer: nnx.Module, **arrays: jax.Array) -> Any:
-    """The layer with these arrays as its parameters."""
+    """Gives the layer these arrays as its parameters."""
     for name, array in arrays.items():
         setattr(layer, name, nnx.Param(array))
     return layer
@@ -79,7 +79,7 @@ def _embed(name: str, num_members: int, tokens: tuple[int, ...], num_embeddings:
 
 
 def statistics(num_members: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Running means and variances, exact in every dtype."""
+    """Makes running means and variances, exact in every dtype."""
     steps = np.arange(num_members * channels, dtype=np.float64).reshape(num_members, channels)
     return (steps - 3) / 4, (steps + 1) / 8
 

@@ -87,7 +87,7 @@ CASES = [
 
 
 def split(arrays):
-    """Inputs and states; cotangents; weights."""
+    """Splits arrays into inputs and states, cotangents, and weights."""
     inputs = {name: v for name, v in arrays.items() if name in ("x", "h_0", "c_0")}
     g = {name[2:]: v for name, v in arrays.items() if name.startswith("g ")}
     return inputs, g, {name: v for name, v in arrays.items() if name not in inputs and not name.startswith("g ")}
@@ -106,7 +106,7 @@ def run_oracle(case, arrays):
 
 
 def compared(case, outputs, grads):
-    """Of one bias, only the one that both have."""
+    """Returns what is compared. Where one framework has one bias, it is only the one that both have."""
     names = [name for name in grads if case.biases == 2 or not name.startswith("bias_hh")]
     return outputs | {f"gradient by {name}": grads[name] for name in names}
 
@@ -151,7 +151,10 @@ def run_torch(case, arrays, dtype):
 
 
 def numpys():
-    """An initialiser of weights that NumPy draws, at once: JAX compiles a draw of its own for each shape."""
+    """Returns an initialiser of weights that NumPy draws, at once.
+
+    JAX compiles a draw of its own for each shape.
+    """
     rng = np.random.default_rng(0)
 
     def init(key, shape, dtype, *_, **__):
@@ -207,7 +210,7 @@ class Stack(nnx.Module):
 
 
 def named(case, stack):
-    """Each variable by its name in torch, and whether it is transposed there."""
+    """Yields each variable by its name in torch, and whether it is transposed there."""
     for place, layer in zip(case.places, stack.layers, strict=True):
         cell = layer if case.is_cell else layer.cell
         for kind, dense in (("ih", cell.dense_i), ("hh", cell.dense_h)):

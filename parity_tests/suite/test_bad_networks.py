@@ -75,7 +75,7 @@ def torch_encoder():
 
 
 class FlaxEncoder(nnx.Module):
-    """What matters here of torch's."""
+    """The part of torch's encoder that matters here."""
 
     def __init__(self, rngs):
         self.self_attn = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
@@ -131,7 +131,7 @@ def converted(f, kind, **options):
 
 @cache
 def model(f, kind):
-    """What its numbers are does not matter: in Flax zeros."""
+    """Converts a network. What its numbers are does not matter: in Flax they are zeros."""
     return converted(f, kind) if f is TORCH else without_draws(lambda: converted(f, kind))
 
 
@@ -301,7 +301,7 @@ def test_of_many_layers_some_are_named():
 
 
 def failures(f):
-    """Networks whose conversion fails after its first layers, and its options."""
+    """Yields networks whose conversion fails after its first layers, and its options."""
     yield f.lstm(), {"exclude": "embde"}
     yield f.mlp(), {"exclude": "*"}
     yield (TorchLSTM(max_norm=1.0) if f is TORCH else drawn(FlaxCNN, "REPLICATE")), {}
@@ -311,7 +311,7 @@ def failures(f):
 
 
 def flat(f, module):
-    """Everything that could change."""
+    """Copies everything that could change."""
     if f is TORCH:
         return {name: value.detach().numpy().copy() for name, value in module.state_dict().items()}
     return {path: np.asarray(value[...]) for path, value in nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.RngKey)))}

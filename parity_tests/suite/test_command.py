@@ -58,7 +58,7 @@ BOTH = ("torch_pair:Net", "flax_pair:Net")
 
 @pytest.fixture(autouse=True)
 def _pair(tmp_path, monkeypatch):
-    """Modules of the caller, in the folder where the command runs, with JAX's own settings."""
+    """Writes modules of the caller, in the folder where the command runs, with JAX's own settings."""
     (tmp_path / "torch_pair.py").write_text(TORCH)
     (tmp_path / "flax_pair.py").write_text(FLAX)
     monkeypatch.chdir(tmp_path)
@@ -71,7 +71,7 @@ def _pair(tmp_path, monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """In place of `compare`: what it is asked."""
+    """Replaces `compare`, and returns what it is asked."""
     asked = {}
 
     def compare(torch_module, flax_module, *inputs, **options):

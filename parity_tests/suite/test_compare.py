@@ -22,7 +22,7 @@ QUICK = {"gradients": False, "exact": False, "jit": False, "seeds": 1}
 
 
 def flax(layer, *sizes, **options):
-    """A layer whose weights come from torch, by compare."""
+    """Makes a layer whose weights come from torch, by compare."""
     return without_draws(lambda: layer(*sizes, rngs=nnx.Rngs(0), **options))
 
 
@@ -67,7 +67,7 @@ class FlaxBlock(nnx.Module):
 
 @pytest.fixture(scope="module")
 def passed():
-    """One comparison of everything that is drawn."""
+    """Makes one comparison of everything that is drawn."""
     return compare(nn.Linear(3, 2), linear(), (5, 3), weights="random", seeds=2)
 
 

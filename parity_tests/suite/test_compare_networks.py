@@ -24,14 +24,17 @@ from probly_torch.port._proof import load
 
 @pytest.fixture(autouse=True)
 def _as_users_run():
-    """Layers of nnx promote dtypes, which the suite forbids elsewhere."""
+    """Lets layers of nnx promote dtypes, which the suite forbids elsewhere."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), jax.enable_x64(False):
         yield
 
 
 @cache
 def ported(name):
-    """A network and its twin with equal weights, what both are called with, and the names of stacked layers."""
+    """Returns a network and its twin with equal weights.
+
+    What both are called with comes with them, and the names of stacked layers.
+    """
     make, x = NETWORKS[name]
     network = randomized(make()).eval()
     twin = ports._twin("port", network, (x,))
@@ -39,7 +42,7 @@ def ported(name):
 
 
 def report_of(name, model=None, **options):
-    """Op by op, where nothing has to be compiled as a whole."""
+    """Compares op by op, where nothing needs compiling as a whole."""
     network, twin, x, rename = ported(name)
     options = {"gradients": False, "exact": False, "seeds": 1, "jit": False} | options
     return compare(network, model or twin, x, rename=rename, **options)
@@ -61,7 +64,7 @@ def test_gradients_of_networks_agree(name):
 
 
 def option(**values):
-    """Other options of a layer."""
+    """Returns an edit that sets other options of a layer."""
 
     def edit(layer):
         for name, value in values.items():
@@ -72,7 +75,7 @@ def option(**values):
 
 
 def function(path, wrong):
-    """Another function in the place of a layer."""
+    """Returns an edit that puts another function in the place of a layer."""
 
     def edit(model):
         owner, _, name = path.rpartition(".")
@@ -86,7 +89,7 @@ def function(path, wrong):
 
 
 def weight(name, edit):
-    """Other values of a weight."""
+    """Returns an edit that sets other values of a weight."""
 
     def edit_layer(layer):
         variable = layer
@@ -104,7 +107,7 @@ def no_bias(layer):
 
 
 def gates(*order):
-    """Blocks of the last axis in another order, in all weights of a recurrent layer."""
+    """Returns an edit that puts blocks of the last axis in another order, in all weights of a recurrent layer."""
 
     def edit(layer):
         for _, variable in nnx.to_flat_state(nnx.state(layer, nnx.Param)):

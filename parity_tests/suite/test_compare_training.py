@@ -23,7 +23,7 @@ ROWS, FEATURES, HIDDEN, CLASSES = 11, 5, 7, 3
 
 @pytest.fixture(autouse=True)
 def _promotion():
-    """optax.adam and nnx.BatchNorm ask for it."""
+    """Allows promotion. optax.adam and nnx.BatchNorm ask for it."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -55,7 +55,7 @@ def batches(count=2, shape=(FEATURES,)):
 
 
 def train(optimizer, transform, steps=2, ours=None, theirs=None, data=None, jit=False, **options):
-    """With jit=False, which has little to compile; Flax gets the weights of torch."""
+    """Trains both with jit=False, which has little to compile. Flax gets the weights of torch."""
     ours = TorchNet() if ours is None else ours
     theirs = without_draws(FlaxNet) if theirs is None else theirs
     return compare_training(ours, theirs, optimizer, transform, data or batches(), steps, jit=jit, **options)
@@ -380,7 +380,7 @@ def test_files(tmp_path):
 
 
 def trained(ours):
-    """An optimizer that has run."""
+    """Makes an optimizer that ran."""
     optimizer = SGD(ours.parameters(), lr=0.1, momentum=0.9)
     ours(torch.ones(1, FEATURES)).sum().backward()
     optimizer.step()

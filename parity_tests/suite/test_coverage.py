@@ -61,7 +61,7 @@ ELSEWHERE = {
 
 
 def public(package):
-    """The functions and classes of a package and its public modules, by name."""
+    """Returns the functions and classes of a package and its public modules, by name."""
     names = [name for _, name, _ in pkgutil.iter_modules(package.__path__) if not name.startswith("_")]
     modules = [package, *(importlib.import_module(f"{package.__name__}.{name}") for name in names)]
     found = {name: getattr(module, name) for module in modules for name in getattr(module, "__all__", ())}

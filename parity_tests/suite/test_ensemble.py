@@ -66,7 +66,10 @@ def filled(make, seed=0):
 
 
 def make_linear(rngs):
-    """Most tests share this layer, a batch for it and a count of members, for which JAX compiles once."""
+    """Makes the layer that most tests share.
+
+    They also share a batch for it and a count of members, for which JAX compiles once.
+    """
     return nnx.Linear(4, 8, rngs=rngs)
 
 

@@ -12,7 +12,10 @@ N, D, F, B = (getattr(vmap_over_ensemble, name) for name in "NDFB")
 
 @pytest.fixture(autouse=True)
 def _x32():
-    """As the examples ran for the fixtures below, so that JAX compiles each draw once and not once more for x64."""
+    """Switches off x64, as the examples ran for the fixtures below.
+
+    So JAX compiles each draw once and not once more for x64.
+    """
     with jax.enable_x64(False):
         yield
 

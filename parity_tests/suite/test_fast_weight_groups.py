@@ -21,7 +21,7 @@ DECAY, RATE = 0.1, 0.01
 
 @pytest.fixture(autouse=True)
 def _promotion():
-    """optax.adam and nnx.BatchNorm ask for it."""
+    """Allows promotion. optax.adam and nnx.BatchNorm ask for it."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -70,7 +70,7 @@ def test_what_a_parameter_is_follows_from_its_type():
             self.r = nnx.Param(jnp.ones(4))
 
     def scaled(transform):
-        """What becomes of gradients and parameters of 1."""
+        """Returns what becomes of gradients and parameters of 1."""
         params = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
         updates, _ = transform.update(params, transform.init(params), params)
         return {".".join(map(str, path)): float(x.mean()) for path, x in nnx.to_flat_state(nnx.as_pure(updates))}

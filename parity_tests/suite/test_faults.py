@@ -89,7 +89,10 @@ class Fault:
 
     @contextmanager
     def planted_in_a_subject(self) -> Iterator[None]:
-        """Where the programs of a fault in Flax run once: without optimizations XLA takes a third less."""
+        """Plants a fault where the programs of a fault in Flax run once.
+
+        Without optimizations XLA takes a third less.
+        """
         jax.config.update("jax_disable_most_optimizations", self.twin == "flax")
         try:
             with self.planted():
@@ -98,7 +101,7 @@ class Fault:
             jax.config.update("jax_disable_most_optimizations", False)
 
     def verdicts(self) -> list[standard.Verdict]:
-        """Of the suite's bounded tier."""
+        """Returns the verdicts of the suite's bounded tier."""
         if isinstance(self.compared, str):
             return test_parity.bounded_verdicts(self.subject, DTYPES, flax_compiled=True, seeds=(0,))
         if isinstance(self.compared, test_layers_attention.Case):
@@ -113,7 +116,7 @@ class Fault:
 
 
 def _edited(function: Any, right: str, wrong: str) -> CodeType:
-    """The function's code with the wrong line in it, compiled within its module."""
+    """Compiles the function's code with the wrong line in it, within its module."""
     module, source = sys.modules[function.__module__], inspect.getsource(function)
     assert source.count(right) == 1, f"{function.__qualname__} has no single {right!r} to replace"
     text = inspect.getsource(module).replace(source, source.replace(right, wrong))

@@ -1,4 +1,4 @@
-"""What BatchEnsembleLinear keeps of its base layer, and how it behaves as a citizen of its framework."""
+"""BatchEnsembleLinear: the parts of its base layer that it keeps, and how it behaves as a citizen of its framework."""
 
 import copy
 import pickle

@@ -139,7 +139,7 @@ def test_the_draws_follow_the_documented_order():
 
 
 def torch_call(layer, i, query, key, value, num_members, attn_mask=None, key_padding_mask=None, **options):
-    """Of all rows for i=None, and else of those of member i, batch first."""
+    """Returns the outputs of all rows for i=None, and else of those of member i, batch first."""
 
     def of_member(x):
         return x if i is None else x.reshape(num_members, -1, *x.shape[1:])[i]
@@ -268,14 +268,14 @@ FLAX_OPTIONS = {
 
 
 def flax_base(num_heads=2, **options):
-    """With zeros for kernels: these tests draw others, or give them to the layer itself."""
+    """Makes a layer with zeros for kernels. These tests draw others, or give them to the layer itself."""
     options = {"param_dtype": jnp.float64, "deterministic": False, "decode": False, "rngs": nnx.Rngs(0)} | options
     return nnx.MultiHeadAttention(num_heads, 8, kernel_init=nnx.initializers.zeros, **options)
 
 
 @pytest.fixture
 def promotion_of_nnx():
-    """Its norms, caches and fused attention promote dtypes silently."""
+    """Allows promotion. The norms, caches and fused attention of nnx promote dtypes silently."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 

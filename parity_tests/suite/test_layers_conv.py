@@ -35,7 +35,10 @@ IN_BFLOAT16 = [subject for subject in SUBJECTS if not subject.name.endswith("tra
 
 
 def in_each(*all_subjects):
-    """All subjects in these dtypes, and some in bfloat16: JAX takes half a second for each program."""
+    """Parametrizes with all subjects in these dtypes, and some in bfloat16.
+
+    JAX takes half a second for each program.
+    """
     runs = [(s, all_subjects) for s in SUBJECTS] + [(s, ("bfloat16",)) for s in IN_BFLOAT16]
     ids = [f"{subject.name}-{'+'.join(dtypes)}" for subject, dtypes in runs]
     return pytest.mark.parametrize(("subject", "dtypes"), runs, ids=ids)
@@ -125,7 +128,7 @@ def flax_base(kind, axes=2, channels=(4, 6), taps=3, **options):
 
 
 def on_device(*shape, dtype="float32", seed=None):
-    """Ones, or numbers, of which JAX compiles nothing."""
+    """Makes an array of ones, or numbers, for which JAX compiles nothing."""
     values = np.ones(shape) if seed is None else numbers(*shape, seed=seed)
     return jax_of(values, dtype)
 
@@ -145,7 +148,7 @@ def numbers(*shape, seed=0):
 
 @torch.no_grad()
 def make_exact(layer, seed=0):
-    """Small multiples of a power of two as weights, in which sums have no rounding."""
+    """Gives the layer small multiples of a power of two as weights, in which sums have no rounding."""
     if isinstance(layer, nn.Module):
         for i, parameter in enumerate(layer.parameters()):
             parameter.copy_(torch.from_numpy(numbers(*parameter.shape, seed=seed + i)))
@@ -521,7 +524,7 @@ def test_keep_members(kind):
 
 
 def arguments(kind, f, x=(4, 5), channels=(3, 2), **changes):
-    """Of the function for 1-d convolutions: x, weight, r, s."""
+    """Makes the arguments of the function for 1-d convolutions: x, weight, r, s."""
     in_channels, out_channels = channels
     torch_weight = {"Conv": (out_channels, in_channels, 2), "ConvTranspose": (in_channels, out_channels, 2)}[kind]
     weight = torch_weight if f is torch else (2, *channels)

@@ -40,7 +40,7 @@ BOUNDED = each_run(SUBJECTS, [("float32", "float64"), ("bfloat16",)], EAGER_BOUN
 
 
 def plain(value):
-    """As text without addresses, which differ between processes."""
+    """Returns the value as text without addresses, which differ between processes."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
@@ -369,7 +369,7 @@ def torch_values(layer):
 
 
 def randomize(layer, seed=0):
-    """Weights and statistics that differ between members, the variances positive."""
+    """Draws weights and statistics that differ between members, the variances positive."""
     rng = np.random.default_rng(seed)
     if isinstance(layer, nn.Module):
         with torch.no_grad():

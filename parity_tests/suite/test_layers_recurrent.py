@@ -77,7 +77,7 @@ def test_steps_of_training(case):
 
 
 def random_(layer, seed=0):
-    """The layer with other values in every parameter."""
+    """Gives the layer other values in every parameter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
@@ -91,7 +91,7 @@ def rows_of(value, i, num_members, axis):
 
 
 def tensors(results):
-    """The tensors of nested tuples."""
+    """Lists the tensors of nested tuples."""
     return [results] if isinstance(results, torch.Tensor) else [t for part in results for t in tensors(part)]
 
 

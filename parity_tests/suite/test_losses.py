@@ -24,7 +24,10 @@ TARGETS = np.random.default_rng(3).standard_normal((6, 2))
 
 
 def cross_entropies(logits, labels, weight=None, **options):
-    """Of torch's own, the mean over members; or with one member, of the logarithm of mean probabilities."""
+    """Returns the mean of torch's own over members.
+
+    With one member, it is that of the logarithm of mean probabilities.
+    """
     labels = torch.tensor(labels).expand(logits.shape[:2])
     weight = None if weight is None else torch.tensor(weight)
     each = [functional.cross_entropy(z, y, weight, **options) for z, y in zip(logits, labels, strict=True)]
@@ -59,7 +62,7 @@ def test_flax_cross_entropy_with_options(weight, smoothing, ignored, labels):
 
 
 def losses_and_gradients(labels, **options):
-    """Of both frameworks."""
+    """Returns the loss and gradients of both frameworks."""
     logits = torch.tensor(LOGITS, requires_grad=True)
     loss = pt.losses.member_cross_entropy(logits, torch.tensor(labels), **options)
     loss.backward()

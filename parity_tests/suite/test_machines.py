@@ -27,7 +27,10 @@ SIZE = 1000
 
 
 def assert_same(ours, theirs, of=lambda name: True):
-    """Bit for bit, but for float64's normal numbers: to 2 ULP, and to 3 where two correct logarithms round apart."""
+    """Asserts equality bit for bit, except for float64's normal numbers.
+
+    These agree to 2 ULP, and to 3 where two correct logarithms round apart.
+    """
     assert ours.keys() == theirs.keys()
     distances = []
     for name in filter(of, ours):

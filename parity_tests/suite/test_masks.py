@@ -16,13 +16,13 @@ from parity_tests.standard import assert_close
 
 @pytest.fixture(autouse=True)
 def _promotion():
-    """nnx.MultiHeadAttention asks for it."""
+    """Allows promotion, which nnx.MultiHeadAttention asks for."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 
 def run_flax(masks, model, x, seed=3, jit=True):
-    """As torch has the outputs."""
+    """Runs Flax, and returns the outputs as torch has them."""
 
     def forward(state, key, x):
         with masks.flax(key):
@@ -40,7 +40,7 @@ def run_torch(masks, model, x, seed=3):
 
 
 def assert_equal_masks(ours, theirs, x):
-    """The same values are zero, and others at another seed; eager and jitted."""
+    """Asserts that the same values are zero, and others at another seed, eager and jitted."""
     for jit in (True, False):
         masks = Masks("compare")
         y = run_flax(masks, theirs, x, jit=jit)

@@ -44,7 +44,10 @@ def rounded(array, dtype="float32"):
 
 
 def draw(seed=0):
-    """Logits, labels; means, variances and targets of two numbers each; scores of two kinds, some of them equal."""
+    """Draws inputs for each kind of metric.
+
+    They are logits, labels; means, variances and targets of two numbers each; scores of two kinds, some of them equal.
+    """
     rng = np.random.default_rng(seed)
     logits = rounded(2 * rng.standard_normal((E, B, C)))
     labels = np.where(rng.random(B) < 0.5, logits.mean(0).argmax(-1), rng.integers(0, C, B))
@@ -63,7 +66,7 @@ def to_flax(arrays, dtype="float64"):
 
 
 def functions(package, classes, numbers, ood):
-    """Every function of metrics."""
+    """Computes every function of metrics."""
     values = {name: getattr(package, name)(*classes) for name in CLASSES}
     values |= {name: getattr(package, name)(*numbers) for name in ("crps", "interval_coverage")}
     values |= {"sharpness": package.sharpness(*numbers[:2]), "half": package.interval_coverage(*numbers, level=0.5)}
@@ -105,7 +108,10 @@ def test_functions_agree_with_a_loop_over_inputs():
 
 
 def saturated_votes():
-    """Of ten members, k = 1..10 are certain of class 0 and each other one of a class of its own: confidence is k/10."""
+    """Makes ten members: k = 1..10 are certain of class 0 and each other one of a class of its own.
+
+    So the confidence is k/10.
+    """
     logits = np.zeros((10, 10, 10))
     for b in range(10):
         for i in range(10):
@@ -114,7 +120,7 @@ def saturated_votes():
 
 
 def torch_in_tenths(*classes):
-    """Functions of classes in ten bins, and what is to be seen in the order of uncertainty."""
+    """Computes functions of classes in ten bins, and what is to be seen in the order of uncertainty."""
     *classes, uncertainty = to_torch(classes)
     values = {name: getattr(tm, name)(*classes, num_bins=10) for name in CLASSES if "ece" in name or "bins" in name}
     return values | {"aurc": tm.aurc(*classes), "aurc of a score": tm.aurc(*classes, uncertainty=uncertainty)}
@@ -128,7 +134,7 @@ def _flax_in_tenths(*classes):
 
 
 def flax_in_tenths(*classes):
-    """The same, one program for all tests of ten members, inputs and classes."""
+    """Computes the same, one program for all tests of ten members, inputs and classes."""
     return _flax_in_tenths(*to_flax(classes))
 
 
@@ -314,7 +320,7 @@ def torch_metrics(**options):
 
 
 def flat(values):
-    """Values of a MetricCollection or MultiMetric, with those of bins one by one."""
+    """Returns values of a MetricCollection or MultiMetric, with those of bins one by one."""
     for name in ("ReliabilityCurve",):
         if name in values:
             bins = values.pop(name)
@@ -387,7 +393,10 @@ KEEP_SCORES = {"AdaptiveECE", "AURC"}
 
 
 def run_flax_metrics(kind, arrays, **options):
-    """In two batches after a reset: sums under jit, with the number of times that update was traced; scores without."""
+    """Runs two batches after a reset: sums under jit, scores without.
+
+    The number of times that update was traced comes with the sums.
+    """
     names = torch_metrics(**options)[kind].keys()
     metrics = {name: getattr(fm, name)(**options) for name in names}
     sums = nnx.MultiMetric(**{name: metric for name, metric in metrics.items() if name not in KEEP_SCORES})

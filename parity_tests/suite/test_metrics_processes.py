@@ -42,7 +42,7 @@ def flat(values):
 
 
 def alone(kind, *shares):
-    """What one process gives."""
+    """Returns what one process gives."""
     metric = collections(sync_on_compute=False)[kind]
     for rows in shares:
         metric.update(*batch(kind, rows))

@@ -27,7 +27,7 @@ BATCH, HEIGHT, WIDTH, CHANNELS = 5, 4, 3, 6
 
 @pytest.fixture(autouse=True)
 def _promotion():
-    """optax.adam and nnx.BatchNorm ask for it."""
+    """Allows promotion. optax.adam and nnx.BatchNorm ask for it."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -99,7 +99,7 @@ def drawn_linear(*sizes):
 
 
 def flax_linear(*sizes):
-    """A layer of its own, with the draws of all, which JAX takes long to compile for each shape."""
+    """Makes a layer of its own, with the draws of all, which JAX takes long to compile for each shape."""
     return nnx.clone(drawn_linear(*sizes))
 
 
@@ -202,7 +202,7 @@ def test_an_optimizer_that_starts_anew_is_seen(twins):
 
 
 def filled(optimizer):
-    """A state of other numbers everywhere, as after 11 steps."""
+    """Fills a state with other numbers everywhere, as after 11 steps."""
     with torch.no_grad():
         for group in optimizer.param_groups:
             for p in group["params"]:
@@ -261,7 +261,7 @@ def linear_pair(make, tx, out_features=2):
 
 
 def of_biases(of_bias, of_others):
-    """A tree of labels or masks for a state of parameters."""
+    """Returns a function that makes a tree of labels or masks for a state of parameters."""
     is_leaf = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
     return lambda tree: jax.tree.map(lambda v: of_bias if v.ndim == 1 else of_others, tree, is_leaf=is_leaf)
 

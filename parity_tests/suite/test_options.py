@@ -40,7 +40,7 @@ class Twins:
     changes: tuple[tuple[Arguments, Arguments], ...]
 
     def make(self, framework: str, change: Arguments | None = None) -> Any:
-        """In a Sequential."""
+        """Makes the layer in a Sequential."""
         arguments = self.equal[FRAMEWORKS.index(framework)] | (change or {})
         if framework == "torch":
             return nn.Sequential(self.torch(**arguments))
@@ -48,12 +48,12 @@ class Twins:
 
 
 def flax(constructor, *sizes, **fixed):
-    """A constructor of layers without values, which take long to draw."""
+    """Returns a constructor of layers without values, which take long to draw."""
     return lambda **options: nnx.eval_shape(lambda: constructor(*sizes, **fixed, **options, rngs=nnx.Rngs(0)))
 
 
 def rnn(cell):
-    """An nnx.RNN of a cell, which takes the arguments of both."""
+    """Returns a function that makes an nnx.RNN of a cell, and takes the arguments of both."""
 
     def make(**arguments):
         own = {name: arguments.pop(name) for name in ("activation_fn", "residual") if name in arguments}
@@ -234,7 +234,7 @@ TWINS = {
 
 
 def options(model):
-    """As a file holds them."""
+    """Returns options as a file holds them."""
     package = torch_options if isinstance(model, nn.Module) else flax_options
     own = package.layer_options(model)
     read = json.loads(json.dumps(own))
@@ -243,7 +243,7 @@ def options(model):
 
 
 def outcome(model, recorded):
-    """The sentence that refuses a record, or None."""
+    """Returns the sentence that refuses a record, or None."""
     package = torch_options if isinstance(model, nn.Module) else flax_options
     try:
         package.check_options("load_weights", model, recorded)
@@ -284,7 +284,7 @@ def test_twins_with_equal_options_are_equal_and_each_changed_one_is_named(name):
 
 
 def suggestion(line):
-    """The argument at the end of a line, as Python reads it."""
+    """Evaluates the argument at the end of a line, as Python reads it."""
     name, code = re.fullmatch(r"0: \w+ .+ here, .+ in the file; [\w./]+\(.+?, (\w+)=(.+)\)", line).groups()
     return name, eval(code, {"nnx": nnx, "x": torch.zeros(2, 3, 5)})
 
@@ -565,7 +565,7 @@ def test_padding_by_a_word_is_the_padding_that_is_recorded(padding, size, stride
 
 
 def network(f):
-    """Every layer that batchensemble converts."""
+    """Makes a network of every layer that batchensemble converts."""
     if f is nn:
         norms = [nn.BatchNorm2d(6), nn.LayerNorm(6), nn.GroupNorm(3, 6)]
         convs = [nn.Conv2d(6, 6, 3, groups=2), nn.ConvTranspose2d(6, 6, 3, stride=2, padding=1)]
@@ -663,7 +663,7 @@ LONG = "x" * 10**5
 
 
 def told(model, recorded):
-    """What a warning lists of a record."""
+    """Returns what a warning lists of a record."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert not differences(model, recorded)

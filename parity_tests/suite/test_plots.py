@@ -55,7 +55,7 @@ def _no_warnings():
 
 
 def drawn(ax):
-    """All the numbers on axes, and all the words."""
+    """Returns all the numbers on axes, and all the words."""
     lines = [np.stack(line.get_data()).astype(float) for line in ax.lines]
     areas = [path.vertices for each in ax.collections for path in each.get_paths()]
     values = [np.ma.filled(each.get_array(), np.nan) for each in ax.collections if each.get_array() is not None]
@@ -147,7 +147,7 @@ def test_areas_are_told_apart_in_greyscale():
 
 
 def kinds(values):
-    """The same numbers as each package may be given them."""
+    """Returns the same numbers as each package may be given them."""
     return (
         (probly_torch, torch.tensor(values, requires_grad=True)),
         (probly_torch, torch.tensor(values, dtype=torch.bfloat16)),

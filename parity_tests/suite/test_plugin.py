@@ -26,7 +26,7 @@ def run(pytester, monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """In place of `assert_parity`: what it is called with."""
+    """Replaces `assert_parity`, and returns what it is called with."""
     calls = []
     monkeypatch.setattr(parity_tests, "assert_parity", lambda *args, **options: calls.append((args, options)))
     return calls

@@ -27,7 +27,7 @@ from probly_torch.port._proof import load
 
 @pytest.fixture(autouse=True)
 def _as_torch_does():
-    """The source broadcasts and promotes as torch does, which the suite forbids elsewhere."""
+    """Lets the source broadcast and promote as torch does, which the suite forbids elsewhere."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -39,14 +39,14 @@ def leaves(tree):
 
 
 def last(tensor):
-    """As the twin takes it: images channels last."""
+    """Converts a tensor as the twin takes it: images channels last."""
     array = tensor.detach().numpy()
     array = np.moveaxis(array, 1, -1) if array.ndim in (4, 5) and array.dtype.kind == "f" else array
     return jax_of(array)
 
 
 def assert_equal(ours, theirs, layouts):
-    """To 1e-12 of the scale of each output, in the layout that it has."""
+    """Asserts equality to 1e-12 of the scale of each output, in the layout that it has."""
     theirs = leaves(theirs)
     assert len(theirs) > 0
     for tensor, array, order in zip(leaves(ours), theirs, layouts, strict=True):
@@ -56,7 +56,7 @@ def assert_equal(ours, theirs, layouts):
 
 
 def twin_of(network, *inputs):
-    """The network in float64, what its source builds, with the weights, and the layouts of the outputs."""
+    """Returns the network in float64, what its source builds, with the weights, and the layouts of the outputs."""
     network = randomized(network).double().eval()
     return loaded(network, ports._twin("port", network, inputs))
 
@@ -67,7 +67,7 @@ def loaded(network, written):
 
 @functools.cache
 def written(name):
-    """One of the networks, and its twin."""
+    """Returns one of the networks, and its twin."""
     make, x = NETWORKS[name]
     network = randomized(make()).double().eval()
     return network, ports._twin("port", network, (x.double() if x.is_floating_point() else x,))
@@ -78,7 +78,7 @@ def compiled(model, *inputs):
 
 
 def check(network, *inputs):
-    """The outputs of both."""
+    """Compares the outputs of both."""
     inputs = [x.double() if x.is_floating_point() else x for x in inputs]
     network, model, layouts = twin_of(network, *inputs)
     ours = network(*(x.clone() for x in inputs))

@@ -127,7 +127,7 @@ def my_torch(modules):
 
 @pytest.fixture
 def weights(my_torch, tmp_path):
-    """The network with random parameters and statistics, and its file."""
+    """Saves the network with random parameters and statistics, and returns it with its file."""
     network = randomized(my_torch.Net()).eval()
     path = tmp_path / "weights.safetensors"
     probly_torch.save_weights(network, path, flatten={"fc": (5, 4, 2)})
@@ -152,7 +152,7 @@ def refused(capsys, main, *arguments):
 
 
 def run(folder, *arguments):
-    """The command line as people have it, in the folder of their modules."""
+    """Runs the command line as people have it, in the folder of their modules."""
     environment = os.environ | {"PYTHONPATH": str(Path(probly_torch.__file__).parents[1])}
     command = [sys.executable, "-m", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
@@ -161,7 +161,7 @@ def run(folder, *arguments):
 
 
 def executed(printed):
-    """What the code that a command prints makes."""
+    """Executes the code that a command prints, and returns what it makes."""
     namespace = {}
     exec(printed[printed.index("\n\n", printed.index("Wrote")) :], namespace)
     return namespace

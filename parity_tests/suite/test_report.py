@@ -1,4 +1,4 @@
-"""What a report says: as lines, JSON, a plot and a page, of few layers and of many."""
+"""Texts of a report: as lines, JSON, a plot and a page, of few layers and of many."""
 
 import io
 import json
@@ -60,7 +60,7 @@ def report(layers=(), comparisons=(), **options):
 
 @pytest.fixture
 def parted():
-    """The second of three layers differs, and the last because of it."""
+    """Makes a report where the second of three layers differs, and the last because of it."""
     layers = [layer("conv1", 0.0), layer("[bold]norm$_1$ & <b>", 6.4e8), layer("fc", math.inf, False, call=1)]
     comparisons = [
         tensor("output['loss']", math.nan, "output"),

@@ -38,7 +38,7 @@ def draw(*shape, seed=0):
 
 
 def randomised(module):
-    """In float64, with random parameters and statistics."""
+    """Puts a module in float64, with random parameters and statistics."""
     module = module.double().eval()
     for i, (name, value) in enumerate(module.state_dict().items()):
         if value.is_floating_point():
@@ -47,7 +47,10 @@ def randomised(module):
 
 
 def made(kind, *args, **options):
-    """A layer of Flax in float64, statistics too, in eval mode, of zeros, which take no compiling."""
+    """Makes a layer of Flax in float64, statistics too, in eval mode.
+
+    It is of zeros, which take no compiling.
+    """
     layer = nnx.eval_shape(lambda: kind(*args, rngs=nnx.Rngs(0), **{"param_dtype": jnp.float64, **options}))
     for _, variable in nnx.to_flat_state(nnx.state(layer)):
         key = isinstance(variable, nnx.RngKey)
@@ -63,7 +66,7 @@ def loaded(flax_layer, torch_layer):
 
 
 def pair(torch_layer, flax_layer, *inputs, last=False, flax_inputs=None, flax_kwargs=None, **kwargs):
-    """The two layers and their calls on the same inputs."""
+    """Makes a pair of the two layers and their calls on the same inputs."""
     given = flax_inputs or tuple(jax_of(to_flax_layout(x.numpy(), last)) for x in inputs)
     given_kwargs = mapped(kwargs, lambda v: jax_of(v.numpy())) if flax_kwargs is None else flax_kwargs
     outputs = run_torch(torch_layer, inputs, kwargs)
@@ -94,7 +97,7 @@ def change(layer, **functions):
 
 
 def agrees(cause, *words):
-    """That the cause says all this, and that what is left is rounding."""
+    """Asserts that the cause says all this, and that what is left is rounding."""
     assert cause is not None
     for word in words:
         assert word in cause, cause
@@ -244,7 +247,7 @@ def test_mode():
 
 
 def attention_pair(mutate=lambda layer: layer, **kwargs):
-    """Of two heads of three features."""
+    """Makes a pair of two heads of three features."""
     attention = randomised(nn.MultiheadAttention(6, 2, batch_first=True))
     flax_attention = loaded(made(nnx.MultiHeadAttention, 2, 6, decode=False), attention)
     x = draw(3, 5, 6)
@@ -536,7 +539,7 @@ def test_no_false_cause(shape):
 
 
 def gap(values, torch_function, flax_function, last=False):
-    """Of values in torch's layout, by name, the last first."""
+    """Makes a gap of values in torch's layout, by name, the last first."""
     theirs = [jax_of(to_flax_layout(value.numpy(), last)) for value in values.values()]
     before = [(name, value, their) for (name, value), their in zip(values.items(), theirs, strict=True)]
     ours = torch_function(*values.values())
@@ -625,7 +628,7 @@ def test_pooling_and_resizing():
 
 
 def attention_of(x, order, heads, scale=None, mask=None, xp=torch):
-    """From (B, T, 3E), packed as (3, heads, features) or (heads, 3, features)."""
+    """Attends from (B, T, 3E), packed as (3, heads, features) or (heads, 3, features)."""
     width = x.shape[-1] // 3 // heads
     if order == "3hd":
         q, k, v = (x.reshape(*x.shape[:2], 3, heads, width)[:, :, i].swapaxes(1, 2) for i in range(3))

@@ -26,7 +26,7 @@ ROWS, BATCH, CLASSES = 48, 16, 3
 
 @pytest.fixture(autouse=True)
 def _as_users_have_it():
-    """optax.adam and nnx.BatchNorm ask for promotion; and most train in float32."""
+    """Allows promotion, which optax.adam and nnx.BatchNorm ask for. Most users train in float32, so x64 is off."""
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -39,7 +39,7 @@ def data():
 
 
 def batches(epoch, rows=ROWS):
-    """In an order of the epoch's own."""
+    """Returns batches in an order of the epoch's own."""
     x, y = data()
     order = np.random.default_rng(epoch).permutation(rows)
     return [(x[chosen], y[chosen]) for chosen in np.split(order, range(BATCH, rows, BATCH))]
@@ -54,7 +54,7 @@ def base():
 
 @cache
 def regression_base():
-    """Small: three runs for each kind are compiled."""
+    """Makes a small layer: three runs for each kind are compiled."""
     return nnx.Linear(2, 2, rngs=nnx.Rngs(0))
 
 
@@ -79,7 +79,7 @@ def states(*nodes):
 
 
 def equal(nodes, others):
-    """In NumPy, since JAX compiles a comparison for each shape."""
+    """Compares in NumPy, since JAX compiles a comparison for each shape."""
     return all(np.array_equal(_numpy(a), _numpy(b)) for a, b in zip(states(*nodes), states(*others), strict=True))
 
 
@@ -224,7 +224,7 @@ def test_the_weights_of_a_training_loop_are_judged_by_its_state():
 
 def test_early_stopping_goes_back_to_the_best_epoch(tmp_path):
     def val(epoch):
-        """Labels that the model learns, and from epoch 2 on others."""
+        """Returns batches with labels that the model learns, and from epoch 2 on others."""
         return [(x, y if epoch < 2 else (y + 1) % CLASSES) for x, y in batches(epoch)]
 
     run = partial(quiet, train=batches, val=val, epochs=9)
@@ -305,7 +305,7 @@ def test_each_member_can_have_batches_of_its_own():
 
 @pytest.fixture
 def ctrl_c():
-    """As it is in a program of one's own: workers of pytest-xdist ignore it."""
+    """Sets the handler as it is in a program of one's own. Workers of pytest-xdist ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield signal.default_int_handler
     signal.signal(signal.SIGINT, before)

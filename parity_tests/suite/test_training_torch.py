@@ -301,7 +301,7 @@ class Wide(EnsembleClassifier):
 
 
 class Harm:
-    """What a hostile file would run."""
+    """The code that a hostile file would run."""
 
     def __reduce__(self):
         return os.system, ("touch harm",)
@@ -464,7 +464,7 @@ def test_groups_of_what_is_not_known_are_asked_for():
             self.r, self.s, self.kernel = (nn.Parameter(torch.ones(2)) for _ in range(3))
 
         def member(self, i):
-            """As a plain layer."""
+            """Returns nothing, as a plain layer does."""
 
         def keep_members(self, indices):
             """Drops others."""
@@ -514,7 +514,7 @@ def test_bad_input_gets_a_sentence():
 
 
 class Shares(lightning.LightningDataModule):
-    """Batches of 16 rows, of which each process has every other one; Lightning's own sampler would shuffle them."""
+    """Batches of 16 rows. Each process has every other one, and Lightning's own sampler would shuffle them."""
 
     def train_dataloader(self):
         rank, count = self.trainer.global_rank, self.trainer.world_size

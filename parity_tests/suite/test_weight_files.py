@@ -35,7 +35,7 @@ RNGS, NUMBERS = nnx.Rngs(0), np.random.default_rng(0)
 
 
 def drawn(_, shape, dtype=jnp.float32, out_sharding=None):
-    """By numpy: JAX compiles its draws for each shape."""
+    """Draws by numpy: JAX compiles its draws for each shape."""
     return jax_of(NUMBERS.normal(size=shape, scale=shape[0] ** -0.5), dtype)
 
 
@@ -64,14 +64,14 @@ def drawn_once(package, dtype):
 
 
 def weights(dtype="float32", seed=0):
-    """Of `net`, in torch's layout."""
+    """Draws weights of `net`, in torch's layout."""
     draw = np.random.default_rng(seed).standard_normal
     shapes = {"0.weight": (5, 3), "0.bias": (5,), "1.weight": (2, 5), "1.bias": (2,)}
     return {name: draw(shape).astype(dtype) for name, shape in shapes.items()}
 
 
 def write(path, arrays, metadata=None):
-    """A file from elsewhere."""
+    """Writes a file from elsewhere."""
     safetensors.numpy.save_file(arrays, path, metadata)
     return path
 
@@ -84,7 +84,7 @@ def assert_same(arrays, others):
 
 
 def refused(f, model, call, error=ValueError, match=None):
-    """The sentence of an error that leaves the model as it was."""
+    """Returns the sentence of an error that leaves the model as it was."""
     before = f.package.to_arrays(model)
     with pytest.raises(error, match=match) as raised:
         call()
@@ -719,7 +719,7 @@ def test_whatever_happens_to_its_bytes(data, f, ours, of_header, tmp_path, damag
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
-    """A file of ours and one without sha256, and models with other values."""
+    """Makes a file of ours and one without sha256, and models with other values."""
     folder = tmp_path_factory.mktemp("files")
     model = net(TORCH)
     pt.load_arrays(model, weights())

@@ -60,7 +60,7 @@ def pair(wrapper="network", dtype="float32"):
 
 
 def randomize(model):
-    """Distinct values in every tensor, so that no two could be exchanged unseen."""
+    """Draws distinct values in every tensor, so that no two could be exchanged unseen."""
     with torch.no_grad():
         for i, (_, p) in enumerate(model.named_parameters()):
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))

@@ -26,7 +26,7 @@ MEMBERS = 3
 
 
 def last(x):
-    """Channels last, as nnx has them."""
+    """Moves channels last, as nnx has them."""
     return jnp.moveaxis(x, 1, -1)
 
 
@@ -50,7 +50,7 @@ class Case:
         return self.name
 
     def layers(self, dtype: str) -> tuple[nn.Module, nnx.Module]:
-        """torch's with random weights, and nnx's without any."""
+        """Makes torch's layer with random weights, and nnx's without any."""
         ours = randomize(self.torch({"dtype": getattr(torch, dtype)})).eval()
         options = {"param_dtype": jnp.dtype(dtype)}
         return ours, nnx.eval_shape(lambda: self.flax(options | {"rngs": nnx.Rngs(0)}))
@@ -61,7 +61,10 @@ class Case:
 
 
 def randomize(model: nn.Module) -> nn.Module:
-    """Distinct values everywhere; of a GRU's bias for n, which nnx has not, zeros; positive variances."""
+    """Draws distinct values everywhere, with positive variances.
+
+    A GRU's bias for n, which nnx lacks, gets zeros.
+    """
     for i, (name, value) in enumerate(model.state_dict().items()):
         if value.is_floating_point():
             values = torch.randn(value.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
@@ -108,7 +111,7 @@ class TorchUser(nn.Module):
 
 
 class Buffer(nnx.Variable):
-    """What register_buffer keeps."""
+    """A tensor that register_buffer keeps."""
 
 
 class FlaxUser(nnx.Module):
@@ -139,7 +142,7 @@ class FlaxUser(nnx.Module):
 
 
 class Peft(nn.Module):
-    """What peft makes of a Linear layer, where lora_alpha is r."""
+    """A Linear layer as peft makes it, where lora_alpha is r."""
 
     def __init__(self, dtype, base=True):
         super().__init__()
@@ -153,7 +156,7 @@ class Peft(nn.Module):
 
 
 def cell(kind, inputs, hidden, both=False, rngs=None, **options):
-    """An nnx cell; with both biases, as torch's have."""
+    """Makes an nnx cell. With both biases, it is as torch's have them."""
     extra = {"dtype": options["param_dtype"]} if kind is nnx.SimpleCell else {}
     init = nnx.initializers.lecun_normal()  # orthogonal, the default, is for float32 and float64 alone
     made = kind(inputs, hidden, recurrent_kernel_init=init, rngs=rngs, **options, **extra)
@@ -168,7 +171,7 @@ STATE = np.linspace(-1, 2, 4)  # of 4 hidden features, in every row
 
 
 def carry_of(layer, x):
-    """The state, and its negative as c."""
+    """Returns the state, and its negative as c."""
     h = jax_of(np.tile(STATE, (len(x), 1)))
     return (-h, h) if isinstance(layer, (nnx.LSTMCell, nnx.OptimizedLSTMCell)) else h
 
@@ -265,7 +268,7 @@ def attend_torch(layer, x):
 
 
 def parts(x):
-    """Queries, keys and values of their own sizes and lengths, from one input."""
+    """Returns queries, keys and values of their own sizes and lengths, from one input."""
     return x[:, :, :6], x[:, 1:, 6:], x[:, 1:, 6:] * 2
 
 
@@ -274,7 +277,7 @@ def attend_flax(layer, x):
 
 
 def attention(o, kv=6, **options):
-    """With dropout, since the softmax is float32 in nnx's path without."""
+    """Makes attention with dropout, since the softmax is float32 in nnx's path without."""
     return nnx.MultiHeadAttention(2, 6, in_kv_features=kv, decode=False, dropout_rate=0.5, **options, **o)
 
 
@@ -547,7 +550,7 @@ def test_torch_to_flax_to_torch_is_bit_for_bit(case):
 
 
 def outputs(case):
-    """torch's output, nnx's as a function of torch's arrays, and these; in float64."""
+    """Returns torch's output, nnx's as a function of torch's arrays, and these, all in float64."""
     ours, theirs = case.layers("float64")
     x, weights = case.input(), nnx.Not(nnx.RngState)
     with torch.no_grad():
@@ -565,12 +568,12 @@ def outputs(case):
 
 
 def tied(name, array):
-    """With the other name of the user's layer that has two."""
+    """Adds the other name of the user's layer that has two."""
     return {name: array, name.replace("layers.1", "tied"): array}
 
 
 def wrong_layouts(arrays):
-    """The arrays with one of them in another layout of the same shape: a missed transpose, or axes the other way."""
+    """Yields the arrays with one of them in another layout of the same shape: a missed transpose, or swapped axes."""
     for name, array in arrays.items():
         if name in ("num_batches_tracked", "in_proj_bias", "tied.weight", "tied.bias") or not array.any():
             continue  # those that nnx has not, one whose part for keys changes nothing, and others' second names
@@ -600,7 +603,7 @@ def as_it_is(variable, *args, **options):
 
 
 def another_order(rule):
-    """Query, key and value, or the gates, from the last."""
+    """Returns the rule with query, key and value, or the gates, from the last."""
 
     def planted(*variables, **options):
         return rule(*reversed(variables), **options)

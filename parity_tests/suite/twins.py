@@ -49,7 +49,7 @@ class Twins:
         return self.name.partition("-")[0].partition(".")[0]
 
     def bounded(self, drawn: Sequence[Arrays]) -> list[standard.Verdict]:
-        """Verdicts of the bounded tier over some draws together."""
+        """Returns verdicts of the bounded tier over some draws together."""
         return standard.bounded(
             {dtype: [self.torch(arrays, dtype) for arrays in drawn] for dtype in DTYPES},
             {dtype: [self.flax(arrays, dtype) for arrays in drawn] for dtype in DTYPES},
@@ -57,12 +57,14 @@ class Twins:
         )
 
     def small(self) -> list[standard.Verdict]:
-        """Verdicts of the bounded tier where inputs hold zeros of either sign and a denormal number."""
+        """Returns verdicts of the bounded tier where inputs hold zeros of either sign and a denormal number."""
         drawn = self.draw(0, DTYPES[0])
         return self.bounded([drawn | {name: _with(drawn[name], *SMALL) for name in _inputs(drawn)}])
 
     def extreme(self) -> dict[str, list[str]]:
-        """The outputs that differ, by what they differ at: NaN, infinities and a large number in inputs, NaN in r, s.
+        """Returns the outputs that differ, by what they differ at.
+
+        These are NaN, infinities and a large number in inputs, NaN in r, s.
 
         Left out are infinities in weights, where the order of scaling and adding decides whether two of them meet, and
         NaN in a kernel, whose product with the zeros of padding one may compute and the other leave out.
@@ -81,7 +83,10 @@ class Twins:
 
 
 def assert_same_steps(twins: Twins) -> None:
-    """Gradient descent on everything that has a gradient goes the same way in both, each by its own gradients."""
+    """Asserts that gradient descent on everything that has a gradient goes the same way in both.
+
+    Each goes by its own gradients.
+    """
     start = twins.draw(0, "float64")
     ends = []
     for run in (twins.torch, twins.flax):
@@ -97,13 +102,13 @@ def assert_same_steps(twins: Twins) -> None:
 
 
 def assert_special_values(twins: Twins) -> None:
-    """Special values give the same in both."""
+    """Asserts that special values give the same in both."""
     standard.assert_holds(twins.small())
     assert not twins.extreme()
 
 
 def of_subject(subject: Subject) -> Twins:
-    """The comparison that a subject describes."""
+    """Makes the comparison that a subject describes."""
 
     def draw(seed: int, dtype: str) -> Arrays:
         return with_cotangent(subject, subject.draw(seed, dtype), seed, dtype)
@@ -122,12 +127,12 @@ def _inputs(arrays: Arrays) -> list[str]:
 
 
 def _with(array: np.ndarray, *values: float) -> np.ndarray:
-    """The array with these values in its last entries."""
+    """Puts these values in the last entries of the array."""
     array = array.copy()
     array.flat[array.size - min(len(values), array.size) :] = values[: array.size]
     return array
 
 
 def _agree(a: np.ndarray, b: np.ndarray) -> bool:
-    """NaN and either infinity in the same places, and the rest to rounding."""
+    """Tells whether NaN and either infinity are in the same places, and the rest agrees to rounding."""
     return standard.error(a, b, b, DTYPES[0]) <= standard.MEANING_LIMIT * standard.NOISE_FLOOR

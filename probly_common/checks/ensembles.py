@@ -12,7 +12,7 @@ from probly_common.checks.values import index, type_name
 
 
 def common_num_members(counts: Iterable[int]) -> int:
-    """The num_members that all BatchEnsemble layers of a network share."""
+    """Returns the num_members that all BatchEnsemble layers of a network share."""
     found = sorted(set(counts))
     if len(found) != 1:
         got = f"layers of {' and '.join(map(str, found))} members" if found else "none"
@@ -51,7 +51,7 @@ def check_base_options(what: str, kind: str, unused: Mapping[str, bool]) -> None
 
 
 def member_indices(what: str, item: Any, num_members: int) -> list[int]:
-    """The members that `model[item]` selects, for a slice or a list of integers."""
+    """Returns the members that `model[item]` selects, for a slice or a list of integers."""
     if isinstance(item, slice):
         chosen = list(range(num_members))[item]
     else:
@@ -75,7 +75,7 @@ def member_index(what: str, item: Any, num_members: int) -> int:
 
 
 def check_list_of_members(what: str, members: Any, lists: tuple[Any, ...]) -> None:
-    """A network is no list of members, even one that can be iterated over."""
+    """Refuses a network, which is no list of members, even one that can be iterated over."""
     if not isinstance(members, lists):
         raise TypeError(
             f"{what} expects a list of modules; got {type_name(members)}. To make members of one network, call "
@@ -86,7 +86,7 @@ def check_list_of_members(what: str, members: Any, lists: tuple[Any, ...]) -> No
 
 
 def check_same_structure(what: str, first: Sequence[str], i: int, other: Sequence[str], num_members: int) -> None:
-    """Structures are described line by line."""
+    """Raises unless members have one structure. Structures are described line by line."""
     for line, other_line in zip_longest(first, other):
         if line != other_line:
             raise ValueError(
@@ -171,7 +171,7 @@ def check_example_input(what: str, example_input: Any) -> None:
 
 
 def takes_rngs_by_name(what: str, constructor: Callable[..., Any]) -> bool:
-    """Whether a function, a class or a partial has a parameter called rngs, or takes one argument of any name."""
+    """Tells whether a function, a class or a partial has a parameter called rngs, or takes one argument of any name."""
     function: Any = constructor
     given = 0
     while isinstance(function, functools.partial):

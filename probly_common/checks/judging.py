@@ -18,7 +18,7 @@ def check_logits(what: str, shape: Sequence[int]) -> None:
 
 
 def check_labels(what: str, logits: Sequence[int], labels: Sequence[int], integer: bool, each: bool = True) -> None:
-    """Labels of the batch; or, for losses of members, of each member."""
+    """Raises unless labels are those of the batch or, for losses of members, of each member."""
     num_members, batch = logits[0], logits[1]
     if tuple(labels) != (batch,) and not (each and tuple(labels) == (num_members, batch)):
         allowed = f"[B] or [E, B] with E={num_members}, B={batch}" if each else f"[B] with B={batch}"
@@ -49,7 +49,7 @@ def check_unit(what: str, unit: Any) -> None:
 def check_cross_entropy_options(
     what: str, num_classes: int, weight: Any, label_smoothing: Any, ignore_index: Any
 ) -> None:
-    """The options of torch's cross-entropy."""
+    """Refuses options that torch's cross-entropy does not take."""
     got = tuple(weight.shape) if hasattr(weight, "shape") else repr(weight)
     if weight is not None and got != (num_classes,):
         raise ValueError(
@@ -67,7 +67,7 @@ def check_beta(what: str, beta: Any) -> None:
 
 
 def check_gaussian_outputs(what: str, shape: Sequence[int], min_variance: Any) -> None:
-    """K means and K values for variances on the last axis."""
+    """Raises unless the last axis has K means and K values for variances."""
     if not shape or shape[-1] % 2 or not shape[-1]:
         raise ValueError(
             f"{what} expects outputs of shape [..., 2K], K means and K variances before softplus; got {tuple(shape)}. "
@@ -77,7 +77,7 @@ def check_gaussian_outputs(what: str, shape: Sequence[int], min_variance: Any) -
 
 
 def check_gaussian(what: str, mean: Sequence[int], variance: Sequence[int]) -> None:
-    """Members' means and variances; nothing is broadcast."""
+    """Raises unless members' means and variances have equal shapes. Nothing is broadcast."""
     if len(mean) < 2 or not mean[0] or tuple(mean) != tuple(variance):
         raise ValueError(
             f"{what} expects mean and variance of one shape [E, B, ...] (members, batch); got {tuple(mean)} and "
@@ -86,7 +86,7 @@ def check_gaussian(what: str, mean: Sequence[int], variance: Sequence[int]) -> N
 
 
 def check_variance(what: str, holds: bool, bound: str = "above 0") -> None:
-    """For what can look at values: traced ones become NaN instead."""
+    """Refuses variances, for callers that can look at values. Traced ones become NaN instead."""
     if not holds:
         raise ValueError(
             f"{what} expects variances {bound}; got others among them. Make them so with softplus: "
@@ -95,7 +95,7 @@ def check_variance(what: str, holds: bool, bound: str = "above 0") -> None:
 
 
 def check_targets(what: str, mean: Sequence[int], targets: Sequence[int], each: bool) -> None:
-    """Targets of the batch; or, for losses of members, of each member."""
+    """Raises unless targets are those of the batch or, for losses of members, of each member."""
     allowed = (tuple(mean[1:]), tuple(mean)) if each else (tuple(mean[1:]),)
     if tuple(targets) not in allowed:
         raise ValueError(
@@ -105,7 +105,7 @@ def check_targets(what: str, mean: Sequence[int], targets: Sequence[int], each: 
 
 
 def check_same_inputs(what: str, first: Sequence[int], other: Sequence[int]) -> None:
-    """Updates of a stream are members' outputs for the same inputs."""
+    """Raises unless updates of a stream are members' outputs for the same inputs."""
     if tuple(first) != tuple(other):
         raise ValueError(
             f"{what} expects outputs for the same inputs in every update, {tuple(first)} after the axis "
@@ -137,7 +137,7 @@ def check_ax(what: str, ax: Any, axes: type) -> None:
 
 
 def check_inputs(what: str, inputs: int, nan: int) -> None:
-    """NaN has no place among probabilities: it would be left out without a word."""
+    """Refuses NaN, which has no place among probabilities: it would be left out without a word."""
     if not inputs:
         raise ValueError(f"{what} expects at least one input; got none. Pass the logits of a test set.")
     if nan:
@@ -161,7 +161,7 @@ def check_grid(what: str, grid: Sequence[int], values: Sequence[int]) -> None:
 
 
 def check_curve(what: str, name: str, x: Sequence[int], values: Sequence[int]) -> None:
-    """One number for each input, where each of both may have a last axis of one feature."""
+    """Raises unless there is one number for each input. Both may have a last axis of one feature."""
     sizes = [shape[0] for shape in (x, values) if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)]
     if len(sizes) < 2 or sizes[0] != sizes[1] or not sizes[0]:
         raise ValueError(
@@ -258,7 +258,7 @@ def check_scores(what: str, in_scores: Sequence[int], out_scores: Sequence[int])
     if len(in_scores) != 1 or len(out_scores) != 1:
         raise ValueError(
             f"{what} expects in_scores and out_scores of one axis, one number for each input; got {tuple(in_scores)} "
-            f"and {tuple(out_scores)}. Pass such as mutual_information(logits)."
+            f"and {tuple(out_scores)}. Pass scores like mutual_information(logits)."
         )
     if 0 in (*in_scores, *out_scores):
         raise ValueError(
@@ -278,7 +278,7 @@ def check_is_ood(what: str, scores: Sequence[int], is_ood: Sequence[int], boolea
 
 
 def check_same_members(what: str, before: Sequence[int], now: Sequence[int]) -> None:
-    """Sums over inputs are of one ensemble; nothing is broadcast."""
+    """Raises unless sums over inputs are of one ensemble. Nothing is broadcast."""
     if tuple(before) != tuple(now):
         raise ValueError(
             f"{what} expects the members and classes of its first update, sums of shape {tuple(before)}; got "
@@ -292,7 +292,7 @@ def check_any_inputs(what: str, num_inputs: int) -> None:
 
 
 def check_ignored(what: str, ignored: Iterable[str]) -> None:
-    """What update ignores is for other metrics, but a mask is for all of them."""
+    """Refuses a mask. What else update ignores is for other metrics, but a mask is for all of them."""
     if "mask" in ignored:
         raise ValueError(
             f"{what} expects a batch without inputs to leave out; got a mask. Leave them out: logits[:, mask], "

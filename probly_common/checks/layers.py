@@ -28,7 +28,7 @@ def check_init(what: str, init: Any, r_mean: Any, r_std: Any, s_mean: Any, s_std
 
 
 def check_base_layer(what: str, base_layer: Any, expected: type, call: str) -> None:
-    """A Linear layer whose forward is Linear's own."""
+    """Refuses anything except a Linear layer whose forward is Linear's own."""
     if not isinstance(base_layer, expected):
         raise TypeError(
             f"{what} expects base_layer to be a {expected.__name__} layer; got {type_name(base_layer)}. To convert "
@@ -66,7 +66,7 @@ def check_fast_weights(
     s: Sequence[int],
     bias: Sequence[int] | None,
 ) -> None:
-    """r, s and bias all have one row for each member: none of them is broadcast."""
+    """Raises unless r, s and bias all have one row for each member. None of them is broadcast."""
     if len(r) == 2 and r[1] == in_features and tuple(s) == (r[0], out_features) and r[0] and bias in (None, s):
         return
     num_members = max(1, r[0]) if r else 1
@@ -89,7 +89,10 @@ def check_weight(what: str, shape: Sequence[int]) -> None:
 
 
 def check_conv_base_layer(what: str, kind: str, base_layer: Any, expected: tuple[type, ...], call: str) -> None:
-    """A convolution whose forward is the framework's own; kind is the name of the layer without its dimensions."""
+    """Refuses anything except a convolution whose forward is the framework's own.
+
+    `kind` is the name of the layer without its dimensions.
+    """
     found = next((each for each in expected if isinstance(base_layer, each)), None)
     got = type(base_layer).__name__
     if found is None:
@@ -105,7 +108,7 @@ def check_conv_base_layer(what: str, kind: str, base_layer: Any, expected: tuple
 
 
 def check_conv_kernel(what: str, shape: Sequence[int], at_most: int | None = None) -> None:
-    """Two axes of channels, and at least one and at most so many of space."""
+    """Raises unless there are two axes of channels, and at least one and at most so many of space."""
     spatial = len(shape) - 2
     problem = next_step = ""
     if spatial < 1:
@@ -122,7 +125,7 @@ def check_conv_kernel(what: str, shape: Sequence[int], at_most: int | None = Non
 
 
 def check_padding(what: str, padding: Any, modes: Sequence[str]) -> None:
-    """Of the modes of padding that torch has, Flax lacks some, and says so in a call only."""
+    """Refuses the modes of padding that torch has and Flax lacks. Flax says so in a call only."""
     if isinstance(padding, str) and padding.upper() not in modes:
         raise ValueError(
             f"{what} expects padding of numbers or one of {', '.join(modes)}; got {padding!r}. For another mode, pad "
@@ -132,7 +135,10 @@ def check_padding(what: str, padding: Any, modes: Sequence[str]) -> None:
 
 
 def check_output_size(what: str, output_size: Sequence[int], smallest: Sequence[int], stride: Sequence[int]) -> None:
-    """Sizes that a transposed convolution can have, one for each spatial axis: several inputs share one output size."""
+    """Refuses sizes that a transposed convolution cannot have, one for each spatial axis.
+
+    Several inputs share one output size.
+    """
     largest = [size + step - 1 for size, step in zip(smallest, stride, strict=True)]
     if len(output_size) != len(smallest) or any(
         not low <= size <= high for low, size, high in zip(smallest, output_size, largest, strict=True)
@@ -144,7 +150,7 @@ def check_output_size(what: str, output_size: Sequence[int], smallest: Sequence[
 
 
 def check_base_type(what: str, kind: str, base_layer: Any, expected: tuple[type, ...], call: str) -> None:
-    """A layer of one of these types, whose forward is that type's own."""
+    """Refuses anything except a layer of one of these types, whose forward is that type's own."""
     got = type(base_layer).__name__
     example = f"{what}(network.layer, num_members=4)"
     base_type = next((each for each in expected if isinstance(base_layer, each)), None)
@@ -177,7 +183,7 @@ def dtype_name(dtype: Any) -> str:
 
 
 def check_cell(what: str, cell: Any, *kinds: type) -> None:
-    """The cell that a sequence layer runs."""
+    """Raises unless the cell that a sequence layer runs is of one of these kinds."""
     if not isinstance(cell, kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise TypeError(

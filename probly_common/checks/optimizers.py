@@ -21,7 +21,7 @@ def check_optimizer(what: str, optimizer: Any, known: tuple[type, ...], supporte
 
 
 def check_same_in_both(what: str, options: Sequence[str]) -> None:
-    """Options under which the frameworks compute something else, or keep it otherwise."""
+    """Refuses options under which the frameworks compute something else, or keep it otherwise."""
     if options:
         raise ValueError(
             f"{what} expects SGD, Adam or AdamW as both frameworks compute them; got {', '.join(options)}. Train on "
@@ -38,7 +38,7 @@ def check_parameters(what: str, strangers: int) -> None:
 
 
 def check_whole(what: str, names: Sequence[str]) -> None:
-    """Torch packs some weights, such as query, key and value of attention, into one."""
+    """Refuses to train parts of a weight that torch packs into one, like query, key and value of attention."""
     if names:
         raise ValueError(
             f"{what} expects weights that are one tensor in torch to be trained together; got an optimizer of some "
@@ -47,7 +47,7 @@ def check_whole(what: str, names: Sequence[str]) -> None:
 
 
 def check_separate(what: str, names: Sequence[str]) -> None:
-    """The two biases of torch's recurrent layers move twice as far as the one that is their sum."""
+    """Refuses the sum of torch's two recurrent biases, which move twice as far as the one that is their sum."""
     if names:
         raise ValueError(
             f"{what} expects parameters that torch has too; got {', '.join(names)}, of which torch trains two where "
@@ -75,7 +75,7 @@ def check_state(what: str, expected: Specs, given: Specs, optional: Collection[s
 
 
 def check_steps(what: str, steps: Mapping[str, float]) -> None:
-    """Numbers of steps, by name."""
+    """Raises unless steps, by name, are whole numbers of 0 or more."""
     wrong = {name: step for name, step in steps.items() if not (math.isfinite(step) and step >= 0 and step % 1 == 0)}
     if wrong:
         name, step = next(iter(wrong.items()))

@@ -14,7 +14,7 @@ from probly_common.checks.values import index, type_name
 
 
 def check_member_rows(what: str, shape: Sequence[int], num_members: int, in_features: int) -> None:
-    """Rows [k*B, (k+1)*B) belong to member k, so their number is a multiple of num_members."""
+    """Raises unless the number of rows is a multiple of num_members: rows [k*B, (k+1)*B) belong to member k."""
     problem = next_step = ""
     if len(shape) < 2:
         problem = f"which has {len(shape)} axes instead of at least 2"
@@ -34,7 +34,7 @@ def check_member_rows(what: str, shape: Sequence[int], num_members: int, in_feat
 
 
 def tiled(shape: Sequence[int], num_members: int) -> tuple[int, ...]:
-    """The shape of tile_members(x, num_members), for a batch that is not tiled."""
+    """Returns the shape of tile_members(x, num_members), for a batch that is not tiled."""
     return tuple(num_members * size if axis == 0 else size for axis, size in enumerate(shape))
 
 
@@ -90,7 +90,7 @@ def check_tile(what: str, shape: Sequence[int]) -> None:
 
 
 def check_member_axis(what: str, shapes: Iterable[Sequence[int]], num_members: int, rank: int = 1) -> None:
-    """Under in_axes=0 every array has one slice for each member."""
+    """Raises unless every array has one slice for each member, under in_axes=0."""
     for shape in shapes:
         if len(shape) < rank or shape[0] != num_members:
             raise ValueError(
@@ -124,7 +124,10 @@ _SPATIAL = {1: "L", 2: "H, W", 3: "D, H, W"}
 def check_conv_rows(
     what: str, shape: Sequence[int], num_members: int, in_channels: int, spatial_axes: int, channels_first: bool
 ) -> None:
-    """Rows [k*B, (k+1)*B) belong to member k; more batch axes may follow the first where channels are last."""
+    """Raises unless rows [k*B, (k+1)*B) belong to member k.
+
+    More batch axes may follow the first where channels are last.
+    """
     axes, rank = spatial_axes + 2, len(shape)
     spatial = _SPATIAL.get(spatial_axes, f"{spatial_axes} spatial axes")
     channel, other = (1, -1) if channels_first else (-1, 1)
@@ -167,7 +170,7 @@ def check_attention_inputs(
     batch_first: bool = True,
     middle_axes: bool = False,
 ) -> None:
-    """Query, key and value have the same rows, and rows [k*B, (k+1)*B) of each belong to member k."""
+    """Raises unless query, key and value have the same rows, and rows [k*B, (k+1)*B) of each belong to member k."""
     layout = "[num_members*B, length, features]" if batch_first else "[length, num_members*B, features]"
     axis = 0 if batch_first else 1
     rows = None
@@ -208,7 +211,10 @@ def check_attention_inputs(
 def check_mask_rows(
     what: str, name: str, shape: Sequence[int], expected: Mapping[str, Sequence[int]], num_members: int
 ) -> None:
-    """A mask has the rows of the inputs, or one for all where the framework has a form for that; never B."""
+    """Raises unless a mask has the rows of the inputs.
+
+    It may have one for all where the framework has a form for that, but never B.
+    """
     if tuple(shape) not in map(tuple, expected.values()):
         allowed = " or ".join(f"{layout} = {tuple(sizes)}" for layout, sizes in expected.items())
         raise ValueError(
@@ -226,7 +232,7 @@ def check_floating(what: str, name: str, floating: bool, dtype: Any) -> None:
 
 
 def check_tokens(what: str, shape: Sequence[int], num_members: int, integer: bool, dtype: Any) -> None:
-    """Integers [num_members*B, ...]."""
+    """Raises unless tokens are integers [num_members*B, ...]."""
     requirement = f"{what} expects integer tokens of shape [num_members*B, ...] with num_members={num_members}"
     if not integer:
         raise TypeError(
@@ -252,7 +258,7 @@ def check_norm_rows(
     found: Sequence[int],
     ranks: Sequence[int],
 ) -> None:
-    """Rows that divide by num_members, and the features (found in the shape) that the layer has scales for.
+    """Raises unless rows divide by num_members, and the layer has scales for the features (found in the shape).
 
     `ranks` are the numbers of axes that the layer takes; a single one is a minimum.
     """
@@ -267,7 +273,7 @@ def check_norm_rows(
 
 
 def check_enough_values(what: str, shape: Sequence[int], values: int, place: str, next_step: str) -> None:
-    """A variance takes two values; torch's layers refuse to make one of a single value."""
+    """Refuses a single value, since a variance takes two. torch's layers refuse it too."""
     if values == 1:
         raise ValueError(f"{what} expects more than 1 value in {place}; got {tuple(shape)}, which has 1. {next_step}")
 
@@ -310,7 +316,10 @@ TIME_MAJOR = ("T", "num_members*B", "in_features")
 def check_recurrent_rows(
     what: str, shape: Sequence[int], num_members: int, in_features: int, axes: tuple[str, ...], more_axes: bool = False
 ) -> None:
-    """Rows [k*B, (k+1)*B) of the batch axis belong to member k; `more_axes` of the batch may follow the first one."""
+    """Raises unless rows [k*B, (k+1)*B) of the batch axis belong to member k.
+
+    `more_axes` of the batch may follow the first one.
+    """
     tile = "tile_members({x}, {E})" if axes[0] == CELL[0] else "tile_members({x}, {E}).swapaxes(0, 1)"
     batch = "x" if axes[0] == CELL[0] else "x.swapaxes(0, 1)"
     problem = next_step = ""
@@ -335,7 +344,7 @@ def check_recurrent_rows(
 
 
 def check_state_shape(what: str, name: str, shape: Sequence[int], expected: Sequence[int], next_step: str) -> None:
-    """A state has a row for each row of the inputs: it is not broadcast."""
+    """Raises unless a state has a row for each row of the inputs. It is not broadcast."""
     if tuple(shape) != tuple(expected):
         raise ValueError(
             f"{what} expects {name} of shape {tuple(expected)}, with a row for each row of the inputs; got "

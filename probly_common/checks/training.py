@@ -24,7 +24,11 @@ def check_groups(
     unknown: Mapping[str, str],
     model: str = "model, ",
 ) -> None:
-    """The names of the parameters of each group; and of those in none, with the type of module that holds them."""
+    """Raises unless all parameters have a group.
+
+    `slow` and `fast` are the names of the parameters of each group. `unknown` has those in none, with the type of
+    module that holds them.
+    """
     if unknown:
         name, kind = next(iter(unknown.items()))
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
@@ -45,7 +49,7 @@ def check_groups(
 
 
 def check_types(what: str, name: str, types: Any, expected: type, example: str) -> None:
-    """Types of modules, as isinstance takes them in a tuple."""
+    """Raises unless types of modules are given as isinstance takes them in a tuple."""
     if not (isinstance(types, tuple) and all(isinstance(each, type) and issubclass(each, expected) for each in types)):
         raise TypeError(
             f"{what} expects {name} as a tuple of types of modules; got {types!r}. Pass {name}=({example},)."
@@ -69,14 +73,17 @@ def check_batch(what: str, batch: Any) -> tuple[Any, Any]:
 
 
 def check_loss(what: str, shape: Sequence[int] | None) -> None:
-    """Of what a loss returns, None if that is no tensor."""
+    """Raises unless a loss returns a scalar. The shape is None if it returns no tensor."""
     if shape is None or tuple(shape) != ():
         got = "something else" if shape is None else f"one of shape {tuple(shape)}"
         raise ValueError(f"{what} expects a loss that returns a scalar; got {got}. Return its mean: loss.mean().")
 
 
 def check_lr_ratios(what: str, schedule: str, before: Sequence[float], after: Sequence[float]) -> None:
-    """Of the groups' learning rates to the first one's, before and after a schedule took over."""
+    """Raises unless a schedule keeps the ratios of the groups' learning rates to the first one's.
+
+    They are taken before and after the schedule took over.
+    """
     if not all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(before, after, strict=False)):
         raise ValueError(
             f"{what} expects a schedule that keeps the ratios of the groups' learning rates, {list(before)}; got "

@@ -16,7 +16,7 @@ MAX_SEED = 2**32
 
 
 def index(value: Any) -> int | None:
-    """The integer that `value` stands for, or None when it is not one (a bool is not)."""
+    """Returns the integer that `value` stands for, or None when it is not one (a bool is not)."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -38,7 +38,7 @@ def check_num_members(what: str, num_members: Any) -> int:
 
 
 def check_seed(what: str, rngs: Any) -> int:
-    """An int seed, of the 32 bits that every JAX configuration keeps."""
+    """Raises unless the seed is an int of the 32 bits that every JAX configuration keeps, and returns it."""
     seed = index(rngs)
     if seed is None:
         raise TypeError(
@@ -61,7 +61,7 @@ def check_module(what: str, name: str, value: Any, expected: type) -> None:
 
 
 def shown(text: str, width: int = 100) -> str:
-    """Text of a file as part of a sentence."""
+    """Returns text of a file as part of a sentence."""
     if len(text) > width:
         text = f"{text[: width // 2]}...{text[-width // 2 :]}"
     return text if re.fullmatch(r"[\w.-]+", text, re.ASCII) else ascii(text)

@@ -19,7 +19,7 @@ MAX_LINES = 2000
 
 
 def castable(dtype: str, to: str) -> bool:
-    """Between floating-point numbers, and between integers."""
+    """Tells whether the cast is between floating-point numbers, or between integers."""
     return any(kind in dtype and kind in to for kind in ("float", "int"))
 
 
@@ -53,7 +53,7 @@ def check_model(what: str, model: Any, kind: type, example: str) -> None:
 
 
 def check_tensors(what: str, others: Sequence[str], sparse: Sequence[str]) -> None:
-    """Weights that are packed, or sparse, have no form that another framework reads."""
+    """Refuses weights that are packed, or sparse, which have no form that another framework reads."""
     if others or sparse:
         raise ValueError(
             f"{what} expects a state_dict of dense tensors; got others, such as {shown((*others, *sparse)[0])}. "
@@ -62,7 +62,10 @@ def check_tensors(what: str, others: Sequence[str], sparse: Sequence[str]) -> No
 
 
 def check_writable(what: str, copies: Sequence[str], inference: Sequence[str], expanded: Sequence[str]) -> None:
-    """What a state_dict gives is the memory of the model itself, and may be written to."""
+    """Refuses copies, and tensors that cannot be written to.
+
+    What a state_dict gives is the memory of the model itself, and may be written to.
+    """
     if copies:
         raise ValueError(
             f"{what} expects a state_dict of the parameters and buffers themselves; got copies, such as "
@@ -112,7 +115,7 @@ def check_loaded_dtype(what: str, name: str, dtype: str, loaded: str) -> None:
 def check_integers(
     what: str, names: Mapping[str, str], specs: Specs, dtypes: Mapping[str, str], arrays: Mapping[str, Any]
 ) -> None:
-    """Integers that are converted fit."""
+    """Raises unless integers that are converted fit."""
     for here, there in names.items():
         if dtypes[here] != specs[there][1] and "int" in dtypes[here]:
             array = arrays[there]
@@ -124,7 +127,7 @@ def check_integers(
 
 
 def read_json(what: str, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
-    """What a file records of its model; nothing, if it was written by others."""
+    """Reads what a file records of its model. That is nothing, if it was written by others."""
     text = metadata.get(key, "{}")
     try:
         recorded = json.loads(text)

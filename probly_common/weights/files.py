@@ -34,7 +34,7 @@ METADATA = ("format", "framework", "sha256", "options", "flatten")  # of our fil
 
 
 class Spec(NamedTuple):
-    """What an array is but for its values; the dtype by the name that NumPy or ml_dtypes has for it."""
+    """The shape and dtype of an array, without its values. The dtype is the name that NumPy or ml_dtypes has for it."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -62,7 +62,7 @@ class Arrays(Mapping[str, np.ndarray]):
         return len(self.specs)
 
     def not_finite(self, dtypes: Mapping[str, str]) -> list[str]:
-        """The names of arrays that have not the range of the dtype that they are to have."""
+        """Returns the names of arrays that do not fit the range of the dtype that they are to have."""
         cast = {name: dtype for name, dtype in dtypes.items() if dtype != self.specs[name].dtype}
         return [name for name, dtype in cast.items() if not is_finite(cast_array(self[name], dtype))]
 
@@ -182,14 +182,17 @@ def write_arrays(
 
 
 def specs_of(arrays: Mapping[str, Any]) -> Mapping[str, Spec]:
-    """What each array is, without making it where it need not be made."""
+    """Returns what each array is, without making it where it need not be made."""
     if isinstance(arrays, Arrays):
         return arrays.specs
     return {name: Spec(tuple(array.shape), array.dtype.name) for name, array in arrays.items()}
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """np.ascontiguousarray, strip by strip: up to four times as fast for a transpose, whose rows stay in the cache."""
+    """Copies as np.ascontiguousarray does, strip by strip.
+
+    This is up to four times as fast for a transpose, whose rows stay in the cache.
+    """
     if array.flags.c_contiguous or array.nbytes < BLOCK:
         return np.ascontiguousarray(array)
     copy = _empty(array.nbytes).view(array.dtype).reshape(array.shape)
@@ -201,7 +204,10 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 
 
 def _empty(size: int) -> np.ndarray:
-    """Bytes at an address that is a multiple of 64: JAX takes an array there as it is, and need not copy it."""
+    """Returns bytes at an address that is a multiple of 64.
+
+    JAX takes an array there as it is, and need not copy it.
+    """
     data = np.empty(size + 63, np.uint8)
     start = -data.ctypes.data % 64
     return data[start : start + size]
@@ -224,7 +230,7 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def keep_once(arrays: Arrays, identities: Mapping[str, Any]) -> tuple[Arrays, dict[str, str]]:
-    """Arrays without those that are tied to one before them, and the names of these, as metadata has them."""
+    """Returns arrays without those that are tied to one before them, and the names of these, as metadata has them."""
     first: dict[Any, str] = {}
     for name in sorted(arrays):
         first.setdefault(identities[name], name)
@@ -238,7 +244,7 @@ def keep_once(arrays: Arrays, identities: Mapping[str, Any]) -> tuple[Arrays, di
 
 
 def _raw(array: np.ndarray) -> np.ndarray:
-    """The bytes of what an array shows, whatever its strides."""
+    """Returns the bytes of what an array shows, whatever its strides."""
     return contiguous(array).reshape(-1).view(np.uint8)
 
 

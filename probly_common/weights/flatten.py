@@ -13,7 +13,7 @@ from probly_common.weights.match import MAX_AXES
 
 
 def linear_sizes(options: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """in_features of each Linear layer, and of each normalisation that may stand before one, by path."""
+    """Returns in_features of each Linear layer, and of each normalisation that may stand before one, by path."""
     sizes: dict[str, int] = {}
     for path, option in options.items():
         names = {"Linear": ("weight",), "BatchNorm": ("weight", "running_mean")}.get(option["kind"], ())
@@ -26,7 +26,7 @@ def linear_sizes(options: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, 
 
 
 def check_flatten(what: str, flatten: Any, linear: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """(channels, *spatial) of the convolution outputs that Linear layers read, by the layers' paths."""
+    """Returns (channels, *spatial) of the convolution outputs that Linear layers read, by the layers' paths."""
     if not isinstance(flatten, Mapping):
         raise TypeError(
             f"{what} expects flatten to map paths of Linear layers to (channels, *spatial); got {type_name(flatten)}. "
@@ -57,9 +57,9 @@ def check_flatten(what: str, flatten: Any, linear: Mapping[str, int]) -> dict[st
 def check_flattened(
     what: str, options: Mapping[str, Any], flatten: Mapping[str, Any], linear: Mapping[str, int], save: str = ""
 ) -> None:
-    """Layers that are known to read a flattened convolution, with more than one position, have a flatten.
+    """Raises unless layers that are known to read a flattened convolution of more than one position have a flatten.
 
-    Of 0 channels, it is not known how many they are. `save` is the function in Flax that should have been told.
+    0 channels mean that it is not known how many they are. `save` is the function in Flax that should have been told.
     """
     channels = {
         path: index(options[path].get("flatten_channels"))
@@ -91,7 +91,10 @@ def check_flattened(
 def warn_flattened(
     what: str, options: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, Sequence[int]], where: str
 ) -> None:
-    """A Linear layer that follows a convolution, of so many inputs as if it read a square image of its channels."""
+    """Warns of a Linear layer that follows a convolution and may read it flattened.
+
+    It has so many inputs as if it read a square image of the convolution's channels.
+    """
     last, found = (0, 0), {}
     for name, shape in shapes.items():
         path, _, own = name.rpartition(".")

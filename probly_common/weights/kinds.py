@@ -1,4 +1,4 @@
-"""What a layer computes beside its weights: the options that travel with them, and how they are compared.
+"""The computation of a layer beside its weights: the options that travel with them, and how they are compared.
 
 The options of a model are `{path: {"kind": ..., option: value, ...}}`, by the layer's path in torch. Kinds, options and
 values are torch's, so that both packages mean the same by them, and those of the table KINDS below; values are numbers,
@@ -152,7 +152,7 @@ KINDS: dict[str, dict[str, Check]] = {
 
 
 def same_padding(kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[list[int]] | str:
-    """The pairs that keep the size, which strides make depend on it."""
+    """Returns the pairs that keep the size, which strides make depend on it."""
     extents = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
     if any(extent and s > 1 for extent, s in zip(extents, stride, strict=True)):
         return "same"
@@ -160,7 +160,7 @@ def same_padding(kernel_size: Sequence[int], stride: Sequence[int], dilation: Se
 
 
 def known_options(kind: str, options: Options) -> dict[str, Any]:
-    """The options of one layer of this package, as a file can hold them, without those that it cannot."""
+    """Returns the options of one layer of this package, as a file can hold them, without those that it cannot."""
     plain = {name: _plain(value) for name, value in options.items() if name in _checks(kind)}
     return {"kind": kind, **{name: value for name, value in plain.items() if _checks(kind)[name](value)}}
 
@@ -224,8 +224,11 @@ def _not_compared(
     names: Callable[[], Iterable[str]],
     parts: Mapping[str, Any],
 ) -> list[str]:
-    """A line for a layer that has weights here; a normalisation that has none; an activation that is beyond the end of
-    a Sequential, or that the code of this place calls without its options. But for none that has another name here."""
+    """Returns a line for each layer that is not compared, if it has no other name here.
+
+    It is a layer that has weights here, or a normalisation that has none. Or it is an activation that is beyond the end
+    of a Sequential, or that the code of this place calls without its options.
+    """
     here: set[str] = set()
     elsewhere = [options for path, options in own.items() if path not in recorded]
     lines = []
@@ -255,7 +258,10 @@ def _not_compared(
 
 
 def _calls(value: Any, kind: str, arguments: Mapping[str, Any]) -> bool:
-    """Whether the code of a function, or of a module's methods, calls a function of this kind without its arguments."""
+    """Tells whether code calls a function of this kind without its arguments.
+
+    The code is that of a function, or of a module's methods.
+    """
     functions = [value, *(each for base in type(value).__mro__ for each in vars(base).values())]
     unwrapped = (inspect.unwrap(each) for each in functions if callable(each))
     codes = [each.__code__ for each in unwrapped if isinstance(each, FunctionType)]
@@ -311,7 +317,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and sequences of any framework as Python's own."""
+    """Returns numbers and sequences of any framework as Python's own."""
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     if value is None or isinstance(value, (bool, str)):

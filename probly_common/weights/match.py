@@ -20,7 +20,7 @@ MAX_COMPARISONS = 20_000  # of names, when near ones are looked for
 def check_tied(
     what: str, identities: Mapping[str, Any], arrays: Mapping[str, Any], next_step: str = "arrays[{b}] = arrays[{a}]"
 ) -> None:
-    """Names of one tensor carry one value."""
+    """Raises unless names of one tensor carry one value."""
     first: dict[Any, str] = {}
     for name, identity in identities.items():
         other = first.setdefault(identity, name)
@@ -37,7 +37,10 @@ def check_tied(
 def check_tied_names(
     what: str, names: Mapping[str, str], identities: Mapping[str, Hashable], read: Callable[[str], Any]
 ) -> None:
-    """Names here of one tensor are loaded from arrays of one value, if they are from two; `read` is by names here."""
+    """Raises unless names here of one tensor are loaded from arrays of one value, if they are from two.
+
+    `read` is by names here.
+    """
     sources: dict[Hashable, dict[str, str]] = {}
     for here, there in names.items():
         sources.setdefault(identities[here], {}).setdefault(there, here)
@@ -60,7 +63,7 @@ def match_names(
     ignore: str | Iterable[str],
     cast: bool,
 ) -> dict[str, str]:
-    """The name there for each name here that is to be loaded.
+    """Returns the name there for each name here that is to be loaded.
 
     Names of one identity are of one tensor; `dtypes` are those that a tensor takes beside its own; `tied` has other
     names of arrays there. Everything that does not fit is reported at once.
@@ -135,7 +138,7 @@ def match_names(
 
 
 def rename_all(what: str, names: Collection[str], rename: Mapping[str, str] | None) -> dict[str, str]:
-    """Each name's new name, by the regular expressions of the caller."""
+    """Returns each name's new name, by the regular expressions of the caller."""
     if rename is not None and not (
         isinstance(rename, Mapping) and all(isinstance(text, str) for pair in rename.items() for text in pair)
     ):
@@ -170,7 +173,10 @@ def rename_all(what: str, names: Collection[str], rename: Mapping[str, str] | No
 def ignored_names(
     what: str, ignore: str | Iterable[str], expected: Iterable[str], there: Mapping[str, str]
 ) -> set[str]:
-    """The names, in this model's words, that patterns leave out; arrays may be called by their old names too."""
+    """Returns the names, in this model's words, that patterns leave out.
+
+    Arrays may be called by their old names too.
+    """
     patterns = _patterns(what, ignore)
     spellings = [(name, name) for name in expected] + [
         pair for new, old in there.items() for pair in ((new, new), (new, old))
@@ -192,10 +198,12 @@ def renamed_paths(
     ignore: str | Iterable[str],
     names: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """What a file records of layers, by the paths that they have here, but for those whose weights are ignored.
+    """Returns what a file records of layers, by the paths that they have here.
 
-    Of the names of its weights there, a layer goes where its weight goes; one of several layers in a row that become
-    several here, such as an LSTM of num_layers=2, is that many.
+    Layers whose weights are ignored are left out.
+
+    A layer goes where its weight goes, by the names of its weights there. One of several layers in a row that become
+    several here, like an LSTM of num_layers=2, is that many.
     """
     patterns = _patterns(what, ignore)
     weights: dict[str, list[str]] = {}
@@ -250,7 +258,10 @@ def nearest_names(missing: Sequence[str], unexpected: Sequence[str]) -> dict[str
 
 
 def _suggested_rename(missing: Sequence[str], unexpected: Sequence[str]) -> dict[str, str] | None:
-    """The prefix, such as `module.`, or the part, such as `_orig_mod.`, that tells most names there from those here."""
+    """Suggests the part of a name that tells most names there from those here.
+
+    It is a prefix, like `module.`, or a part, like `_orig_mod.`.
+    """
     parametrized = "parametrizations.weight.original"
     if any(m.endswith(f"{parametrized}0") for m in missing) and any(u.endswith("weight_g") for u in unexpected):
         return {r"weight_g$": f"{parametrized}0", r"weight_v$": f"{parametrized}1"}  # by torch's older weight_norm

@@ -1,4 +1,4 @@
-"""What the functions share."""
+"""Helpers that the functions share."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from jax import Array
 
 
 def rows(weights: Array, members: Array) -> Array:
-    """(E, features) -> (E, 1, ..., features), against members (E, B, ..., features)."""
+    """Reshapes (E, features) to (E, 1, ..., features), against members (E, B, ..., features)."""
     return weights.reshape(weights.shape[0], *(1,) * (members.ndim - 2), weights.shape[-1])

@@ -145,7 +145,10 @@ def batch_ensemble_conv_transpose(
 
 
 def scaled_kernels(kernel: Array, r: Array, s: Array, groups: int = 1, transpose_kernel: bool = False) -> Array:
-    """The kernel of each member, (E, *kernel.shape), scaled along its channels; inputs are those of one group."""
+    """Returns the kernel of each member, (E, *kernel.shape), scaled along its channels.
+
+    Inputs are those of one group.
+    """
     num_members, out_features = s.shape
     inputs = jnp.repeat(r.reshape(num_members, groups, -1).swapaxes(1, 2), out_features // groups, axis=2)
     scales = inputs * s[:, None]
@@ -155,7 +158,10 @@ def scaled_kernels(kernel: Array, r: Array, s: Array, groups: int = 1, transpose
 
 
 def _layer(kernel: Array, **options: Any) -> Any:
-    """What nnx computes a convolution from: so its padding, in all of its kinds, is written once, in nnx."""
+    """Returns what nnx computes a convolution from.
+
+    So its padding, in all of its kinds, is written once, in nnx.
+    """
     return SimpleNamespace(
         kernel=kernel,
         kernel_size=kernel.shape[:-2],

@@ -1,4 +1,4 @@
-"""What the layers share: copies and draws of their weights."""
+"""Helpers that the layers share: copies and draws of their weights."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Rule(NamedTuple):
 
 
 def axes(parameter: nnx.Param) -> tuple[Any, ...]:
-    """The mesh axis of each of a parameter's axes, None where it is not sharded."""
+    """Returns the mesh axis of each of a parameter's axes, None where it is not sharded."""
     return parameter.get_metadata("out_sharding", None) or (None,) * parameter.ndim
 
 
 def param(value: Array, like: nnx.Param, *axes: Any) -> nnx.Param:
-    """A parameter of the same type and metadata, sharded along these mesh axes if there are any."""
+    """Makes a parameter of the same type and metadata, sharded along these mesh axes if there are any."""
     metadata = like.get_metadata() | {"out_sharding": axes}
     if not any(axes):
         del metadata["out_sharding"]
@@ -47,7 +47,7 @@ def keep_rows(layer: nnx.Module, names: Iterable[str], indices: Sequence[int]) -
 
 
 def draw_kernel(rngs: Rngs, like: Array) -> Array:
-    """A fresh kernel (in_features, out_features), lecun_normal."""
+    """Draws a fresh kernel (in_features, out_features), lecun_normal."""
     return nnx.initializers.lecun_normal()(rngs.params(), like.shape, random.draw_dtype(like.dtype)).astype(like.dtype)
 
 

@@ -178,7 +178,7 @@ class BatchEnsembleMultiHeadAttention(nnx.MultiHeadAttention):
         )
 
     def member(self, i: int) -> nnx.MultiHeadAttention:
-        """Member i as an ordinary MultiHeadAttention layer, with the kernels W * r_i s_i^T and its own biases.
+        """Returns member i as an ordinary MultiHeadAttention layer, with the kernels W * r_i s_i^T and its own biases.
 
         Example:
             >>> base, x = nnx.MultiHeadAttention(2, 6, decode=False, rngs=nnx.Rngs(0)), jnp.ones((3, 5, 6))
@@ -207,7 +207,10 @@ class BatchEnsembleMultiHeadAttention(nnx.MultiHeadAttention):
         self.num_members = len(indices)
 
     def _cache_of(self, name: str, indices: Sequence[int]) -> Any:
-        """The rows of some members; what counts steps is the same for all."""
+        """Returns the cached rows of some members.
+
+        What counts steps is the same for all.
+        """
         cache = getattr(self, name)
         if cache is None:
             return nnx.data(None)
@@ -259,7 +262,7 @@ class _Projection(nnx.LinearGeneral):
             return rows.reshape(self.num_members, rows.shape[0] // self.num_members, *rows.shape[1:])
 
         def rows(weights: Array, features: Sequence[int]) -> Array:
-            """(E, ...) -> (E, 1, ..., features), against members."""
+            """Reshapes (E, ...) to (E, 1, ..., features), against members."""
             return weights.reshape(self.num_members, *(1,) * (x.ndim - contracted), *features)
 
         r, s = self.r[...].astype(x.dtype), self.s[...]

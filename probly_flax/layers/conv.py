@@ -156,7 +156,7 @@ class BatchEnsembleConv(nnx.Conv):
         )
 
     def member(self, i: int) -> nnx.Conv:
-        """Member i as an ordinary Conv layer, with the kernel W * r_i s_i^T and the bias b_i.
+        """Returns member i as an ordinary Conv layer, with the kernel W * r_i s_i^T and the bias b_i.
 
         Example:
             >>> base, x = nnx.Conv(3, 2, (2,), rngs=nnx.Rngs(0)), jnp.ones((5, 6, 3))
@@ -278,7 +278,7 @@ class BatchEnsembleConvTranspose(nnx.ConvTranspose):
         )
 
     def member(self, i: int) -> nnx.ConvTranspose:
-        """Member i as an ordinary ConvTranspose layer, with the kernel W * r_i s_i^T and the bias b_i.
+        """Returns member i as an ordinary ConvTranspose layer, with the kernel W * r_i s_i^T and the bias b_i.
 
         Example:
             >>> base, x = nnx.ConvTranspose(3, 2, (2,), rngs=nnx.Rngs(0)), jnp.ones((5, 6, 3))
@@ -310,7 +310,7 @@ def _copy_options(target: nnx.Module, source: nnx.Module, names: Sequence[str]) 
 
 
 def _promoted(layer: Any, inputs: Array) -> tuple[Array, Array, Array, Array, Array | None]:
-    """The inputs and weights in the dtype that the base layer computes in."""
+    """Returns the inputs and weights in the dtype that the base layer computes in."""
     kernel = layer.kernel[...] if layer.mask is None else layer.kernel[...] * layer.mask
     bias = None if layer.bias is None else layer.bias[...]
     x, kernel, bias = layer.promote_dtype((inputs, kernel, bias), dtype=layer.dtype)

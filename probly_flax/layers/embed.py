@@ -106,7 +106,7 @@ class BatchEnsembleEmbed(nnx.Embed):
         return jax.sharding.auto_axes(_embed, out_sharding=out_sharding)(x, embedding, r, s)
 
     def attend(self, query: Array, out_sharding: Any = None) -> Array:
-        """Inner products of each member's queries with the rows of its table, as for tied logits.
+        """Returns the inner products of each member's queries with the rows of its table, as for tied logits.
 
         Shape:
             query: (E*B, ..., features). Returns (E*B, ..., num_embeddings), sharded as asked.
@@ -121,7 +121,7 @@ class BatchEnsembleEmbed(nnx.Embed):
         return batch_ensemble_linear(query, embedding.T, s, r, out_sharding=out_sharding)
 
     def member(self, i: int) -> nnx.Embed:
-        """Member i as an ordinary Embed layer, with the table W * r_i s_i^T.
+        """Returns member i as an ordinary Embed layer, with the table W * r_i s_i^T.
 
         Example:
             >>> layer, x = BatchEnsembleEmbed(nnx.Embed(10, 3, rngs=nnx.Rngs(0)), num_members=4), jnp.arange(5)
@@ -151,7 +151,7 @@ def _embed(x: Array, embedding: Array, r: Array, s: Array) -> Array:
 
 
 def _draw_table(rngs: Rngs, like: Array) -> Array:
-    """A fresh table as `nnx.Embed` draws it by default: variance_scaling(1.0, "fan_in", "normal", out_axis=0)."""
+    """Draws a fresh table as `nnx.Embed` does by default: variance_scaling(1.0, "fan_in", "normal", out_axis=0)."""
     dtype = random.draw_dtype(like.dtype)
     num_embeddings = like.shape[0]
     variance = jnp.array(1 / (num_embeddings * (like.size / num_embeddings / num_embeddings)), dtype)

@@ -139,7 +139,7 @@ class BatchEnsembleLinear(nnx.Linear):
         )
 
     def member(self, i: int) -> nnx.Linear:
-        """Member i as an ordinary Linear layer, with the kernel W * r_i s_i^T and the bias b_i.
+        """Returns member i as an ordinary Linear layer, with the kernel W * r_i s_i^T and the bias b_i.
 
         Example:
             >>> base, x = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jnp.ones((5, 3))

@@ -1,4 +1,4 @@
-"""Normalisation layers of which each member has its own scale, offset and running statistics."""
+"""Normalisation layers in which each member has its own scale, offset and running statistics."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class BatchEnsembleBatchNorm(nnx.BatchNorm):
         return y
 
     def member(self, i: int) -> nnx.BatchNorm:
-        """Member i as an ordinary BatchNorm layer, with its own weights and statistics.
+        """Returns member i as an ordinary BatchNorm layer, with its own weights and statistics.
 
         Example:
             >>> layer = BatchEnsembleBatchNorm(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), num_members=4)
@@ -138,7 +138,7 @@ class BatchEnsembleLayerNorm(nnx.LayerNorm):
         return _normalized(self, nnx.LayerNorm, x, mask)[0]
 
     def member(self, i: int) -> nnx.LayerNorm:
-        """Member i as an ordinary LayerNorm layer.
+        """Returns member i as an ordinary LayerNorm layer.
 
         Example:
             >>> layer = BatchEnsembleLayerNorm(nnx.LayerNorm(3, rngs=nnx.Rngs(0)), num_members=4)
@@ -192,7 +192,7 @@ class BatchEnsembleGroupNorm(nnx.GroupNorm):
         return _normalized(self, nnx.GroupNorm, x, mask)[0]
 
     def member(self, i: int) -> nnx.GroupNorm:
-        """Member i as an ordinary GroupNorm layer.
+        """Returns member i as an ordinary GroupNorm layer.
 
         Example:
             >>> layer = BatchEnsembleGroupNorm(nnx.GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0)), num_members=4)
@@ -224,7 +224,7 @@ def _variables(layer: Any) -> dict[str, Any]:
 
 
 def _ordinary(layer: Any, base_type: Any, variables: Mapping[str, nnx.Variable]) -> Any:
-    """A layer of the base layer's class with the options of ours, and these variables."""
+    """Makes a layer of the base layer's class with the options of ours, and these variables."""
     sizes = {"num_groups": 1} if base_type is nnx.GroupNorm else {}
     ordinary = base_type(1, **sizes, use_scale=False, use_bias=False, rngs=nnx.Rngs())
     for name in _OPTIONS[base_type]:
@@ -237,7 +237,10 @@ def _ordinary(layer: Any, base_type: Any, variables: Mapping[str, nnx.Variable])
 def _normalized(
     layer: Any, base_type: Any, x: Array, mask: Array | None, updates: Sequence[str] = (), **options: Any
 ) -> tuple[Array, dict[str, Array]]:
-    """Each member's rows through an ordinary layer; and the variables that it updates, by name."""
+    """Runs each member's rows through an ordinary layer.
+
+    Returns the outputs, and the variables that the layer updates, by name.
+    """
 
     def member(values: dict[str, Array], x: Array, mask: Array | None) -> tuple[Array, dict[str, Array]]:
         variables = {name: type(getattr(layer, name))(value) for name, value in values.items()}
@@ -257,7 +260,10 @@ def _normalized(
 
 
 def _check(layer: Any, what: str, x: Array, mask: Array | None, num_features: int, *axes: Any) -> None:
-    """The first of the axes are those of the features."""
+    """Checks the inputs and the mask.
+
+    The first of the axes are those of the features.
+    """
     features, *others = (tuple(each) if isinstance(each, Sequence) else (each,) for each in axes)
     used = [axis + 1 if axis >= 0 else -axis for each in (features, *others) for axis in each]
     rank = max(2, len(features) + 1, *used)

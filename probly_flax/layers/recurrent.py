@@ -116,7 +116,7 @@ class BatchEnsembleLSTMCell(nnx.OptimizedLSTMCell):
         _convert_cell(self, what, base_layer, rngs, num_members, use_base_weights, *fast)
 
     def __call__(self, carry: tuple[Array, Array], inputs: Array) -> tuple[tuple[Array, Array], Array]:
-        """One step of each member on its own rows.
+        """Takes one step of each member on its own rows.
 
         Shape:
             carry: (c, h), both (E*B, ..., hidden_features). inputs: (E*B, ..., in_features). Returns (c', h'), h'.
@@ -127,7 +127,9 @@ class BatchEnsembleLSTMCell(nnx.OptimizedLSTMCell):
         return super().__call__(carry, inputs)
 
     def member(self, i: int) -> nnx.OptimizedLSTMCell | nnx.LSTMCell:
-        """Member i as an ordinary cell of the base layer's type, with the kernels W * r_i s_i^T and the bias b_i.
+        """Returns member i as an ordinary LSTM cell, with the kernels W * r_i s_i^T and the bias b_i.
+
+        It is of the base layer's type.
 
         Example:
             >>> cell = BatchEnsembleLSTMCell(nnx.OptimizedLSTMCell(3, 2, rngs=nnx.Rngs(0)), num_members=4)
@@ -216,7 +218,7 @@ class BatchEnsembleGRUCell(nnx.GRUCell):
         _convert_cell(self, what, base_layer, rngs, num_members, use_base_weights, *fast)
 
     def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
-        """One step of each member on its own rows.
+        """Takes one step of each member on its own rows.
 
         Shape:
             carry: h (E*B, ..., hidden_features). inputs: (E*B, ..., in_features). Returns h', h'.
@@ -227,7 +229,7 @@ class BatchEnsembleGRUCell(nnx.GRUCell):
         return super().__call__(carry, inputs)
 
     def member(self, i: int) -> nnx.GRUCell:
-        """Member i as an ordinary GRUCell, with the kernels W * r_i s_i^T and the bias b_i.
+        """Returns member i as an ordinary GRU cell, with the kernels W * r_i s_i^T and the bias b_i.
 
         Example:
             >>> cell = BatchEnsembleGRUCell(nnx.GRUCell(3, 2, rngs=nnx.Rngs(0)), num_members=4)
@@ -342,7 +344,7 @@ class BatchEnsembleLSTM(nnx.RNN):
         )
 
     def member(self, i: int) -> nnx.RNN:
-        """Member i as an ordinary nnx.RNN of an ordinary cell, with the kernels W * r_i s_i^T and the bias b_i.
+        """Returns member i as an ordinary nnx.RNN of an ordinary cell, with the kernels W * r_i s_i^T and the bias b_i.
 
         Example:
             >>> layer = BatchEnsembleLSTM(nnx.RNN(nnx.OptimizedLSTMCell(3, 2, rngs=nnx.Rngs(0))), num_members=4)
@@ -458,7 +460,7 @@ class BatchEnsembleGRU(nnx.RNN):
         )
 
     def member(self, i: int) -> nnx.RNN:
-        """Member i as an ordinary nnx.RNN of an ordinary cell, with the kernels W * r_i s_i^T and the bias b_i.
+        """Returns member i as an ordinary nnx.RNN of an ordinary cell, with the kernels W * r_i s_i^T and the bias b_i.
 
         Example:
             >>> layer = BatchEnsembleGRU(nnx.RNN(nnx.GRUCell(3, 2, rngs=nnx.Rngs(0))), num_members=4)
@@ -533,7 +535,7 @@ def _copied(rngs: nnx.RngStream | None) -> Any:
 
 
 def _packed(what: str, cell: nnx.LSTMCell, names: Sequence[str]) -> nnx.Linear:
-    """The Linear layers of the gates as one, side by side."""
+    """Packs the Linear layers of the gates into one, side by side."""
     gates = [getattr(cell, name) for name in names]
     for gate in gates:
         check_base_layer(what, gate, nnx.Linear, "__call__")

@@ -1,4 +1,4 @@
-"""Whether predictions are as often right as they say: calibration in bins of confidence.
+"""Calibration in bins of confidence: are predictions as often right as they say?
 
 Bin k of n is (k/n, (k+1)/n], closed on the right: a confidence of 1 is in the last, and one of 0 in the first.
 """
@@ -19,7 +19,7 @@ from probly_flax.metrics._states import _Scores, _Sums
 
 
 class ReliabilityBins(NamedTuple):
-    """What a reliability diagram shows, by bins of confidence.
+    """Values of a reliability diagram, by bins of confidence.
 
     Shape:
         each (num_bins,), or (E, num_bins) with per_member.
@@ -38,7 +38,9 @@ class ReliabilityBins(NamedTuple):
 
 
 def reliability_bins(logits: Array, labels: Array, *, num_bins: int = 15) -> ReliabilityBins:
-    """Mean confidence, accuracy and count of the mean prediction in bins of equal width (DeGroot and Fienberg 1983).
+    """Returns mean confidence, accuracy and count in bins of equal width (DeGroot and Fienberg 1983).
+
+    They are those of the mean prediction.
 
     Shape:
         logits (E, B, C), labels (B,) of class indices. Returns three of (num_bins,).
@@ -57,7 +59,7 @@ def reliability_bins(logits: Array, labels: Array, *, num_bins: int = 15) -> Rel
 
 
 def ece(logits: Array, labels: Array, *, num_bins: int = 15) -> Array:
-    """Expected calibration error of the mean prediction, sum_k (n_k / N) |accuracy_k - confidence_k|.
+    """Returns the expected calibration error of the mean prediction, sum_k (n_k / N) |accuracy_k - confidence_k|.
 
     Confidence is the largest mean probability; bins are of equal width (Guo et al. 2017, eq. 3).
 
@@ -78,11 +80,11 @@ def ece(logits: Array, labels: Array, *, num_bins: int = 15) -> Array:
 
 
 def adaptive_ece(logits: Array, labels: Array, *, num_bins: int = 15) -> Array:
-    """Expected calibration error in bins that hold the same number of inputs, or one more.
+    """Returns the expected calibration error in bins that hold the same number of inputs, or one more.
 
-    Of the largest mean probability (Nguyen and O'Connor 2015; AdaECE of Mukhoti et al. 2020). Inputs of equal
-    confidence count as equally right, so that their order does not matter. Where members give an
-    input the same numbers in another order, its confidence can be another in the last bit: then it is no longer equal.
+    It is the error of the largest mean probability (Nguyen and O'Connor 2015; AdaECE of Mukhoti et al. 2020). Inputs of
+    equal confidence count as equally right, so that their order does not matter. Where members give an input the same
+    numbers in another order, its confidence can differ in the last bit. Then it is no longer equal.
 
     Shape:
         logits (E, B, C), labels (B,) of class indices. Returns a scalar, from 0 to 1.
@@ -103,9 +105,10 @@ def adaptive_ece(logits: Array, labels: Array, *, num_bins: int = 15) -> Array:
 
 
 def classwise_ece(logits: Array, labels: Array, *, num_bins: int = 15) -> Array:
-    """Mean over classes of the calibration error of each class's probability, whether it is the largest or not.
+    """Returns the mean over classes of the calibration error of each class's probability.
 
-    The static calibration error of Nixon et al. (2019), and the classwise-ECE of Kull et al. (2019).
+    A probability counts whether it is the largest or not. This is the static calibration error of Nixon et al. (2019),
+    and the classwise-ECE of Kull et al. (2019).
 
     Shape:
         logits (E, B, C), labels (B,) of class indices. Returns a scalar, from 0 to 1.
@@ -142,7 +145,7 @@ class _TopLabelSums(_Sums):
 
 
 class ReliabilityCurve(_TopLabelSums):
-    """What a reliability diagram shows: metrics.reliability_bins over batches.
+    """Values of a reliability diagram: metrics.reliability_bins over batches.
 
     Memory does not grow with the inputs.
 
@@ -163,7 +166,7 @@ class ReliabilityCurve(_TopLabelSums):
     """
 
     def compute(self) -> ReliabilityBins:
-        """The bins of all inputs since the last reset."""
+        """Returns the bins of all inputs since the last reset."""
         return _means(*map(self._sum, ("confidence", "correct", "count")))
 
 
@@ -188,7 +191,7 @@ class ECE(_TopLabelSums):
     """
 
     def compute(self) -> Array:
-        """The error over all inputs since the last reset; NaN before the first."""
+        """Returns the error over all inputs since the last reset; NaN before the first."""
         return _error(*map(self._sum, ("confidence", "correct", "count")))
 
 
@@ -227,7 +230,7 @@ class ClasswiseECE(_Sums):
         self._add(**dict(zip(("class_confidence", "class_correct", "class_count"), bins, strict=True)))
 
     def compute(self) -> Array:
-        """The error over all inputs since the last reset; NaN before the first."""
+        """Returns the error over all inputs since the last reset; NaN before the first."""
         return _error(*map(self._sum, ("class_confidence", "class_correct", "class_count"))).mean(-1)
 
 
@@ -264,7 +267,7 @@ class AdaptiveECE(_Scores):
         self._append(confidence=probs.max(-1), correct=_hits(probs, labels))
 
     def compute(self) -> Array:
-        """The error over all inputs since the last reset."""
+        """Returns the error over all inputs since the last reset."""
         error = partial(_adaptive, num_bins=self.num_bins)
         return (jax.vmap(error) if self.per_member else error)(self._all("confidence"), self._all("correct"))
 
@@ -273,21 +276,21 @@ Bins = tuple[Array, Array, Array]
 
 
 def _top_label(what: str, logits: Array, labels: Array, num_bins: int, per_member: bool = False) -> Bins:
-    """Sums [..., num_bins] by bins of the largest probability."""
+    """Returns sums [..., num_bins] by bins of the largest probability."""
     check_num_bins(what, num_bins)
     probs = _probs(what, logits, labels, per_member)
     return _binned(probs.max(-1), _hits(probs, labels), num_bins)
 
 
 def _every_label(what: str, logits: Array, labels: Array, num_bins: int, per_member: bool = False) -> Bins:
-    """Sums [..., C, num_bins] by bins of each class's probability."""
+    """Returns sums [..., C, num_bins] by bins of each class's probability."""
     check_num_bins(what, num_bins)
     probs = _probs(what, logits, labels, per_member)
     return _binned(probs.mT, _is_label(probs, labels).mT, num_bins)
 
 
 def _binned(confidence: Array, correct: Array, num_bins: int) -> Bins:
-    """Sums of confidence and of correct [..., B], and counts, by bins of confidence: three of [..., num_bins]."""
+    """Returns sums of confidence and correct [..., B], and counts, by bins of confidence: three of [..., num_bins]."""
     edges = jnp.array([k / num_bins for k in range(1, num_bins)], confidence.dtype)
     index = jnp.searchsorted(edges, confidence, method="compare_all")  # closed on the right
     rows = math.prod(confidence.shape[:-1])
@@ -305,12 +308,12 @@ def _means(confidence: Array, correct: Array, count: Array) -> ReliabilityBins:
 
 
 def _error(confidence: Array, correct: Array, count: Array) -> Array:
-    """sum_k (n_k / N) |correct_k / n_k - confidence_k / n_k|, where n_k cancels."""
+    """Returns sum_k (n_k / N) |correct_k / n_k - confidence_k / n_k|, where n_k cancels."""
     return jnp.abs(correct - confidence).sum(-1) / count.sum(-1).astype(confidence.dtype)
 
 
 def _adaptive(confidence: Array, correct: Array, num_bins: int) -> Array:
-    """Of all inputs [N]."""
+    """Returns the adaptive calibration error of all inputs [N]."""
     order = confidence.argsort()
     confidence, num_inputs = confidence[order], len(confidence)
     difference = _mean_of_ties(confidence, correct[order]) - confidence
@@ -319,7 +322,7 @@ def _adaptive(confidence: Array, correct: Array, num_bins: int) -> Array:
 
 
 def _mean_of_ties(scores: Array, values: Array) -> Array:
-    """Each value [N] in the mean of those of its score, for sorted scores."""
+    """Replaces each value [N] by the mean of the values that have its score, for sorted scores."""
     first, last = jnp.searchsorted(scores, scores), jnp.searchsorted(scores, scores, side="right")
     sums = jnp.concatenate([jnp.zeros(1, values.dtype), values.cumsum()])
     return (sums[last] - sums[first]) / (last - first).astype(values.dtype)

@@ -15,7 +15,7 @@ from probly_flax.uncertainty import disagreement, log_mean_probs, mutual_informa
 
 
 def accuracy(logits: Array, labels: Array) -> Array:
-    """Share of the inputs whose class has the largest mean probability.
+    """Returns the share of the inputs whose class has the largest mean probability.
 
     Shape:
         logits (E, B, C), labels (B,) of class indices. Returns a scalar.
@@ -31,7 +31,7 @@ def accuracy(logits: Array, labels: Array) -> Array:
 
 
 def nll(logits: Array, labels: Array) -> Array:
-    """Negative log-likelihood of the mean prediction, -log (1/E) sum_i softmax(z_i)[label], in nats.
+    """Returns the negative log-likelihood of the mean prediction, -log (1/E) sum_i softmax(z_i)[label], in nats.
 
     It is losses.mixture_cross_entropy without options.
 
@@ -48,7 +48,7 @@ def nll(logits: Array, labels: Array) -> Array:
 
 
 def brier(logits: Array, labels: Array) -> Array:
-    """Brier score of the mean prediction, sum_c (p_c - [c = label])^2 (Brier 1950): from 0 to 2.
+    """Returns the Brier score of the mean prediction, sum_c (p_c - [c = label])^2 (Brier 1950): from 0 to 2.
 
     Shape:
         logits (E, B, C), labels (B,) of class indices. Returns a scalar.
@@ -63,10 +63,11 @@ def brier(logits: Array, labels: Array) -> Array:
 
 
 def diversity(logits: Array, labels: Array) -> Array:
-    """How often two members differ, for how often one is wrong: their mean disagreement / (1 - their mean accuracy).
+    """Returns how often two members differ, relative to how often one is wrong.
 
-    From 0, for members that predict the same, to 2, for members of which only one is wrong at a time (Fort, Hu and
-    Lakshminarayanan 2019, sec. 4.2.2); NaN where no member errs.
+    It is their mean disagreement / (1 - their mean accuracy). It goes from 0, where members predict the same, to 2,
+    where only one member is wrong at a time (Fort, Hu and Lakshminarayanan 2019, sec. 4.2.2). It is NaN where no member
+    errs.
 
     Shape:
         logits (E, B, C), labels (B,) of class indices. Returns a scalar.
@@ -232,12 +233,12 @@ class Diversity(_Sums):
         self._add(differing=differing.sum(), wrong=wrong.sum())
 
     def compute(self) -> Array:
-        """The quotient over all inputs since the last reset; NaN where no member errs."""
+        """Returns the quotient over all inputs since the last reset; NaN where no member errs."""
         return self._sum("differing") / self._sum("wrong")
 
 
 def _at_least_float32(logits: Array) -> Array:
-    """Half precision has too few digits for what is summed over thousands of inputs."""
+    """Converts half precision to float32, since its digits are too few for what is summed over thousands of inputs."""
     return logits if logits.dtype in (jnp.float32, jnp.float64) else logits.astype(jnp.float32)
 
 
@@ -248,7 +249,7 @@ def _checked(what: str, logits: Array, labels: Array) -> Array:
 
 
 def _probs(what: str, logits: Array, labels: Array, per_member: bool = False) -> Array:
-    """Of the mixture (B, C), or of each member (E, B, C)."""
+    """Returns the probabilities of the mixture (B, C), or of each member (E, B, C)."""
     probs = jax.nn.softmax(_checked(what, logits, labels))
     if per_member:
         return probs
@@ -257,19 +258,25 @@ def _probs(what: str, logits: Array, labels: Array, per_member: bool = False) ->
 
 
 def _of_label(values: Array, labels: Array) -> Array:
-    """The entry [..., B] of each label in values [..., B, C]; labels out of range give NaN."""
+    """Returns the entry [..., B] of each label in values [..., B, C].
+
+    Labels out of range give NaN.
+    """
     labels = jnp.broadcast_to(labels.astype(int), values.shape[:-1])
     picked = jnp.take_along_axis(values, labels[..., None], -1)[..., 0]
     return _nan_for_no_class(picked, labels, values.shape[-1])
 
 
 def _hits(scores: Array, labels: Array) -> Array:
-    """1 where the largest score [..., B, C] is the label's, else 0."""
+    """Returns 1 where the largest score [..., B, C] is the label's, else 0."""
     return _of_label(jax.nn.one_hot(scores.argmax(-1), scores.shape[-1], dtype=scores.dtype), labels)
 
 
 def _is_label(probs: Array, labels: Array) -> Array:
-    """1 at each label, else 0: [..., B, C]; labels out of range give NaN."""
+    """Returns 1 at each label, else 0: [..., B, C].
+
+    Labels out of range give NaN.
+    """
     num_classes = probs.shape[-1]
     labels = jnp.broadcast_to(labels.astype(int)[:, None], probs.shape)
     return _nan_for_no_class(jax.nn.one_hot(labels[..., 0], num_classes, dtype=probs.dtype), labels, num_classes)
@@ -287,6 +294,6 @@ def _brier(probs: Array, labels: Array) -> Array:
 
 
 def _diversity(what: str, logits: Array, labels: Array) -> tuple[Array, Array]:
-    """Of each input: how many of the pairs of members differ, and how many of the members are wrong."""
+    """Returns for each input how many of the pairs of members differ, and how many of the members are wrong."""
     logits = _checked(what, logits, labels)
     return disagreement(logits), 1 - _hits(logits, labels).mean(0)

@@ -21,10 +21,10 @@ from probly_flax.uncertainty import _nan_if_negative, regression_uncertainty
 
 
 def crps(mean: Array, variance: Array, targets: Array) -> Array:
-    """Continuous ranked probability score of the mixture of Gaussians, E|X - y| - E|X - X'| / 2.
+    """Returns the continuous ranked probability score of the mixture of Gaussians, E|X - y| - E|X - X'| / 2.
 
-    The integral of (F(x) - [x >= y])^2, in units of the targets (Gneiting and Raftery 2007, eq. 21), in the closed form
-    of Grimit et al. (2006).
+    It is the integral of (F(x) - [x >= y])^2, in units of the targets (Gneiting and Raftery 2007, eq. 21), in the
+    closed form of Grimit et al. (2006).
 
     Shape:
         mean, variance (E, B, ...), targets (B, ...). Returns a scalar.
@@ -38,10 +38,11 @@ def crps(mean: Array, variance: Array, targets: Array) -> Array:
 
 
 def interval_coverage(mean: Array, variance: Array, targets: Array, *, level: float = 0.95) -> Array:
-    """Share of the targets in the central interval of a level: of a calibrated ensemble, the level.
+    """Returns the share of the targets in the central interval of a level.
 
-    The interval is mean +- z sqrt(variance) of the Gaussian with the mixture's mean and variance, as deep ensembles are
-    summarized (Lakshminarayanan et al. 2017, sec. 2.4); z is 1.96 at 0.95. Sharpness is its width.
+    For a calibrated ensemble it is the level. The interval is mean +- z sqrt(variance) of the Gaussian with the
+    mixture's mean and variance, as deep ensembles are summarized (Lakshminarayanan et al. 2017, sec. 2.4); z is 1.96 at
+    0.95. Sharpness is its width.
 
     Shape:
         mean, variance (E, B, ...), targets (B, ...). Returns a scalar, from 0 to 1.
@@ -62,9 +63,10 @@ def interval_coverage(mean: Array, variance: Array, targets: Array, *, level: fl
 
 
 def sharpness(mean: Array, variance: Array, *, level: float = 0.95) -> Array:
-    """Mean width of the central interval of a level: of two that cover alike, the narrower says more.
+    """Returns the mean width of the central interval of a level.
 
-    The interval is that of interval_coverage, in units of the targets (Gneiting, Balabdaoui and Raftery 2007).
+    Of two intervals that cover alike, the narrower says more. The interval is that of interval_coverage, in units of
+    the targets (Gneiting, Balabdaoui and Raftery 2007).
 
     Shape:
         mean, variance (E, B, ...). Returns a scalar.
@@ -136,7 +138,7 @@ class RMSE(_Mean):
         self._add_values(_flat(jnp.square(errors), self.per_member))
 
     def compute(self) -> Array:
-        """The root of the mean over all targets since the last reset; NaN before the first."""
+        """Returns the root of the mean over all targets since the last reset; NaN before the first."""
         return jnp.sqrt(super().compute())
 
 
@@ -228,7 +230,10 @@ class Sharpness(_Mean):
 def _gaussians(
     what: str, mean: Array, variance: Array, targets: Array | None, per_member: bool = False
 ) -> tuple[Array, Array, Array]:
-    """Mixtures over the first axis, and their targets; with per_member those of one member each, (1, E, B, ...)."""
+    """Returns mixtures over the first axis, and their targets.
+
+    With per_member they are mixtures of one member each, (1, E, B, ...).
+    """
     check_gaussian(what, mean.shape, variance.shape)
     targets = mean[0] if targets is None else targets
     check_targets(what, mean.shape, targets.shape, each=False)
@@ -239,7 +244,7 @@ def _gaussians(
 
 
 def _flat(values: Array, per_member: bool) -> Array:
-    """Targets of several numbers count as so many targets: (B,), or (E, B) with per_member."""
+    """Flattens values to (B,), or (E, B) with per_member: targets of several numbers count as so many targets."""
     return values.reshape(len(values), -1) if per_member else values.flatten()
 
 
@@ -255,7 +260,10 @@ def _crps(mean: Array, variance: Array, targets: Array) -> Array:
 
 
 def _mean_distance(mean: Array, variance: Array) -> Array:
-    """E|X| of a Gaussian, sigma (2 phi(z) + z (2 Phi(z) - 1)) with z = mean / sigma; |mean| where the variance is 0."""
+    """Returns E|X| of a Gaussian, sigma (2 phi(z) + z (2 Phi(z) - 1)) with z = mean / sigma.
+
+    It is |mean| where the variance is 0.
+    """
     z = mean / jnp.sqrt(variance).clip(min=jnp.finfo(mean.dtype).tiny)
     return jnp.sqrt(variance * (2 / math.pi)) * jnp.exp(-jnp.square(z) / 2) + mean * jax.lax.erf(z / math.sqrt(2))
 

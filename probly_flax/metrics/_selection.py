@@ -1,4 +1,4 @@
-"""Whether uncertainty tells which inputs to leave to others: those that are predicted wrongly, and those unlike any."""
+"""How well uncertainty tells which inputs to leave to others: those predicted wrongly, and those unlike any."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from probly_flax.metrics._states import _Scores
 
 
 def aurc(logits: Array, labels: Array, *, uncertainty: Array | None = None) -> Array:
-    """Area under the risk-coverage curve: the error among the k most certain inputs, averaged over k = 1..N.
+    """Returns the area under the risk-coverage curve.
 
-    The error is that of the mean prediction (Geifman, Uziel and El-Yaniv 2019). Inputs of equal uncertainty
-    count as equally wrong, so that their order does not matter. Where members give an input
-    the same numbers in another order, its uncertainty can be another in the last bit: then it is no longer equal.
+    It is the error among the k most certain inputs, averaged over k = 1..N. The error is that of the mean prediction
+    (Geifman, Uziel and El-Yaniv 2019). Inputs of equal uncertainty count as equally wrong, so that their order does not
+    matter. Where members give an input the same numbers in another order, its uncertainty can differ in the last bit.
+    Then it is no longer equal.
 
     Shape:
         logits (E, B, C), labels (B,) of class indices, uncertainty (B,). Returns a scalar, from 0 to 1.
@@ -40,11 +41,11 @@ def aurc(logits: Array, labels: Array, *, uncertainty: Array | None = None) -> A
 
 
 def ood_auroc(in_scores: Array, out_scores: Array) -> Array:
-    """Probability that an input from outside the distribution has a larger score than one from inside.
+    """Returns the probability that an input from outside the distribution has a larger score than one from inside.
 
-    The area under the ROC curve with out-of-distribution as the positive class; equal scores count one half. Scores are
-    compared as they are: torchmetrics' BinaryAUROC takes those outside [0, 1] through a sigmoid, which makes large ones
-    equal.
+    It is the area under the ROC curve with out-of-distribution as the positive class. Equal scores count one half.
+    Scores are compared as they are: torchmetrics' BinaryAUROC takes those outside [0, 1] through a sigmoid, which makes
+    large ones equal.
 
     Shape:
         in_scores (N,), out_scores (M,). Returns a scalar, from 0 to 1; NaN if a score is.
@@ -61,10 +62,11 @@ def ood_auroc(in_scores: Array, out_scores: Array) -> Array:
 
 
 def ood_fpr95(in_scores: Array, out_scores: Array) -> Array:
-    """Share of the inputs from inside the distribution that are flagged when at least 95 % of those from outside are.
+    """Returns the share of inputs from inside that are flagged when at least 95 % of those from outside are.
 
-    The false positive rate at the largest threshold, flagging score >= threshold, whose true positive rate is 95 % or
-    more, with out-of-distribution as the positive class (Hendrycks, Mazeika and Dietterich 2019, sec. 4.1).
+    Inside and outside are those of the distribution. An input is flagged if score >= threshold. The share is the false
+    positive rate at the largest threshold whose true positive rate is 95 % or more, with out-of-distribution as the
+    positive class (Hendrycks, Mazeika and Dietterich 2019, sec. 4.1).
 
     Shape:
         in_scores (N,), out_scores (M,). Returns a scalar, from 0 to 1; NaN if a score is.
@@ -112,7 +114,7 @@ class AURC(_Scores):
         self._append(uncertainty=uncertainty, wrong=wrong)
 
     def compute(self) -> Array:
-        """The area over all inputs since the last reset."""
+        """Returns the area over all inputs since the last reset."""
         return (jax.vmap(_aurc) if self.per_member else _aurc)(self._all("uncertainty"), self._all("wrong"))
 
 
@@ -149,7 +151,7 @@ class OODAUROC(_DetectionScores):
     """
 
     def compute(self) -> Array:
-        """The probability over all pairs of inputs since the last reset."""
+        """Returns the probability over all pairs of inputs since the last reset."""
         scores, is_ood = self._all("scores"), self._all("is_ood")
         return _auroc(*_floats("OODAUROC", scores[~is_ood], scores[is_ood]))
 
@@ -174,7 +176,7 @@ class OODFPR95(_DetectionScores):
     """
 
     def compute(self) -> Array:
-        """The share of all inputs from inside since the last reset."""
+        """Returns the share of all inputs from inside since the last reset."""
         scores, is_ood = self._all("scores"), self._all("is_ood")
         return _fpr95(*_floats("OODFPR95", scores[~is_ood], scores[is_ood]))
 
@@ -182,7 +184,7 @@ class OODFPR95(_DetectionScores):
 def _uncertainty_and_wrong(
     what: str, logits: Array, labels: Array, uncertainty: Array | None, per_member: bool = False
 ) -> tuple[Array, Array]:
-    """Both [B], or [E, B]."""
+    """Returns the uncertainty of each input, and 1 where its prediction is wrong, else 0: both [B], or [E, B]."""
     probs = _probs(what, logits, labels, per_member)
     wrong = 1 - _hits(probs, labels)
     if uncertainty is None:
@@ -192,12 +194,12 @@ def _uncertainty_and_wrong(
 
 
 def _aurc(uncertainty: Array, wrong: Array) -> Array:
-    """Of all inputs [N]."""
+    """Returns the area under the risk-coverage curve of all inputs [N]."""
     return _risks(uncertainty, wrong).mean()
 
 
 def _risks(uncertainty: Array, wrong: Array) -> Array:
-    """The error among the k most certain of inputs [N], for k = 1..N: [N]."""
+    """Returns the error among the k most certain of inputs [N], for k = 1..N: [N]."""
     order = uncertainty.argsort()
     errors = _mean_of_ties(uncertainty[order], wrong[order]).cumsum()
     risks = errors / jnp.arange(1, len(errors) + 1, dtype=errors.dtype)
@@ -212,7 +214,10 @@ def _floats(what: str, in_scores: Array, out_scores: Array) -> tuple[Array, Arra
 
 
 def _auroc(in_scores: Array, out_scores: Array) -> Array:
-    """For each input from outside, the inputs from inside that are below it, and those that are not above it."""
+    """Returns the area under the ROC curve.
+
+    For each input from outside it counts those from inside that are below, and those that are not above.
+    """
     inside = jnp.sort(in_scores)
     below, not_above = jnp.searchsorted(inside, out_scores), jnp.searchsorted(inside, out_scores, side="right")
     return _nan_of(in_scores, out_scores, (below + not_above).astype(inside.dtype).mean() / (2 * len(inside)))

@@ -1,4 +1,4 @@
-"""What metrics keep between updates: sums over inputs, or every score."""
+"""States that metrics keep between updates: sums over inputs, or every score."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ class _Mean(_Sums):
         self.count = nnx.metrics.MetricState(jnp.zeros((), int))
 
     def _add_values(self, values: Array) -> None:
-        """Values [..., B], one for each input."""
+        """Adds values [..., B], one for each input."""
         self._add(total=values.sum(-1))
         self.count.set_value(self.count[...] + values.shape[-1])
 
     def compute(self) -> Array:
-        """The mean over all inputs since the last reset; NaN before the first."""
+        """Returns the mean over all inputs since the last reset; NaN before the first."""
         total = self._sum("total")
         return total / self.count[...].astype(total.dtype)
 
@@ -81,7 +81,7 @@ class _Scores(nnx.Metric):
         self.reset()
 
     def _append(self, **values: Array) -> None:
-        """Values [..., B]."""
+        """Appends values [..., B]."""
         for name, value in values.items():
             check_outside_jit(type(self).__name__, isinstance(value, jax.core.Tracer))
             seen = getattr(self, name)
@@ -90,7 +90,7 @@ class _Scores(nnx.Metric):
             seen.append(value)
 
     def _all(self, name: str) -> Array:
-        """Values [..., N]."""
+        """Returns all values [..., N]."""
         seen = getattr(self, name)
         check_any_inputs(type(self).__name__, len(seen))
         return jnp.concatenate(list(seen), -1)
@@ -102,7 +102,10 @@ class _Scores(nnx.Metric):
 
 
 def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """The rounded sum, and what rounding took from it (Knuth 1969, sec. 4.2.2): nothing, of an infinite one."""
+    """Returns the rounded sum, and what rounding took from it (Knuth 1969, sec. 4.2.2).
+
+    Rounding takes nothing from an infinite sum.
+    """
     total = a + b
     rounded_b = total - a
     return total, jnp.where(jnp.isfinite(total), (a - (total - rounded_b)) + (b - rounded_b), 0)

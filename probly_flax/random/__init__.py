@@ -46,19 +46,23 @@ __all__ = [
 
 
 def as_rngs(what: str, rngs: Any) -> Rngs:
-    """`rngs` itself, or the Rngs of a seed."""
+    """Returns `rngs` itself, or the Rngs of a seed."""
     return rngs if isinstance(rngs, Rngs) else Rngs(check_seed(what, rngs))
 
 
 def draw_dtype(dtype: Any) -> Any:
-    """Half-precision weights are drawn in float32 and rounded: JAX's own draws of them have 7 or 10 random bits."""
+    """Returns the dtype in which weights are drawn: half-precision ones are drawn in float32 and rounded.
+
+    JAX's own draws of half-precision weights have 7 or 10 random bits.
+    """
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def rounded(x: Array) -> Array:
-    """x as it is, so that XLA rounds it.
+    """Returns x as it is, so that XLA rounds it.
 
-    Under jit only, XLA would multiply two constant factors first, and contract a product and a sum. What is neither a
-    product nor a sum, as a maximum, keeps it from both: a layer is the same, to the bit, whether it was made under jit.
+    Under jit only, XLA would multiply two constant factors first, and contract a product and a sum. An operation that
+    is neither a product nor a sum, as a maximum, keeps it from both. A layer is then the same, to the bit, whether it
+    was made under jit or not.
     """
     return jnp.maximum(x, jnp.finfo(x.dtype).min)

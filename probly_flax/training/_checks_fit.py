@@ -50,7 +50,7 @@ def check_patience_has_val(what: str, has_val: bool) -> None:
 
 
 def check_again(what: str, name: str, value: Any, epochs: int) -> None:
-    """An iterator yields its batches once."""
+    """Checks that every epoch gets batches: an iterator yields its batches once."""
     if epochs > 1 and not callable(value) and iter(value) is value:
         raise ValueError(
             f"{what} expects {name} to yield its batches in each of {epochs} epochs; got a {type(value).__name__}, "

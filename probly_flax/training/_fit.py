@@ -143,7 +143,7 @@ def fit(
 
 
 class _Run:
-    """What a checkpoint holds: the state, the best one so far if there is patience, and the rows of the epochs."""
+    """Contents of a checkpoint: the state, the best one so far if there is patience, and the rows of the epochs."""
 
     def __init__(self, state: TrainState, monitor: str, mode: str, patience: int | None) -> None:
         self.state, self.best = state, None if patience is None else jax.tree.map(jnp.copy, state)
@@ -177,7 +177,10 @@ class _Run:
                 self.best = jax.tree.map(jnp.copy, self.state)
 
     def write(self, model: nnx.Module, optimizer: nnx.Optimizer) -> None:
-        """The best state; or the last one, unless it has diverged, or an error came between two states."""
+        """Writes back the best state, or else the last one.
+
+        The last one is not written if it has diverged, or if an error came between two states.
+        """
         state = self.best if self.best is not None and self.history else self.state
         if state is self.best or (self.is_finite and not any(x.is_deleted() for x in jax.tree.leaves(state))):
             nnx.update(model, state.model)
@@ -227,7 +230,7 @@ def _validate(
 
 
 def _mean(numbers: Sequence[Any], rows: Sequence[int]) -> float:
-    """Of batches' means, as of their inputs."""
+    """Averages batches' means over all of their inputs."""
     return float(np.average(np.array(numbers, np.float64), weights=rows))
 
 
@@ -241,7 +244,7 @@ def _rows(batch: Batch, in_axes: int | None) -> int:
 
 
 class _Folder:
-    """Checkpoints of a run, of which the last one is kept; nothing without a folder."""
+    """Checkpoints of a run: the last one is kept, and nothing without a folder."""
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self.path, self.manager = path, None
@@ -283,7 +286,7 @@ class _Folder:
 
 
 def _made_of(run: _Run) -> dict[str, str]:
-    """What the run that goes on must have in common: how it tells the best epoch, and its variables."""
+    """Returns what a resumed run must share with its checkpoint: how it tells the best epoch, and its variables."""
     judged = {"patience": "None"}
     if run.patience is not None:
         judged = {"patience": "a number", "monitor": run.monitor, "mode": run.mode}
@@ -349,7 +352,7 @@ class _Held:
 
 @contextmanager
 def _held_interrupts() -> Iterator[_Held]:
-    """Has Ctrl-C wait for the end of a step; a second one does not."""
+    """Makes Ctrl-C wait for the end of a step; a second one does not wait."""
     held, previous = _Held(), signal.getsignal(signal.SIGINT)
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -28,14 +28,14 @@ def fast_weight_groups(
     decay: Types = (),
     no_decay: Types = (),
 ) -> optax.GradientTransformation:
-    """Weight decay for slow weights only, and a learning rate of their own for fast ones (Wen et al. 2020, app. B).
+    """Decays slow weights only, and gives fast ones a learning rate of their own.
 
     Slow weights, those of linear layers, convolutions and embeddings, decay. Fast weights, r and s of BatchEnsemble
-    layers, do not, and their steps are fast_lr_multiplier times as large. Biases and the parameters of normalisation
-    layers do not decay either. What a parameter is follows from the type of the module that holds it, and of a subclass
-    alike.
+    layers, do not, and their steps are fast_lr_multiplier times as large (Wen et al. 2020, app. B). Biases and the
+    parameters of normalisation layers do not decay either. What a parameter is follows from the type of the module that
+    holds it, and of a subclass alike.
 
-    It comes between what an optimizer makes of the gradients and the learning rate. With Adam that is AdamW:
+    The transform comes between what an optimizer makes of the gradients and the learning rate. With Adam that is AdamW:
 
         optax.chain(optax.scale_by_adam(), fast_weight_groups(model, 1e-2), optax.scale_by_learning_rate(1e-3))
 
@@ -90,7 +90,7 @@ def fast_weight_groups(
 
 
 def _own(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A path in the model, of one in a tree of its variables or of their values."""
+    """Returns a path in the model, from one in a tree of its variables or of their values."""
     return tuple(key.key for key in path if isinstance(key, DictKey))
 
 
@@ -107,7 +107,7 @@ def _group(holder: Any, name: Any, decay: Types, no_decay: Types) -> str | None:
 
 
 def _holder(model: nnx.Module, path: tuple[Any, ...]) -> Any:
-    """The innermost module on the way to a parameter, which may lie in a list or a dict of it."""
+    """Returns the innermost module on the way to a parameter, which may lie in a list or a dict of it."""
     nodes: list[Any] = [model]
     for part in path[:-1]:
         node = nodes[-1]

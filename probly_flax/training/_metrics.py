@@ -1,4 +1,4 @@
-"""What is logged for validation."""
+"""Metrics that are logged for validation."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ Logs = dict[str, Array]
 
 
 class TrainState(NamedTuple):
-    """What a training step changes: the values of all variables, as nested dicts, for `nnx.update` to write back.
+    """State that a training step changes: the values of all variables, as nested dicts, for `nnx.update` to write back.
 
     Example:
         >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
@@ -46,7 +46,7 @@ def make_train_step(
     task: Task = "classification",
     in_axes: int | None = None,
 ) -> tuple[Callable[[TrainState, Batch], tuple[TrainState, Logs]], TrainState]:
-    """A jitted training step, and the state that it starts from.
+    """Makes a jitted training step, and the state that it starts from.
 
     Model and optimizer are split once, which makes a step as fast as one by hand; it is compiled once for each shape of
     batch. The state is a copy, so that model and optimizer stay as they are: `nnx.update` writes a state back, as the
@@ -120,7 +120,9 @@ def make_eval_step(
     *,
     task: Task = "classification",
 ) -> Callable[..., Array]:
-    """A jitted step that judges the model, in eval mode, by metrics; the model itself stays in the mode it is in.
+    """Makes a jitted step that judges the model, in eval mode, by metrics.
+
+    The model itself stays in the mode that it is in.
 
     Shape:
         batch: (inputs, targets), for all members: inputs as model takes them, labels (B,) or targets (B, ...).
@@ -177,14 +179,17 @@ def make_eval_step(
 
 
 def values(node: Any) -> Any:
-    """Of all variables, in nested dicts, which jax.jit takes apart faster than nnx.State."""
+    """Returns the values of all variables in nested dicts, which jax.jit takes apart faster than nnx.State."""
     return nnx.to_pure_dict(nnx.state(node))
 
 
 def _judge(
     what: str, model: Any, loss: Loss | None, task: Task, in_axes: int | None
 ) -> Callable[[nnx.Module, Batch], tuple[Array, tuple[Array, ...]]]:
-    """The loss of a model on a batch, beside its outputs with an axis of members: logits, or mean and variance."""
+    """Makes a function that returns the loss of a model on a batch, beside its outputs with an axis of members.
+
+    The outputs are logits, or mean and variance.
+    """
     check_module(what, "model", model, nnx.Module)
     check_task(what, task)
     check_in_axes(what, in_axes)

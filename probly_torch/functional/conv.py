@@ -118,9 +118,10 @@ def batch_ensemble_conv_transpose(
 
 
 def scaled_weights(weight: Tensor, first: Tensor, second: Tensor, groups: int) -> Tensor:
-    """The weight of each member, (E, *weight.shape): scaled by `first` along its axis 0, by `second` along its axis 1.
+    """Returns the weight of each member, (E, *weight.shape), scaled along its channels.
 
-    Channels of axis 1 are those of one group.
+    It is scaled by `first` along its axis 0, and by `second` along its axis 1. Channels of axis 1 are those of one
+    group.
     """
     num_members, axes = first.shape[0], (1,) * (weight.ndim - 2)
     scales = first.reshape(num_members, groups, -1, 1, *axes) * second.reshape(num_members, groups, 1, -1, *axes)
@@ -164,10 +165,10 @@ def _batch_ensemble(
 
 
 def _members(x: Tensor, num_members: int) -> Tensor:
-    """(E*B, ...) -> (E, B, ...)."""
+    """Reshapes (E*B, ...) to (E, B, ...)."""
     return x.reshape(num_members, x.shape[0] // num_members, *x.shape[1:])
 
 
 def _rows(weights: Tensor, x: Tensor) -> Tensor:
-    """(E, channels) -> (E, 1, channels, 1, ...), against members (E, B, channels, *spatial)."""
+    """Reshapes (E, channels) to (E, 1, channels, 1, ...), against members (E, B, channels, *spatial)."""
     return weights.reshape(weights.shape[0], 1, weights.shape[1], *(1,) * (x.ndim - 2))

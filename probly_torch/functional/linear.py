@@ -56,9 +56,10 @@ def batch_ensemble_linear(
 def members_linear(
     what: str, x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None, shared: bool = False
 ) -> Tensor:
-    """The same for arguments whose shapes are checked: what a layer calls, for which small products pay dearly.
+    """Computes batch_ensemble_linear for arguments whose shapes are checked.
 
-    If shared, x (B, ..., in_features) is the batch of every member.
+    It is what a layer calls, since small products pay dearly for the checks. If shared, x (B, ..., in_features) is the
+    batch of every member.
     """
     x, weight, r, s, bias = autocast(x, weight, r, s, bias)
     check_dtype(what, x, weight)
@@ -133,5 +134,5 @@ class _ScaledWeights(torch.autograd.Function):
 
 
 def _member_weights(weight: Tensor, r: Tensor, s: Tensor) -> Tensor:
-    """W * s_i r_i^T of each member: (E, out, in)."""
+    """Returns W * s_i r_i^T of each member: (E, out, in)."""
     return weight * r[:, None] * s[:, :, None]

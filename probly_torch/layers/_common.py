@@ -1,4 +1,4 @@
-"""What the layers share: copies and draws of their weights."""
+"""Helpers that the layers share: copies and draws of their weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def keep_rows(layer: nn.Module, names: Iterable[str], indices: Sequence[int]) ->
 
 
 def draw_kernel(rngs: Rngs, like: Tensor) -> Tensor:
-    """A fresh kernel (in_features, out_features), lecun_normal."""
+    """Draws a fresh kernel (in_features, out_features), lecun_normal."""
     key = rngs.params().to(like.device)
     return random.lecun_normal(key, like.shape, random.draw_dtype(like.dtype)).to(like.dtype)
 

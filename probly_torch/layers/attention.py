@@ -167,7 +167,7 @@ class BatchEnsembleMultiHeadAttention(nn.Module):
         return y if self.batch_first else y.transpose(0, 1), weights
 
     def member(self, i: int) -> nn.MultiheadAttention:
-        """Member i as an ordinary MultiheadAttention layer, with the weights W * s_i r_i^T and its own biases.
+        """Returns member i as an ordinary MultiheadAttention layer, with the weights W * s_i r_i^T and its own biases.
 
         Example:
             >>> import torch
@@ -254,7 +254,7 @@ class BatchEnsembleMultiHeadAttention(nn.Module):
             )
 
     def _merged(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """Both masks as numbers to add to scores (E*B, num_heads, L, S); -inf where hidden."""
+        """Merges both masks into numbers to add to scores (E*B, num_heads, L, S), -inf where hidden."""
         masks = []
         if attn_mask is not None:
             heads = (
@@ -271,19 +271,19 @@ class BatchEnsembleMultiHeadAttention(nn.Module):
         return sum(numbers[1:], start=numbers[0]) if numbers else None
 
     def _one_step(self, bias: Tensor, rows: Tensor) -> Tensor:
-        """(E, 1, 1, embed_dim) -> (E*B, 1, embed_dim), each member's own for each of its rows."""
+        """Expands (E, 1, 1, embed_dim) to (E*B, 1, embed_dim), each member's own for each of its rows."""
         return bias.expand(-1, rows.shape[0] // self.num_members, -1, -1).flatten(0, 1)
 
 
 def _projections(layer: Any) -> tuple[Tensor, ...]:
-    """The weights of query, key and value, (out_features, in_features) each."""
+    """Returns the weights of query, key and value, (out_features, in_features) each."""
     if layer.in_proj_weight is not None:
         return layer.in_proj_weight.chunk(3)
     return layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight
 
 
 def _set_projections(layer: nn.Module, weights: Sequence[Tensor], like: nn.Module) -> None:
-    """Packed, or each under its own name, as the other layer has them."""
+    """Sets the weights packed, or each under its own name, as the other layer has them."""
     names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
     packed = getattr(like, names[0]) is not None
     values = [torch.cat(tuple(weights)), None, None, None] if packed else [None, *weights]

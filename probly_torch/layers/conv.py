@@ -136,7 +136,7 @@ class BatchEnsembleConv(nn.Module):
         )
 
     def _pads(self) -> list[int]:
-        """Before and after each spatial axis, the last one first, as `functional.pad` wants them."""
+        """Lists the padding before and after each spatial axis, the last one first, as `functional.pad` wants it."""
         spans = [dilation * (size - 1) for dilation, size in zip(self.dilation, self.kernel_size, strict=True)]
         if isinstance(self.padding, str):
             pairs = [(span // 2, span - span // 2) if self.padding == "same" else (0, 0) for span in spans]
@@ -145,7 +145,7 @@ class BatchEnsembleConv(nn.Module):
         return [size for pair in reversed(pairs) for size in pair]
 
     def member(self, i: int) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
-        """Member i as an ordinary Conv layer of torch, with the weight W * s_i r_i^T and the bias b_i.
+        """Returns member i as an ordinary Conv layer, with the weight W * s_i r_i^T and the bias b_i.
 
         Example:
             >>> import torch
@@ -277,7 +277,7 @@ class BatchEnsembleConvTranspose(nn.Module):
         return [size - low for size, low in zip(sizes, smallest, strict=True)]
 
     def member(self, i: int) -> nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d:
-        """Member i as an ordinary ConvTranspose layer of torch, with the weight W * r_i s_i^T and the bias b_i.
+        """Returns member i as an ordinary ConvTranspose layer, with the weight W * r_i s_i^T and the bias b_i.
 
         Example:
             >>> import torch
@@ -307,13 +307,13 @@ class BatchEnsembleConvTranspose(nn.Module):
 
 
 def _drawn(rngs: Rngs, like: Tensor) -> Tensor:
-    """A weight (out, in / groups, *kernel_size), drawn as (*kernel_size, in / groups, out), which is Flax's layout."""
+    """Draws a weight (out, in / groups, *kernel_size) as (*kernel_size, in / groups, out), which is Flax's layout."""
     axes = range(2, like.ndim)
     return draw_kernel(rngs, like.permute(*axes, 1, 0)).permute(-1, -2, *(axis - 2 for axis in axes))
 
 
 def _swapped(weight: Tensor, groups: int) -> Tensor:
-    """(in, out / groups, ...) <-> (out, in / groups, ...), group by group."""
+    """Swaps (in, out / groups, ...) and (out, in / groups, ...), group by group."""
     return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 

@@ -109,7 +109,7 @@ class BatchEnsembleEmbed(nn.Module):
         return y.reshape(*x.shape, self.embedding_dim)
 
     def attend(self, query: Tensor) -> Tensor:
-        """Inner products of each member's queries with the rows of its table, as for tied logits.
+        """Returns the inner products of each member's queries with the rows of its table, as for tied logits.
 
         Shape:
             query: (E*B, ..., embedding_dim). Returns (E*B, ..., num_embeddings).
@@ -123,7 +123,7 @@ class BatchEnsembleEmbed(nn.Module):
         return batch_ensemble_linear(query, self.weight, self.s, self.r)
 
     def member(self, i: int) -> nn.Embedding:
-        """Member i as an ordinary Embedding layer, with the table W * r_i s_i^T.
+        """Returns member i as an ordinary Embedding layer, with the table W * r_i s_i^T.
 
         Example:
             >>> import torch
@@ -177,7 +177,7 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 def _draw_table(rngs: Rngs, like: Tensor, padding_idx: int | None) -> Tensor:
-    """A fresh table as `nnx.Embed` draws it: variance_scaling(1.0, "fan_in", "normal", out_axis=0)."""
+    """Draws a fresh table as `nnx.Embed` does by default: variance_scaling(1.0, "fan_in", "normal", out_axis=0)."""
     num_embeddings = like.shape[0]
     dtype = random.draw_dtype(like.dtype)
     fan_in = num_embeddings * (like.numel() / num_embeddings / num_embeddings)  # JAX's arithmetic, to the last bit

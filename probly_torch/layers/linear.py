@@ -100,7 +100,7 @@ class BatchEnsembleLinear(nn.Module):
         return members_linear("BatchEnsembleLinear", x, self.weight, self.r, self.s, self.bias, shared=True)
 
     def member(self, i: int) -> nn.Linear:
-        """Member i as an ordinary Linear layer, with the weight W * s_i r_i^T and the bias b_i.
+        """Returns member i as an ordinary Linear layer, with the weight W * s_i r_i^T and the bias b_i.
 
         Example:
             >>> import torch

@@ -1,4 +1,4 @@
-"""Normalisation layers of which each member has its own scale, offset and running statistics."""
+"""Normalisation layers in which each member has its own scale, offset and running statistics."""
 
 from __future__ import annotations
 
@@ -96,13 +96,15 @@ class BatchEnsembleBatchNorm(nn.Module):
         return members.flatten(0, 1).movedim(axis, 1)
 
     def reset_running_stats(self) -> None:
-        """Every member's statistics to those of a new layer, as `torch.optim.swa_utils.update_bn` does first."""
+        """Resets every member's statistics to those of a new layer, as `torch.optim.swa_utils.update_bn` does first."""
         for statistics, start in ((self.running_mean, 0), (self.running_var, 1), (self.num_batches_tracked, 0)):
             if statistics is not None and self.track_running_stats:
                 statistics.fill_(start)
 
     def member(self, i: int) -> nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d:
-        """Member i as an ordinary layer of the base layer's class, with its own weights and statistics.
+        """Returns member i as an ordinary BatchNorm layer, with its own weights and statistics.
+
+        It is of the base layer's class.
 
         Example:
             >>> import torch
@@ -175,7 +177,7 @@ class BatchEnsembleLayerNorm(nn.Module):
         return _scaled(self, layer_norm(x, self.normalized_shape, eps=self.eps), x.ndim - axes)
 
     def member(self, i: int) -> nn.LayerNorm:
-        """Member i as an ordinary LayerNorm layer.
+        """Returns member i as an ordinary LayerNorm layer.
 
         Example:
             >>> import torch
@@ -244,7 +246,7 @@ class BatchEnsembleGroupNorm(nn.Module):
         return _scaled(self, group_norm(x, self.num_groups, eps=self.eps), 1)
 
     def member(self, i: int) -> nn.GroupNorm:
-        """Member i as an ordinary GroupNorm layer.
+        """Returns member i as an ordinary GroupNorm layer.
 
         Example:
             >>> import torch
@@ -302,7 +304,10 @@ def _keep(layer: Any, indices: list[int]) -> None:
 
 
 def _scaled(layer: Any, y: Tensor, axis: int) -> Tensor:
-    """y * weight + bias, each member's own; the axes of a member's weight are those of y from `axis` on."""
+    """Computes y * weight + bias, each member's own.
+
+    The axes of a member's weight are those of y from `axis` on.
+    """
     if layer.weight is None:
         return y
     members = y.unflatten(0, (layer.num_members, y.shape[0] // layer.num_members))
@@ -319,7 +324,10 @@ def _channels_last(x: Tensor) -> bool:
 
 
 def _check_dtype(what: str, x: Tensor, weight: Tensor | None) -> None:
-    """The dtypes that the base layer takes: the weight's, half precision with float32 weights, autocast's on a GPU."""
+    """Checks that x has a dtype that the base layer takes.
+
+    It takes the weight's, half precision with float32 weights, and autocast's on a GPU.
+    """
     device = x.device.type
     cast = device != "cpu" and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if weight is not None and not cast:
@@ -328,6 +336,9 @@ def _check_dtype(what: str, x: Tensor, weight: Tensor | None) -> None:
 
 
 def _count_is_optional(layer: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Weights without num_batches_tracked load as into an nn.BatchNorm; there is none in Flax."""
+    """Lets weights without num_batches_tracked load, as into an nn.BatchNorm.
+
+    There is none in Flax.
+    """
     if layer.num_batches_tracked is not None:
         state_dict.setdefault(f"{prefix}num_batches_tracked", layer.num_batches_tracked)

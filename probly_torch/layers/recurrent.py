@@ -40,7 +40,7 @@ _SEQUENCE_OPTIONS = (*_OPTIONS, "num_layers", "batch_first", "dropout", "bidirec
 
 
 class _Recurrent(nn.Module):
-    """What the layers share: weights `weight_ih`, `r_ih`, `s_ih`, `bias_ih`, ..., and those of one member."""
+    """The base of the layers: weights `weight_ih`, `r_ih`, `s_ih`, `bias_ih`, ..., and those of one member."""
 
     input_size: int
     hidden_size: int
@@ -83,7 +83,7 @@ class _Recurrent(nn.Module):
                 setattr(self, f"bias_{name}", rows)
 
     def _names(self) -> list[str]:
-        """Of the weights, in the order of their draws."""
+        """Lists the names of the weights, in the order of their draws."""
         return ["ih", "hh"]
 
     def _member_weight(self, name: str, i: int) -> Tensor:
@@ -121,14 +121,14 @@ class _Cell(_Recurrent):
     bias_hh: nn.Parameter | None
 
     def _gates(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """What the inputs and the state send to the gates, side by side."""
+        """Computes what the inputs and the state send to the gates, side by side."""
         return (
             batch_ensemble_linear(x, self.weight_ih, self.r_ih, self.s_ih, self.bias_ih),
             batch_ensemble_linear(h, self.weight_hh, self.r_hh, self.s_hh, self.bias_hh),
         )
 
     def _states(self, what: str, x: Tensor, states: dict[str, Tensor] | None, count: int) -> tuple[Tensor, ...]:
-        """The states given, checked; or zeros."""
+        """Returns the given states, checked, or zeros."""
         check_recurrent_rows(what, x.shape, self.num_members, self.input_size, CELL)
         expected = (x.shape[0], self.hidden_size)
         for name, state in (states or {}).items():
@@ -155,7 +155,7 @@ class _Sequence(_Recurrent):
         return [f"l{layer}{direction}" for layer in range(self.num_layers) for direction in directions]
 
     def _flat_weights(self, i: int) -> list[Tensor]:
-        """Member i's weights, in the order of torch.lstm and torch.gru."""
+        """Lists member i's weights, in the order of torch.lstm and torch.gru."""
         flat = []
         for place in self._places():
             flat += [self._member_weight(f"{kind}_{place}", i) for kind in ("ih", "hh")]
@@ -277,7 +277,7 @@ class BatchEnsembleLSTMCell(_Cell):
         return o.sigmoid() * c.tanh(), c
 
     def member(self, i: int) -> nn.LSTMCell:
-        """Member i as an ordinary LSTMCell, with the weights W * s_i r_i^T and the biases b_i.
+        """Returns member i as an ordinary LSTM cell, with the weights W * s_i r_i^T and the biases b_i.
 
         Example:
             >>> import torch
@@ -361,7 +361,7 @@ class BatchEnsembleGRUCell(_Cell):
         return (1 - z) * (x_n + r * h_n).tanh() + z * h
 
     def member(self, i: int) -> nn.GRUCell:
-        """Member i as an ordinary GRUCell, with the weights W * s_i r_i^T and the biases b_i.
+        """Returns member i as an ordinary GRU cell, with the weights W * s_i r_i^T and the biases b_i.
 
         Example:
             >>> import torch
@@ -445,7 +445,7 @@ class BatchEnsembleLSTM(_Sequence):
         return output, (h, c)
 
     def member(self, i: int) -> nn.LSTM:
-        """Member i as an ordinary LSTM, with the weights W * s_i r_i^T and the biases b_i.
+        """Returns member i as an ordinary LSTM, with the weights W * s_i r_i^T and the biases b_i.
 
         Example:
             >>> import torch
@@ -526,7 +526,7 @@ class BatchEnsembleGRU(_Sequence):
         return output, h
 
     def member(self, i: int) -> nn.GRU:
-        """Member i as an ordinary GRU, with the weights W * s_i r_i^T and the biases b_i.
+        """Returns member i as an ordinary GRU, with the weights W * s_i r_i^T and the biases b_i.
 
         Example:
             >>> import torch

@@ -1,4 +1,4 @@
-"""Whether predictions are as often right as they say: calibration in bins of confidence.
+"""Calibration in bins of confidence: are predictions as often right as they say?
 
 Bin k of n is (k/n, (k+1)/n], closed on the right: a confidence of 1 is in the last, and one of 0 in the first.
 """
@@ -17,7 +17,7 @@ from probly_torch.metrics._states import _Scores, _Sums
 
 
 class ReliabilityBins(NamedTuple):
-    """What a reliability diagram shows, by bins of confidence.
+    """Values of a reliability diagram, by bins of confidence.
 
     Shape:
         each (num_bins,), or (E, num_bins) with per_member.
@@ -36,7 +36,9 @@ class ReliabilityBins(NamedTuple):
 
 
 def reliability_bins(logits: Tensor, labels: Tensor, *, num_bins: int = 15) -> ReliabilityBins:
-    """Mean confidence, accuracy and count of the mean prediction in bins of equal width (DeGroot and Fienberg 1983).
+    """Returns mean confidence, accuracy and count in bins of equal width (DeGroot and Fienberg 1983).
+
+    They are those of the mean prediction.
 
     Shape:
         logits (E, B, C), labels (B,) of class indices. Returns three of (num_bins,).
@@ -55,7 +57,7 @@ def reliability_bins(logits: Tensor, labels: Tensor, *, num_bins: int = 15) -> R
 
 
 def ece(logits: Tensor, labels: Tensor, *, num_bins: int = 15) -> Tensor:
-    """Expected calibration error of the mean prediction, sum_k (n_k / N) |accuracy_k - confidence_k|.
+    """Returns the expected calibration error of the mean prediction, sum_k (n_k / N) |accuracy_k - confidence_k|.
 
     Confidence is the largest mean probability; bins are of equal width (Guo et al. 2017, eq. 3).
 
@@ -76,11 +78,11 @@ def ece(logits: Tensor, labels: Tensor, *, num_bins: int = 15) -> Tensor:
 
 
 def adaptive_ece(logits: Tensor, labels: Tensor, *, num_bins: int = 15) -> Tensor:
-    """Expected calibration error in bins that hold the same number of inputs, or one more.
+    """Returns the expected calibration error in bins that hold the same number of inputs, or one more.
 
-    Of the largest mean probability (Nguyen and O'Connor 2015; AdaECE of Mukhoti et al. 2020). Inputs of equal
-    confidence count as equally right, so that their order does not matter. Where members give an
-    input the same numbers in another order, its confidence can be another in the last bit: then it is no longer equal.
+    It is the error of the largest mean probability (Nguyen and O'Connor 2015; AdaECE of Mukhoti et al. 2020). Inputs of
+    equal confidence count as equally right, so that their order does not matter. Where members give an input the same
+    numbers in another order, its confidence can differ in the last bit. Then it is no longer equal.
 
     Shape:
         logits (E, B, C), labels (B,) of class indices. Returns a scalar, from 0 to 1.
@@ -101,9 +103,10 @@ def adaptive_ece(logits: Tensor, labels: Tensor, *, num_bins: int = 15) -> Tenso
 
 
 def classwise_ece(logits: Tensor, labels: Tensor, *, num_bins: int = 15) -> Tensor:
-    """Mean over classes of the calibration error of each class's probability, whether it is the largest or not.
+    """Returns the mean over classes of the calibration error of each class's probability.
 
-    The static calibration error of Nixon et al. (2019), and the classwise-ECE of Kull et al. (2019).
+    A probability counts whether it is the largest or not. This is the static calibration error of Nixon et al. (2019),
+    and the classwise-ECE of Kull et al. (2019).
 
     Shape:
         logits (E, B, C), labels (B,) of class indices. Returns a scalar, from 0 to 1.
@@ -143,7 +146,7 @@ class _TopLabelSums(_Sums):
 
 
 class ReliabilityCurve(_TopLabelSums):
-    """What a reliability diagram shows: metrics.reliability_bins over batches.
+    """Values of a reliability diagram: metrics.reliability_bins over batches.
 
     Memory does not grow with the inputs.
 
@@ -164,7 +167,7 @@ class ReliabilityCurve(_TopLabelSums):
     """
 
     def compute(self) -> ReliabilityBins:
-        """The bins of all inputs since the last reset."""
+        """Returns the bins of all inputs since the last reset."""
         return _means(self.confidence, self.correct, self.count)
 
 
@@ -191,7 +194,7 @@ class ECE(_TopLabelSums):
     higher_is_better = False
 
     def compute(self) -> Tensor:
-        """The error over all inputs since the last reset; NaN before the first."""
+        """Returns the error over all inputs since the last reset; NaN before the first."""
         return _error(self.confidence, self.correct, self.count)
 
 
@@ -234,7 +237,7 @@ class ClasswiseECE(_Sums):
         self._add(**dict(zip(("class_confidence", "class_correct", "class_count"), bins, strict=True)))
 
     def compute(self) -> Tensor:
-        """The error over all inputs since the last reset; NaN before the first."""
+        """Returns the error over all inputs since the last reset; NaN before the first."""
         return _error(self.class_confidence, self.class_correct, self.class_count).mean(-1)
 
 
@@ -272,7 +275,7 @@ class AdaptiveECE(_Scores):
         self._append(confidence=probs.amax(-1), correct=_hits(probs, labels))
 
     def compute(self) -> Tensor:
-        """The error over all inputs since the last reset."""
+        """Returns the error over all inputs since the last reset."""
         members = zip(self._all("confidence"), self._all("correct"), strict=True)
         errors = [_adaptive(*each, self.num_bins) for each in members]
         return torch.stack(errors) if self.per_member else errors[0]
@@ -289,7 +292,7 @@ def _top_label(
     per_member: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Bins:
-    """Sums [..., num_bins] by bins of the largest probability."""
+    """Returns sums [..., num_bins] by bins of the largest probability."""
     check_num_bins(what, num_bins)
     probs = _probs(what, logits, labels, per_member)
     return _binned(probs.amax(-1), _hits(probs, labels), num_bins, dtype or probs.dtype)
@@ -303,7 +306,7 @@ def _every_label(
     per_member: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Bins:
-    """Sums [..., C, num_bins] by bins of each class's probability."""
+    """Returns sums [..., C, num_bins] by bins of each class's probability."""
     check_num_bins(what, num_bins)
     probs = _probs(what, logits, labels, per_member)
     is_label = one_hot(labels.long(), probs.shape[-1]).expand_as(probs)
@@ -311,7 +314,7 @@ def _every_label(
 
 
 def _binned(confidence: Tensor, correct: Tensor, num_bins: int, dtype: torch.dtype) -> Bins:
-    """Sums of confidence and of correct [..., B], and counts, by bins of confidence: three of [..., num_bins]."""
+    """Returns sums of confidence and correct [..., B], and counts, by bins of confidence: three of [..., num_bins]."""
     edges = torch.tensor([k / num_bins for k in range(1, num_bins)], dtype=confidence.dtype, device=confidence.device)
     index = torch.bucketize(confidence.contiguous(), edges)  # closed on the right
     empty = confidence.new_zeros(*confidence.shape[:-1], num_bins, dtype=dtype)
@@ -324,12 +327,12 @@ def _means(confidence: Tensor, correct: Tensor, count: Tensor) -> ReliabilityBin
 
 
 def _error(confidence: Tensor, correct: Tensor, count: Tensor) -> Tensor:
-    """sum_k (n_k / N) |correct_k / n_k - confidence_k / n_k|, where n_k cancels."""
+    """Returns sum_k (n_k / N) |correct_k / n_k - confidence_k / n_k|, where n_k cancels."""
     return (correct - confidence).abs().sum(-1) / count.sum(-1)
 
 
 def _adaptive(confidence: Tensor, correct: Tensor, num_bins: int) -> Tensor:
-    """Of all inputs [N]."""
+    """Returns the adaptive calibration error of all inputs [N]."""
     confidence, order = confidence.sort()
     num_inputs = len(confidence)
     difference = _mean_of_ties(confidence, correct[order]) - confidence
@@ -338,7 +341,7 @@ def _adaptive(confidence: Tensor, correct: Tensor, num_bins: int) -> Tensor:
 
 
 def _mean_of_ties(scores: Tensor, values: Tensor) -> Tensor:
-    """Each value [N] in the mean of those of its score, for sorted scores."""
+    """Replaces each value [N] by the mean of the values that have its score, for sorted scores."""
     first, last = torch.searchsorted(scores, scores), torch.searchsorted(scores, scores, right=True)
     sums = torch.cat([values.new_zeros(1), values.cumsum(0)])
     return (sums[last] - sums[first]) / (last - first)

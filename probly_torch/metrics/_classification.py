@@ -14,7 +14,7 @@ from probly_torch.uncertainty import disagreement, log_mean_probs, mutual_inform
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of the inputs whose class has the largest mean probability.
+    """Returns the share of the inputs whose class has the largest mean probability.
 
     Shape:
         logits (E, B, C), labels (B,) of class indices. Returns a scalar.
@@ -30,7 +30,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood of the mean prediction, -log (1/E) sum_i softmax(z_i)[label], in nats.
+    """Returns the negative log-likelihood of the mean prediction, -log (1/E) sum_i softmax(z_i)[label], in nats.
 
     It is losses.mixture_cross_entropy without options.
 
@@ -47,7 +47,7 @@ def nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def brier(logits: Tensor, labels: Tensor) -> Tensor:
-    """Brier score of the mean prediction, sum_c (p_c - [c = label])^2 (Brier 1950): from 0 to 2.
+    """Returns the Brier score of the mean prediction, sum_c (p_c - [c = label])^2 (Brier 1950): from 0 to 2.
 
     Shape:
         logits (E, B, C), labels (B,) of class indices. Returns a scalar.
@@ -62,10 +62,11 @@ def brier(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def diversity(logits: Tensor, labels: Tensor) -> Tensor:
-    """How often two members differ, for how often one is wrong: their mean disagreement / (1 - their mean accuracy).
+    """Returns how often two members differ, relative to how often one is wrong.
 
-    From 0, for members that predict the same, to 2, for members of which only one is wrong at a time (Fort, Hu and
-    Lakshminarayanan 2019, sec. 4.2.2); NaN where no member errs.
+    It is their mean disagreement / (1 - their mean accuracy). It goes from 0, where members predict the same, to 2,
+    where only one member is wrong at a time (Fort, Hu and Lakshminarayanan 2019, sec. 4.2.2). It is NaN where no member
+    errs.
 
     Shape:
         logits (E, B, C), labels (B,) of class indices. Returns a scalar.
@@ -235,12 +236,12 @@ class Diversity(_Sums):
         self._add(differing=differing.sum(dtype=self.dtype), wrong=wrong.sum(dtype=self.dtype))
 
     def compute(self) -> Tensor:
-        """The quotient over all inputs since the last reset; NaN where no member errs."""
+        """Returns the quotient over all inputs since the last reset; NaN where no member errs."""
         return self.differing / self.wrong
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
-    """Half precision has too few digits for what is summed over thousands of inputs."""
+    """Converts half precision to float32, since its digits are too few for what is summed over thousands of inputs."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -252,18 +253,21 @@ def _checked(what: str, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _probs(what: str, logits: Tensor, labels: Tensor, per_member: bool = False) -> Tensor:
-    """Of the mixture (B, C), or of each member (E, B, C)."""
+    """Returns the probabilities of the mixture (B, C), or of each member (E, B, C)."""
     probs = _checked(what, logits, labels).softmax(-1)
     return probs if per_member else probs.mean(0)
 
 
 def _of_label(values: Tensor, labels: Tensor) -> Tensor:
-    """The entry [..., B] of each label in values [..., B, C]; labels out of range are errors."""
+    """Returns the entry [..., B] of each label in values [..., B, C].
+
+    Labels out of range are errors.
+    """
     return values.gather(-1, labels.long().expand(values.shape[:-1])[..., None])[..., 0]
 
 
 def _hits(scores: Tensor, labels: Tensor) -> Tensor:
-    """1 where the largest score [..., B, C] is the label's, else 0."""
+    """Returns 1 where the largest score [..., B, C] is the label's, else 0."""
     return _of_label(one_hot(scores.argmax(-1), scores.shape[-1]), labels)
 
 
@@ -279,6 +283,6 @@ def _brier(probs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _diversity(what: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each input: how many of the pairs of members differ, and how many of the members are wrong."""
+    """Returns for each input how many of the pairs of members differ, and how many of the members are wrong."""
     logits = _checked(what, logits, labels)
     return disagreement(logits), 1 - _hits(logits, labels).to(logits.dtype).mean(0)

@@ -20,10 +20,10 @@ from probly_torch.uncertainty import _check_variance, regression_uncertainty
 
 
 def crps(mean: Tensor, variance: Tensor, targets: Tensor) -> Tensor:
-    """Continuous ranked probability score of the mixture of Gaussians, E|X - y| - E|X - X'| / 2.
+    """Returns the continuous ranked probability score of the mixture of Gaussians, E|X - y| - E|X - X'| / 2.
 
-    The integral of (F(x) - [x >= y])^2, in units of the targets (Gneiting and Raftery 2007, eq. 21), in the closed form
-    of Grimit et al. (2006).
+    It is the integral of (F(x) - [x >= y])^2, in units of the targets (Gneiting and Raftery 2007, eq. 21), in the
+    closed form of Grimit et al. (2006).
 
     Shape:
         mean, variance (E, B, ...), targets (B, ...). Returns a scalar.
@@ -37,10 +37,11 @@ def crps(mean: Tensor, variance: Tensor, targets: Tensor) -> Tensor:
 
 
 def interval_coverage(mean: Tensor, variance: Tensor, targets: Tensor, *, level: float = 0.95) -> Tensor:
-    """Share of the targets in the central interval of a level: of a calibrated ensemble, the level.
+    """Returns the share of the targets in the central interval of a level.
 
-    The interval is mean +- z sqrt(variance) of the Gaussian with the mixture's mean and variance, as deep ensembles are
-    summarized (Lakshminarayanan et al. 2017, sec. 2.4); z is 1.96 at 0.95. Sharpness is its width.
+    For a calibrated ensemble it is the level. The interval is mean +- z sqrt(variance) of the Gaussian with the
+    mixture's mean and variance, as deep ensembles are summarized (Lakshminarayanan et al. 2017, sec. 2.4); z is 1.96 at
+    0.95. Sharpness is its width.
 
     Shape:
         mean, variance (E, B, ...), targets (B, ...). Returns a scalar, from 0 to 1.
@@ -61,9 +62,10 @@ def interval_coverage(mean: Tensor, variance: Tensor, targets: Tensor, *, level:
 
 
 def sharpness(mean: Tensor, variance: Tensor, *, level: float = 0.95) -> Tensor:
-    """Mean width of the central interval of a level: of two that cover alike, the narrower says more.
+    """Returns the mean width of the central interval of a level.
 
-    The interval is that of interval_coverage, in units of the targets (Gneiting, Balabdaoui and Raftery 2007).
+    Of two intervals that cover alike, the narrower says more. The interval is that of interval_coverage, in units of
+    the targets (Gneiting, Balabdaoui and Raftery 2007).
 
     Shape:
         mean, variance (E, B, ...). Returns a scalar.
@@ -137,7 +139,7 @@ class RMSE(_Mean):
         self._add_values(_flat(errors.square(), self.per_member))
 
     def compute(self) -> Tensor:
-        """The root of the mean over all targets since the last reset; NaN before the first."""
+        """Returns the root of the mean over all targets since the last reset; NaN before the first."""
         return super().compute().sqrt()
 
 
@@ -230,7 +232,10 @@ class Sharpness(_Mean):
 def _gaussians(
     what: str, mean: Tensor, variance: Tensor, targets: Tensor | None, per_member: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mixtures over the first axis, and their targets; with per_member those of one member each, (1, E, B, ...)."""
+    """Returns mixtures over the first axis, and their targets.
+
+    With per_member they are mixtures of one member each, (1, E, B, ...).
+    """
     check_gaussian(what, mean.shape, variance.shape)
     targets = mean[0] if targets is None else targets
     check_targets(what, mean.shape, targets.shape, each=False)
@@ -240,7 +245,7 @@ def _gaussians(
 
 
 def _flat(values: Tensor, per_member: bool) -> Tensor:
-    """Targets of several numbers count as so many targets: (B,), or (E, B) with per_member."""
+    """Flattens values to (B,), or (E, B) with per_member: targets of several numbers count as so many targets."""
     return values.flatten(1) if per_member else values.flatten()
 
 
@@ -255,7 +260,10 @@ def _crps(mean: Tensor, variance: Tensor, targets: Tensor) -> Tensor:
 
 
 def _mean_distance(mean: Tensor, variance: Tensor) -> Tensor:
-    """E|X| of a Gaussian, sigma (2 phi(z) + z (2 Phi(z) - 1)) with z = mean / sigma; |mean| where the variance is 0."""
+    """Returns E|X| of a Gaussian, sigma (2 phi(z) + z (2 Phi(z) - 1)) with z = mean / sigma.
+
+    It is |mean| where the variance is 0.
+    """
     z = mean / variance.sqrt().clamp(min=torch.finfo(mean.dtype).tiny)
     return (variance * (2 / math.pi)).sqrt() * torch.exp(-z.square() / 2) + mean * torch.erf(z / math.sqrt(2))
 

@@ -1,4 +1,4 @@
-"""What metrics keep between updates: sums over inputs, or every score."""
+"""States that metrics keep between updates: sums over inputs, or every score."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ class _Mean(_Sums):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def _add_values(self, values: Tensor) -> None:
-        """Values [..., B], one for each input."""
+        """Adds values [..., B], one for each input."""
         self._add(**{self._name: values.sum(-1, dtype=self.dtype)})
         self.count = self.count + values.shape[-1]
 
     def compute(self) -> Tensor:
-        """The mean over all inputs since the last reset; NaN before the first."""
+        """Returns the mean over all inputs since the last reset; NaN before the first."""
         return getattr(self, self._name) / self.count
 
 
@@ -96,7 +96,10 @@ class _Scores(_EnsembleMetric):
         self.add_state("width", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
 
     def _append(self, **values: Tensor) -> None:
-        """Values [..., B]; a process without a batch learns from the others how many there are for each input."""
+        """Appends values [..., B].
+
+        A process without a batch learns from the others how many there are for each input.
+        """
         for name, value in values.items():
             width = math.prod(value.shape[:-1])
             check_same_members(type(self).__name__, self._shapes.setdefault(name, value.shape[:-1]), value.shape[:-1])
@@ -104,7 +107,7 @@ class _Scores(_EnsembleMetric):
             self.width = self.width.clamp(min=width)
 
     def _all(self, name: str) -> Tensor:
-        """Values [width, N]."""
+        """Returns all values [width, N]."""
         state = getattr(self, name)
         check_any_inputs(type(self).__name__, len(state))
         return dim_zero_cat(state).reshape(-1, int(self.width)).mT

@@ -26,7 +26,7 @@ _REGISTERED = Rules({}, {}, {}, {})
 
 
 def to_flax_source(network: nn.Module, example_input: Any) -> str:
-    """Source code of a network in Flax NNX, which needs jax and flax only.
+    """Writes the source code of a network in Flax NNX, which needs jax and flax only.
 
     Each module class becomes a class of the same name with the same attributes, torch's containers become nnx's, and
     every option in which the frameworks differ is written out. Instances of a class that differ in numbers give it
@@ -67,10 +67,11 @@ def to_flax_source(network: nn.Module, example_input: Any) -> str:
 
 
 def port(network: nn.Module, example_input: Any) -> nnx.Module:
-    """The live twin of a network in Flax NNX, in eval mode, with its weights, and proven to compute the same.
+    """Makes the live twin of a network in Flax NNX, with its weights, and proves that it computes the same.
 
-    Both run in float64 on the example, and must agree to 1e-12 of each output's scale; the twin must also take one row
-    more than the example has. It is what the code of `to_flax_source` builds, and takes the same inputs.
+    The twin is in eval mode. Both run in float64 on the example, and must agree to 1e-12 of each output's scale; the
+    twin must also take one row more than the example has. It is what the code of `to_flax_source` builds, and takes the
+    same inputs.
 
     Args:
         network: a module; it is not changed.

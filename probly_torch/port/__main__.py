@@ -131,7 +131,7 @@ def _input(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _draw(network: nn.Module, inputs: Sequence[tuple[str, tuple[int, ...]]], seed: int) -> tuple[Tensor, ...]:
-    """Random inputs; integers that every embedding takes."""
+    """Draws random inputs, and integers that every embedding takes."""
     generator = torch.Generator().manual_seed(seed)
     high = min((m.num_embeddings for m in network.modules() if isinstance(m, nn.Embedding)), default=2)
     floating = (value.dtype for value in network.parameters() if value.is_floating_point())
@@ -163,7 +163,10 @@ def _run(network: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 def _write(
     network: nn.Module, weights: Path | None, draws: Sequence[tuple[Tensor, ...]], folder: Path
 ) -> tuple[Twin, list[Row], bool]:
-    """Writes source and weights, and compares what was written; and whether the twin draws random numbers."""
+    """Writes source and weights, and compares what was written.
+
+    The last value tells whether the twin draws random numbers.
+    """
     with steps("Loading", "Writing the source", "Comparing in float64", "Writing", "Comparing the files") as go_on:
         if weights is not None:
             with plain_warnings():
@@ -222,7 +225,7 @@ def _compare(
 
 
 def _is_wide(network: nn.Module) -> bool:
-    """Whether it has 64-bit weights, which JAX keeps only if it is told to."""
+    """Tells whether the network has 64-bit weights, which JAX keeps only if it is told to."""
     return any(
         value.dtype in (torch.float64, torch.int64)
         for name, value in network.state_dict().items()
@@ -235,7 +238,10 @@ def _array(values: Any) -> np.ndarray:
 
 
 def _distance(array: np.ndarray, reference: np.ndarray) -> float:
-    """In units of the largest finite value; infinite for other shapes, and where only one is finite."""
+    """Measures the distance in units of the largest finite value.
+
+    It is infinite for other shapes, and where only one is finite.
+    """
     if array.shape != reference.shape:
         return float("inf")
     same = (array == reference) | np.isnan(array) & np.isnan(reference)

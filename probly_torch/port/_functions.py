@@ -20,7 +20,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {}
 
 
 def operation(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The names of a function in torch, torch.nn.functional, operator or math, and of a method."""
+    """Registers a rule by the names of a function in torch, torch.nn.functional, operator or math, and of a method."""
 
     def register(rule: Callable[..., Any]) -> Callable[..., Any]:
         OPERATIONS.update(dict.fromkeys(names, rule))
@@ -30,7 +30,10 @@ def operation(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def functions() -> dict[Any, Callable[..., Any]]:
-    """Rules by the functions themselves; relu_ is relu, what it changes is seen to elsewhere."""
+    """Returns the rules by the functions themselves.
+
+    relu_ is relu: what it changes is seen to elsewhere.
+    """
     table: dict[Any, Callable[..., Any]] = {}
     for module in (math, operator, functional, torch):
         for name, rule in OPERATIONS.items():
@@ -39,7 +42,10 @@ def functions() -> dict[Any, Callable[..., Any]]:
 
 
 def methods() -> dict[str, Callable[..., Any]]:
-    """Rules by names; x.relu_() is x.relu(), what it changes is seen to elsewhere."""
+    """Returns the rules by the names of methods.
+
+    x.relu_() is x.relu(): what it changes is seen to elsewhere.
+    """
     own = {name: rule for name, rule in OPERATIONS.items() if hasattr(Tensor, name)}
     return own | {f"{name}_": rule for name, rule in own.items() if hasattr(Tensor, f"{name}_")}
 
@@ -151,7 +157,7 @@ for _name in ("maximum", "minimum"):
 
 
 def _plain(s: Scope, x: Any) -> str:
-    """An operand that has been aligned."""
+    """Returns the source of an operand that has been aligned."""
     return x.text if isinstance(x, Value) else s.src(x)
 
 
@@ -256,7 +262,7 @@ for _name in ("softmax", "log_softmax"):
 
 
 def _axis(x: Value, dim: int) -> int:
-    """-1 for the last of ours."""
+    """Returns our axis for torch's, -1 for the last of ours."""
     axis = x.axis(dim)
     return -1 if axis == x.example.ndim - 1 else axis
 

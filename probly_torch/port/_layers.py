@@ -37,14 +37,14 @@ def layer(*types: type[nn.Module], layout: str = "torch") -> Callable[..., Any]:
 
 
 def called(s: Scope, module: nn.Module, access: str, x: Value, last: bool) -> Value:
-    """A call of a layer of one input and output."""
+    """Writes a call of a layer of one input and output."""
     result = s.value(f"{access}({x})", last)
     s.translator.calls.append((module, (x,), {}, result))
     return result
 
 
 def _typed(made: Make, module: nn.Module) -> Make:
-    """Weights of another dtype than float32 are said."""
+    """Adds the dtype of weights where it is another than float32."""
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     if dtype == torch.float32:
         return made
@@ -53,7 +53,7 @@ def _typed(made: Make, module: nn.Module) -> Make:
 
 
 def _flags(**flags: bool) -> dict[str, bool]:
-    """Switches that are off."""
+    """Returns the switches that are off."""
     return {name: value for name, value in flags.items() if not value}
 
 
@@ -374,7 +374,7 @@ LAYERS |= dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), _recurrent)
 
 
 def _function(name: str, *options: str, **renamed: str) -> Callable[..., Any]:
-    """A layer without weights: the operation, with these attributes of the layer as its options."""
+    """Makes the rule of a layer without weights: the operation, with these attributes of the layer as its options."""
 
     def rule(s: Scope, m: Any, access: str, x: Value | None) -> Any:
         if x is None:

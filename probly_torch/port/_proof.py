@@ -42,7 +42,10 @@ class Twin:
 
 
 def load(network: nn.Module, twin: Twin, dtype: Any = None) -> nnx.Module:
-    """The twin in eval mode with the weights of the network; floating ones in another dtype if it is given."""
+    """Builds the twin in eval mode with the weights of the network.
+
+    Floating weights are in another dtype if it is given.
+    """
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -109,7 +112,10 @@ def prove(network: nn.Module, twin: Twin) -> None:
 
 
 def _prove_batch(double: nn.Module, model: nnx.Module, twin: Twin, args: Any, kwargs: Any) -> None:
-    """Another number of rows gives torch's shapes, without computing; only if torch takes it."""
+    """Proves, without computing, that another number of rows gives torch's shapes.
+
+    It does so only if torch takes that number.
+    """
     import jax
     from flax import nnx
 
@@ -154,7 +160,7 @@ def _prove_batch(double: nn.Module, model: nnx.Module, twin: Twin, args: Any, kw
 
 
 def _first_difference(double: nn.Module, model: nnx.Module, twin: Twin, inputs: dict[str, Any], limit: float) -> str:
-    """The first module whose twin differs on the network's own inputs."""
+    """Names the first module whose twin differs on the network's own inputs."""
     for path, args, kwargs, outputs in twin.calls:
         if not path or path not in inputs:
             continue
@@ -203,7 +209,7 @@ def _keep(path: str, inputs: dict[str, Any]) -> Any:
 
 
 def _map(tree: Any, function: Any) -> Any:
-    """Of the tensors or values in lists, tuples and dicts."""
+    """Maps the tensors or values in lists, tuples and dicts."""
     if isinstance(tree, dict):
         return {name: _map(each, function) for name, each in tree.items()}
     if isinstance(tree, tuple | list):
@@ -243,7 +249,10 @@ def _to_jax(value: Value) -> Any:
 
 
 def _distance(values: Any, expected: Any, got: Any) -> float:
-    """The largest, of each output's scale; infinite for other shapes, and where only one is finite."""
+    """Measures the largest distance, in units of each output's scale.
+
+    It is infinite for other shapes, and where only one is finite.
+    """
     worst = 0.0
     for value, a, b in zip(_leaves(values), _leaves(expected), _leaves(got), strict=True):
         if not isinstance(a, Tensor):

@@ -38,11 +38,11 @@ class Value:
         return (0, *range(2, rank), 1) if self.last else tuple(range(rank))
 
     def axis(self, axis: int) -> int:
-        """Ours of torch's."""
+        """Returns our axis for torch's."""
         return self.order.index(axis % self.example.ndim)
 
     def to(self, last: bool) -> Value:
-        """The same array in the other layout, transposed in the source if it has to be."""
+        """Returns the same array in the other layout, transposed in the source if it has to be."""
         if last == self.last:
             return self
         rank = self.example.ndim
@@ -62,7 +62,7 @@ class Option:
     positional: bool = False
 
     def render(self, text: str) -> str:
-        """With the literal, or with the argument that replaces it."""
+        """Writes the option with the literal, or with the argument that replaces it."""
         return text if self.positional else f"{self.name}={text}"
 
 
@@ -81,13 +81,13 @@ class Make:
 
 
 def make(function: str, *positional: Option | Make | Instance | str, rngs: bool = True, **named: Any) -> Make:
-    """`function(positional, name=value, ..., rngs=rngs)`."""
+    """Makes the call `function(positional, name=value, ..., rngs=rngs)`."""
     named_items = (Option(name, str(value)) for name, value in named.items())
     return Make(f"{function}(", (*positional, *named_items, *(("rngs=rngs",) if rngs else ())))
 
 
 def sized(function: str, /, *sizes: tuple[str, Any], **named: Any) -> Make:
-    """make() of literals that go without a name."""
+    """Calls make() with literals that go without a name."""
     return make(function, *(Option(name, str(value), positional=True) for name, value in sizes), **named)
 
 
@@ -123,7 +123,10 @@ class Body:
         return self.count
 
     def argument(self, name: str, length: int = 0) -> str:
-        """A name for an argument; of a list or tuple, its length."""
+        """Makes a name for an argument.
+
+        `length` is that of a list or tuple.
+        """
         self.arguments[name] = self.token()
         self.lists[f"«{self.count}»"] = length
         return f"«{self.count}»"
@@ -138,7 +141,10 @@ class Body:
         return replace(value, text=f"«{number}»", primary=True)
 
     def lines(self, result: str, execution: Any, taken: Iterable[str]) -> list[str]:
-        """The source of all, named, with what is used once written where it is used."""
+        """Writes the source of all statements, named.
+
+        What is used once is written where it is used.
+        """
         statements = [*self.statements, Statement((), "", result, True, execution, ())]
         statements = _inlined(_used(statements))
         names = {number: name for name, number in self.arguments.items()}
@@ -177,7 +183,7 @@ def _used(statements: list[Statement]) -> list[Statement]:
 
 
 def _inlined(statements: list[Statement]) -> list[Statement]:
-    """What the original wrote into one expression is one again, if it fits on a line."""
+    """Rejoins what the original wrote into one expression, if it fits on a line."""
     uses = Counter(n for s in statements for n in _TOKEN.findall(s.text))
     result: list[Statement] = []
     for statement in statements:
@@ -199,7 +205,7 @@ def _inlined(statements: list[Statement]) -> list[Statement]:
 
 
 def _stands_alone(text: str, token: str) -> bool:
-    """Whether it is a whole argument, item or expression."""
+    """Tells whether the token is a whole argument, item or expression."""
     before, after = text.split(token)
     return (not before or before.endswith(("(", "[", ", ", "="))) and (not after or after[0] in "),]")
 
@@ -213,7 +219,7 @@ def _fresh(wish: str, taken: set[str]) -> str:
 
 
 def fold(text: str, indent: int) -> list[str]:
-    """One line of source as the lines that a formatter makes of it: the last brackets are opened first."""
+    """Folds one line of source into the lines that a formatter makes of it: the last brackets are opened first."""
     pad = " " * indent
     if indent + len(text) <= LINE_LENGTH:
         return [pad + text]
@@ -274,7 +280,7 @@ class Group:
                 self.arguments[texts] = name if name not in taken else _fresh(f"{attribute}_{name}", taken)
 
     def source(self) -> list[str]:
-        """The lines of the class."""
+        """Writes the lines of the class."""
         lines = [f"class {self.name}({self.base}):", f'    """{self.note}"""']
         first = self.instances[0]
         if first.attributes or not self.call or self.base == "nnx.Module":
@@ -312,7 +318,7 @@ class Instance:
     attributes: tuple[tuple[str, Make | Instance | str], ...]
 
     def literals(self) -> list[tuple[str, str, str]]:
-        """Attribute, name and text of each literal of the constructor, in order."""
+        """Lists attribute, name and text of each literal of the constructor, in order."""
         found: list[tuple[str, str, str]] = []
 
         def walk(attribute: str, item: Any) -> None:

@@ -172,7 +172,7 @@ class Tracer(fx.Tracer):
 
 @functools.lru_cache(maxsize=16)
 def _statements(source: str) -> list[tuple[int, int, ast.stmt]]:
-    """First line, last line and tree of each simple statement."""
+    """Lists first line, last line and tree of each simple statement."""
     try:
         tree = ast.parse(source)
     except SyntaxError:
@@ -182,14 +182,14 @@ def _statements(source: str) -> list[tuple[int, int, ast.stmt]]:
 
 
 def _statement(name: str, line: int) -> ast.stmt | None:
-    """The innermost simple statement at a line of a file."""
+    """Finds the innermost simple statement at a line of a file."""
     found = _statements("".join(linecache.getlines(name)))
     inside = [(start - end, node) for start, end, node in found if start <= line <= end]
     return max(inside, key=lambda item: item[0])[1] if inside else None
 
 
 def attribute(root: nn.Module, path: str) -> Any:
-    """Past what fx puts in the way of getattr."""
+    """Gets an attribute past what fx puts in the way of getattr."""
     value: Any = root
     for name in path.split("."):
         own = vars(value)
@@ -200,7 +200,10 @@ def attribute(root: nn.Module, path: str) -> Any:
 
 @contextmanager
 def recorded_factories(tracer: Tracer) -> Iterator[None]:
-    """torch.zeros(n, 3) and the like are recorded too, if a size is; fx sees only calls on what it records."""
+    """Records torch.zeros(n, 3) and the like too, if a size is recorded.
+
+    fx sees only calls on what it records.
+    """
     originals = {name: getattr(torch, name) for name in _FACTORIES}
 
     def recorded(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -223,7 +226,7 @@ def recorded_factories(tracer: Tracer) -> Iterator[None]:
 
 
 def _names(statement: ast.stmt | None, frame: FrameType) -> tuple[tuple[str | None, ...], str | None]:
-    """What the statement assigns to, and which of these the instruction that is running computes."""
+    """Returns what the statement assigns to, and which of these the instruction that is running computes."""
     if isinstance(statement, ast.AugAssign | ast.AnnAssign):
         target: ast.expr = statement.target
     elif isinstance(statement, ast.Assign) and len(statement.targets) == 1:
@@ -246,7 +249,7 @@ def _names(statement: ast.stmt | None, frame: FrameType) -> tuple[tuple[str | No
 
 
 def _items(target: ast.expr) -> list[ast.expr]:
-    """Those of nested tuples in one list."""
+    """Returns the items of nested tuples in one list."""
     nested = isinstance(target, ast.Tuple | ast.List)
     return [item for each in target.elts for item in _items(each)] if nested else [target]  # type: ignore[attr-defined]
 

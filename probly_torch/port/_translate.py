@@ -66,12 +66,18 @@ class Scope:
     origin: Origin = field(default_factory=lambda: Origin("unknown place", -1))
 
     def value(self, text: str, last: bool = False, primary: bool = True, example: Any = None) -> Value:
-        """An expression for the result of the call; arrays of two axes or fewer have one layout."""
+        """Makes an expression for the result of the call.
+
+        Arrays of two axes or fewer have one layout.
+        """
         example = self.example if example is None else example
         return Value(text, example, last and getattr(example, "ndim", 0) > 2, primary)
 
     def several(self, text: str, layouts: Any, examples: Any = None, names: Any = None) -> Any:
-        """An expression for a tuple, perhaps of tuples, assigned to names; `layouts` says which are channels last."""
+        """Assigns an expression for a tuple, perhaps of tuples, to names.
+
+        `layouts` says which are channels last.
+        """
         examples = self.example if examples is None else examples
         targets: list[int] = []
 
@@ -92,22 +98,25 @@ class Scope:
         return values
 
     def named(self, value: Value) -> Value:
-        """The value under a name, so that it may be used several times."""
+        """Puts the value under a name, so that it may be used several times."""
         return self.body.assign(value, None, None)
 
     def helper(self, name: str) -> str:
-        """A function or class that the source brings along."""
+        """Adds a function or class that the source brings along."""
         return self.translator.helper(name)
 
     def layer(self, name: str, constructor: Make) -> str:
-        """A layer of our own in place of a function that has state in nnx."""
+        """Adds a layer of our own in place of a function that has state in nnx."""
         names = (name, *(f"{name}{i}" for i in range(2, 1000)))
         free = next(n for n in names if n not in self.attributes and n not in self.translator.taken[-1])
         self.attributes[free] = constructor
         return f"self.{free}"
 
     def align(self, *values: Any) -> tuple[list[Any], bool]:
-        """Operands in one layout, such that they broadcast as torch's do; and whether it is channels last."""
+        """Brings operands into one layout, such that they broadcast as torch's do.
+
+        Returns them, and whether the layout is channels last.
+        """
         rank = max((v.example.ndim for v in values if _is_array(v)), default=0)
         last = any(v.last and v.example.ndim == rank for v in values if _is_array(v))
         return [self._aligned(v, rank, last) if _is_array(v) else v for v in values], last
@@ -124,7 +133,7 @@ class Scope:
         return replace(value, text=f"{text}.transpose({axes})" if rank > 2 else text, primary=True)
 
     def without(self, x: Value, axes: set[int]) -> tuple[Value, bool]:
-        """The array in a layout from which torch's axes can go, and whether the rest is channels last."""
+        """Returns the array in a layout from which torch's axes can go, and whether the rest is channels last."""
         rest = [axis for axis in x.order if axis not in axes]
         if rest == sorted(rest):
             return x, False
@@ -133,7 +142,7 @@ class Scope:
         return x.to(False), False
 
     def src_tree(self, item: Any, bracketed: bool = False) -> str:
-        """The source of arguments or results, each in the layout that it has."""
+        """Writes the source of arguments or results, each in the layout that it has."""
         if isinstance(item, Value):
             return item.text
         if isinstance(item, tuple | list | dict):
@@ -142,7 +151,7 @@ class Scope:
         return self.src(item)
 
     def src(self, item: Any) -> str:
-        """The source of an argument: values in torch's layout, the rest as literals."""
+        """Writes the source of an argument: values in torch's layout, the rest as literals."""
         if isinstance(item, Value):
             return item.to(False).text if _is_array(item) else item.text
         if isinstance(item, torch.dtype):
@@ -180,7 +189,7 @@ class Translator:
     # -- calls
 
     def call(self, scope: Scope, module: nn.Module, access: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The expression for a call of a module, which is bound to `access` in the source."""
+        """Makes the expression for a call of a module, which is bound to `access` in the source."""
         if parametrize.is_parametrized(module):
             raise UnknownError(
                 "parametrized; torch.nn.utils.parametrize.remove_parametrizations leaves the weight that it makes"
@@ -230,7 +239,10 @@ class Translator:
         return items(result, named.text)
 
     def _sequential(self, scope: Scope, module: nn.Module, access: str, x: Value) -> Value:
-        """nnx.Sequential, if each item is a layer or a function; else a class of it that says what comes between."""
+        """Makes an nnx.Sequential, if each item is a layer or a function.
+
+        Else it makes a class of nnx.Sequential that says what comes between.
+        """
         items: list[Any] = []
         value = replace(x, text="x", primary=True, example=_copied(x.example))
         for name, child in module._modules.items():
@@ -295,7 +307,7 @@ class Translator:
             ) from error
 
     def where(self, module: nn.Module) -> str:
-        """The module's path, for messages."""
+        """Returns the module's path, for messages."""
         path = ".".join(self.path)
         return f"{path} ({type(module).__name__})" if path else f"the network ({type(module).__name__})"
 
@@ -330,7 +342,7 @@ class Translator:
         return group.name, result
 
     def _ties(self, root: nn.Module) -> tuple[tuple[str, str], ...]:
-        """Assignments that make one of two weights, where torch has one in two layers."""
+        """Lists assignments that make one of two weights, where torch has one in two layers."""
         owners: dict[int, tuple[str, nn.Module, str]] = {}
         lines = []
         for path, module in root.named_modules():
@@ -373,7 +385,10 @@ class Translator:
         raise AssertionError("a graph ends with its output")
 
     def _change(self, values: dict[fx.Node, Any], changed: fx.Node, node: fx.Node, result: Any) -> None:
-        """A later use of what a call changed in place sees the result; other views of it are refused."""
+        """Gives the result to later uses of what a call changed in place.
+
+        Other views of it are refused.
+        """
         new, memory = node.meta["value"], changed.meta["value"].untyped_storage().data_ptr()
         for other in values:
             if memory not in [t.untyped_storage().data_ptr() for t in _tensors(other.meta["value"])]:
@@ -484,12 +499,12 @@ class Translator:
         return Make("nnx.Param(", (normal,))
 
     def helper(self, name: str) -> str:
-        """A function or class that the source brings along."""
+        """Adds a function or class that the source brings along."""
         self.helpers[name] = HELPERS[name].strip()
         return name
 
     def constructor(self, module: nn.Module | None) -> Make | Instance | str:
-        """What builds a module; the text of a function for one without weights."""
+        """Returns what builds a module, or the text of a function for one without weights."""
         if module is None:
             return "None"
         if id(module) in self.made:
@@ -523,7 +538,7 @@ class Translator:
         return made
 
     def _uncalled(self, module: nn.Module) -> Make | Instance | str:
-        """A layer that the forward does not call: its weights are used by themselves, or not at all."""
+        """Makes a layer that the forward does not call: its weights are used by themselves, or not at all."""
         rule = of_type(self.rules.layers, module)
         assert rule is not None
         rule(Scope(self), module, "LAYER", None)
@@ -611,7 +626,7 @@ def _check_there(tree: Any) -> None:
 
 
 def access(root: nn.Module, path: str) -> str:
-    """How the source reaches a submodule."""
+    """Returns how the source reaches a submodule."""
     text, module = "self", root
     for name in path.split("."):
         if isinstance(module, nn.ModuleList | nn.ParameterList):
@@ -627,7 +642,7 @@ def access(root: nn.Module, path: str) -> str:
 
 
 def of_type(table: Mapping[type[nn.Module], Any], module: nn.Module) -> Any:
-    """The entry of a module's type, or of one that it is derived from without a forward of its own."""
+    """Returns the entry of a module's type, or of one that it is derived from without a forward of its own."""
     layer_type: Any
     for layer_type in type(module).__mro__:
         if layer_type in table and layer_type.forward is type(module).forward:
@@ -636,7 +651,7 @@ def of_type(table: Mapping[type[nn.Module], Any], module: nn.Module) -> Any:
 
 
 def constant(tensor: Tensor, explicit: bool = False) -> str | None:
-    """The source of a tensor that a short expression makes."""
+    """Writes the source of a tensor that a short expression makes."""
     shape, dtype = tuple(tensor.shape), dtype_source(tensor.dtype)
     array = tensor.detach().cpu()
     kind = "" if tensor.dtype == torch.float32 and not explicit else f", dtype={dtype}"
@@ -663,7 +678,10 @@ def constant(tensor: Tensor, explicit: bool = False) -> str | None:
 
 
 def dtype_source(dtype: torch.dtype) -> str:
-    """In JAX; the integers of torch are those that JAX makes, of 32 or 64 bits."""
+    """Writes the source of a dtype in JAX.
+
+    The integers of torch are those that JAX makes, of 32 or 64 bits.
+    """
     return {torch.bool: "bool", torch.int64: "int"}.get(dtype, f"jnp.{str(dtype).removeprefix('torch.')}")
 
 
@@ -699,7 +717,7 @@ def _name(node: fx.Node) -> str | None:
 
 
 def _written(module: nn.Module) -> bool:
-    """Whether its class has a forward of its own."""
+    """Tells whether the module's class has a forward of its own."""
     return type(module).forward is not nn.Module.forward
 
 
@@ -715,7 +733,7 @@ def _checked(name: str) -> str:
 
 
 def _callable(text: str) -> str:
-    """A function of x that gives this expression."""
+    """Writes a function of x that gives this expression."""
     tree = ast.parse(text, mode="eval").body
     if text == "x":
         return "nnx.identity"
@@ -728,7 +746,7 @@ def _callable(text: str) -> str:
 
 
 def _placed(scope: Scope, forward: Any, args: Any, kwargs: Any) -> tuple[Any, Any, list[str]]:
-    """The arguments as the class's own method has them, and the source of those that are passed."""
+    """Returns the arguments as the class's own method has them, and the source of those that are passed."""
     own = [
         p
         for p in inspect.signature(forward).parameters.values()
@@ -763,7 +781,7 @@ def _rebound(item: Any, text: str) -> Any:
 
 
 def _looped(lines: list[str]) -> list[str]:
-    """Calls of all items of a list, each with the result of the one before, as a loop."""
+    """Writes calls of all items of a list, each with the result of the one before, as a loop."""
     result: list[str] = []
     i = 0
     while i < len(lines):

@@ -2,8 +2,8 @@
 
 The same key gives the same bits in both frameworks, so that layers drawn from the same seed start equal: keys, bits,
 integers, permutations and Booleans always, float32 and bfloat16 numbers on every CPU with fused multiply-adds, float64
-numbers to 2 ULP but for a few in a million. float16 numbers are those of JAX on CPUs without AVX512-FP16: with it, XLA
-rounds a product and a sum once, and here as elsewhere each is rounded.
+numbers to 2 ULP except for a few in a million. float16 numbers are those of JAX on CPUs without AVX512-FP16: with it,
+XLA rounds a product and a sum once, and here as elsewhere each is rounded.
 
 A key is a tensor of two words, `[..., 2]`, equal to `jax.random.key_data(key)`: int64 because uint32 has
 neither arithmetic nor pickling in torch. Draws are made on the key's device.

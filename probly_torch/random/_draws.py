@@ -46,8 +46,8 @@ def uniform(
 def normal(key: Tensor, shape: int | Sequence[int] = (), dtype: torch.dtype | None = None) -> Tensor:
     """Draws standard normal numbers, by inversion: sqrt(2) * erf_inv(u) of u uniform in (-1, 1).
 
-    Equal to JAX's on a CPU with fused multiply-adds: float32 bit for bit, float64 to 2 ULP but for one number in a
-    million, which is 3 ULP off where XLA's logarithm and ours round apart.
+    They are equal to JAX's on a CPU with fused multiply-adds: float32 bit for bit, float64 to 2 ULP. One float64 number
+    in a million is 3 ULP off, where XLA's logarithm and ours round apart.
 
     Example:
         >>> from probly_torch import random
@@ -175,8 +175,9 @@ def choice(
 ) -> Tensor:
     """Draws numbers of `range(a)`, or slices of a along an axis, with probabilities p if they are not equal.
 
-    The same as JAX's unless `jax_enable_x64` is set, where it draws 64 bits for each number without p; and with p, but
-    for numbers that fall within rounding of the sum of some probabilities, which XLA adds in an order of its own.
+    Without p they are the same as JAX's unless `jax_enable_x64` is set, where JAX draws 64 bits for each number. With p
+    they are the same, except for numbers that fall within rounding of the sum of some probabilities, which XLA adds in
+    an order of its own.
 
     Shape:
         p `(n,)`, with n a or a.shape[axis]. Returns shape, in place of the axis.
@@ -286,7 +287,10 @@ def lecun_normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tenso
 
 
 def draw_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half-precision weights are drawn in float32 and rounded: JAX's own draws of them have 7 or 10 random bits."""
+    """Returns the dtype in which weights are drawn: half-precision ones are drawn in float32 and rounded.
+
+    JAX's own draws of half-precision weights have 7 or 10 random bits.
+    """
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -298,7 +302,7 @@ def _float_dtype(what: str, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _broadcast(what: str, shape: int | Sequence[int], *parameters: Tensor) -> tuple[int, ...]:
-    """The shape, to which all parameters broadcast."""
+    """Returns the shape, to which all parameters broadcast."""
     shape, shapes = as_shape(what, shape), [tuple(p.shape) for p in parameters if p.ndim]
     for each in shapes:
         if len(each) > len(shape) or any(n not in (1, m) for n, m in zip(each[::-1], shape[::-1], strict=False)):
@@ -316,7 +320,7 @@ def _mode(what: str, mode: str | None) -> str:
 
 
 def _integers(what: str, name: str, value: Any) -> Tensor:
-    """An integer, or a tensor of integers, in 64 bits."""
+    """Converts an integer, or a tensor of integers, to 64 bits."""
     if isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool:
         return value.long()
     if (number := index(value)) is None:
@@ -355,13 +359,13 @@ def _gumbel(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, mode: str) 
 
 
 def _words(key: Tensor, shape: tuple[int, ...], width: int) -> Tensor:
-    """Random bits, in int64."""
+    """Draws random bits, in int64."""
     high, low = counted(key, shape)
     return (high << 32) | low if width == 64 else high ^ low
 
 
 def _modulo(x: Tensor, span: Tensor) -> Tensor:
-    """x modulo span, with x an unsigned integer of 64 bits kept in int64."""
+    """Returns x modulo span, with x an unsigned integer of 64 bits kept in int64."""
     half = ((x >> 1) & torch.iinfo(torch.int64).max) % span
     double = torch.where(half >= span - half, half - (span - half), 2 * half)
     return (double + (x & 1)) % span
@@ -379,7 +383,7 @@ def _shuffle(key: Tensor, x: Tensor, axis: int) -> Tensor:
 
 
 def _unit(key: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Uniform multiples of 2**-mantissa in [0, 1): random mantissas under a fixed exponent."""
+    """Draws uniform multiples of 2**-mantissa in [0, 1): random mantissas under a fixed exponent."""
     high, low = counted(key, tuple(shape))
     mantissa = _MANTISSA[dtype]
     if dtype == torch.float64:

@@ -1,4 +1,4 @@
-"""What to write in place of the methods of nnx.Rngs that have no twin: their bits depend on loops and tables of JAX."""
+"""Replacements for the methods of nnx.Rngs that have no twin: their bits depend on loops and tables of JAX."""
 
 INSTEAD = {
     name: f"Write {code}"

@@ -26,7 +26,7 @@ def _method(draw: Callable[Concatenate[Tensor, P], T]) -> Callable[Concatenate[_
         return draw(self(), *args, **kwargs)
 
     method.__name__ = draw.__name__
-    method.__doc__ = f"`random.{draw.__name__}` with the next key."
+    method.__doc__ = f"Draws as `random.{draw.__name__}` does, with the next key."
     return method
 
 
@@ -72,17 +72,17 @@ class RngStream(_Draws):
         self.count = torch.zeros(self.key.shape[:-1], dtype=torch.int64, device=self.key.device)
 
     def __call__(self) -> Tensor:
-        """The next key."""
+        """Returns the next key."""
         key = fold_in(self.key, self.count)
         self.count.add_(1)
         return key
 
     def split(self, k: int | Sequence[int]) -> RngStream:
-        """A stream of `[*k, 2]` keys, split from this stream's next key."""
+        """Returns a stream of `[*k, 2]` keys, split from this stream's next key."""
         return RngStream(_threefry.split(self(), k), tag=self.tag)
 
     def fork(self, *, split: int | Sequence[int] | None = None) -> RngStream:
-        """A stream with a key of its own, this stream's next one, split if asked."""
+        """Returns a stream with a key of its own, this stream's next one, split if asked."""
         return RngStream(self(), tag=self.tag) if split is None else self.split(split)
 
     def to(self, device: torch.device | str) -> RngStream:
@@ -144,7 +144,7 @@ class Rngs(_Draws):
         return self._stream(name, KeyError)
 
     def __call__(self) -> Tensor:
-        """The next key of `default`."""
+        """Returns the next key of `default`."""
         return self.default()
 
     def __iter__(self) -> Iterator[str]:
@@ -157,7 +157,7 @@ class Rngs(_Draws):
         return name in vars(self)
 
     def items(self) -> Iterator[tuple[str, RngStream]]:
-        """Pairs of name and stream."""
+        """Iterates over pairs of name and stream."""
         return iter(vars(self).items())
 
     def _map(self, make: Callable[[RngStream], RngStream]) -> Rngs:
@@ -167,9 +167,9 @@ class Rngs(_Draws):
         return new
 
     def split(self, k: int | Sequence[int] | Mapping[Any, int | Sequence[int] | None]) -> Rngs:
-        """Streams of k keys each, one for each of k members.
+        """Returns streams of k keys each, one for each of k members.
 
-        A mapping says so by name, `...` for all other streams and None for one that keeps its key:
+        A mapping gives k by name, with `...` for all other streams and None for one that keeps its key:
         `rngs.split({"params": 5, "dropout": None, ...: (2, 5)})`.
         """
         if not isinstance(k, Mapping):
@@ -183,7 +183,7 @@ class Rngs(_Draws):
         return self._map(each)
 
     def fork(self, *, split: int | Sequence[int] | None = None) -> Rngs:
-        """Streams with keys of their own, each split into `split` keys if asked."""
+        """Returns streams with keys of their own, each split into `split` keys if asked."""
         return self._map(lambda stream: stream.fork(split=split))
 
     def to(self, device: torch.device | str) -> Rngs:
@@ -194,5 +194,5 @@ class Rngs(_Draws):
 
 
 def as_rngs(what: str, rngs: Any) -> Rngs:
-    """`rngs` itself, or the Rngs of a seed."""
+    """Returns `rngs` itself, or the Rngs of a seed."""
     return rngs if isinstance(rngs, Rngs) else Rngs(check_seed(what, rngs))

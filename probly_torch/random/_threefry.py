@@ -20,7 +20,7 @@ _UINTS = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32, 64: torch.uint64}
 
 
 def key(seed: int) -> Tensor:
-    """A key from a seed of 32 bits: `[2]`, equal to `jax.random.key_data(jax.random.key(seed))`.
+    """Makes a key from a seed of 32 bits: `[2]`, equal to `jax.random.key_data(jax.random.key(seed))`.
 
     Raises:
         ValueError: for a seed that JAX would keep only in part, depending on `jax_enable_x64`.
@@ -34,7 +34,7 @@ def key(seed: int) -> Tensor:
 
 
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
-    """A new key from a key and 32 bits of data, such as a step or a member's number.
+    """Makes a new key from a key and 32 bits of data, such as a step or a member's number.
 
     Shape:
         key `[..., 2]`, data an int or `[...]`. Returns `[..., 2]`.
@@ -55,7 +55,7 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
 
 
 def split(key: Tensor, num: int | Sequence[int] = 2) -> Tensor:
-    """New keys from one key: `[num, 2]`, or `[*num, 2]`.
+    """Makes new keys from one key: `[num, 2]`, or `[*num, 2]`.
 
     Example:
         >>> from probly_torch import random
@@ -67,7 +67,7 @@ def split(key: Tensor, num: int | Sequence[int] = 2) -> Tensor:
 
 
 def bits(key: Tensor, shape: int | Sequence[int] = (), dtype: torch.dtype = torch.uint32) -> Tensor:
-    """Uniform random bits as unsigned integers of 8, 16, 32 or 64 bits.
+    """Draws uniform random bits as unsigned integers of 8, 16, 32 or 64 bits.
 
     Example:
         >>> from probly_torch import random
@@ -84,7 +84,7 @@ def bits(key: Tensor, shape: int | Sequence[int] = (), dtype: torch.dtype = torc
 
 
 def as_shape(what: str, shape: Any) -> tuple[int, ...]:
-    """A shape from an int or a sequence of ints."""
+    """Makes a shape from an int or a sequence of ints."""
     sizes = (shape,) if index(shape) is not None else tuple(shape) if isinstance(shape, Sequence) else (None,)
     if any(index(size) is None or size < 0 for size in sizes):
         raise TypeError(f"{what} expects shape to be an int or a sequence of ints; got {shape!r}. Pass shape=(2, 3).")
@@ -98,7 +98,7 @@ def check_key(what: str, key: Any, single: bool = False) -> None:
 
 
 def _threefry(k0: Tensor, k1: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
-    """Threefry-2x32, 20 rounds: five groups of four rotations, a key injected after each."""
+    """Runs Threefry-2x32 for 20 rounds: five groups of four rotations, a key injected after each."""
     keys = (k0, k1, k0 ^ k1 ^ 0x1BD11BDA)
     x0, x1 = (x0 + keys[0]) & WORD, (x1 + keys[1]) & WORD
     for group in range(5):
@@ -111,6 +111,6 @@ def _threefry(k0: Tensor, k1: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, T
 
 
 def counted(key: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The two words of each counter 0, 1, 2, ... laid out in `shape`."""
+    """Returns the two words of each counter 0, 1, 2, ... laid out in `shape`."""
     counts = torch.arange(math.prod(shape), device=key.device).reshape(shape)
     return _threefry(key[0], key[1], counts >> 32, counts & WORD)

@@ -22,7 +22,10 @@ def scalar(value: float, dtype: torch.dtype) -> float:
 
 
 def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
-    """a * b + c, rounded once; float16 and bfloat16 round the product too, as XLA does without AVX512-FP16."""
+    """Returns a * b + c, rounded once.
+
+    In float16 and bfloat16 the product is rounded too, as XLA does without AVX512-FP16.
+    """
     if a.dtype in (torch.float16, torch.bfloat16):
         return a * b + c
     b, c = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=a.dtype, device=a.device) for v in (b, c))
@@ -34,39 +37,45 @@ def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
 
 
 def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a + b and its rounding error (Knuth 1969)."""
+    """Returns a + b and its rounding error (Knuth 1969)."""
     total = a + b
     virtual = total - a
     return total, (a - (total - virtual)) + (b - virtual)
 
 
 def _two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a * b and its rounding error (Dekker 1971)."""
+    """Returns a * b and its rounding error (Dekker 1971)."""
     product = a * b
     (a_high, a_low), (b_high, b_low) = _halves(a), _halves(b)
     return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
 
 
 def _halves(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Two numbers of 26 bits that add up to a."""
+    """Splits a into two numbers of 26 bits that add up to it."""
     scaled = a * 134217729.0
     high = scaled - (scaled - a)
     return high, a - high
 
 
 def divided(x: Tensor, divisor: float) -> Tensor:
-    """x / divisor, a constant: XLA multiplies by its rounded reciprocal, but for bfloat16."""
+    """Divides x by a constant.
+
+    XLA multiplies by the constant's rounded reciprocal, except in bfloat16.
+    """
     return x / divisor if x.dtype == torch.bfloat16 else x * scalar(1 / divisor, x.dtype)
 
 
 def flushed(x: Tensor) -> Tensor:
-    """Zeros for numbers too small to be normal, in float32 where x has half precision."""
+    """Replaces numbers too small to be normal by zeros.
+
+    Where x has half precision, normal means normal in float32.
+    """
     tiny = torch.finfo(torch.promote_types(x.dtype, torch.float32)).tiny
     return torch.where(x.abs() < tiny, torch.zeros_like(x), x)
 
 
 def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    """Horner's rule, highest power first."""
+    """Evaluates a polynomial by Horner's rule, highest power first."""
     value = torch.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
         value = fma(value, x, coefficient)
@@ -74,7 +83,10 @@ def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
 
 
 def erf_inv(x: Tensor) -> Tensor:
-    """Giles 2012, "Approximating the erfinv function": a polynomial in w = -log(1 - x**2), by ranges of w."""
+    """Returns the inverse of erf: x times a polynomial in w = -log(1 - x**2), by ranges of w.
+
+    Giles 2012, "Approximating the erfinv function".
+    """
     if x.dtype in (torch.float16, torch.bfloat16):
         return erf_inv(x.float()).to(x.dtype)
     w = -log1p(x * -x)
@@ -88,7 +100,7 @@ def erf_inv(x: Tensor) -> Tensor:
 
 
 def log1p(x: Tensor) -> Tensor:
-    """XLA's log1p: Cephes' rational function near 0, log(1 + x) elsewhere."""
+    """Returns XLA's log1p: Cephes' rational function near 0, log(1 + x) elsewhere."""
     square = x * x
     ratio = polynomial(_LOG1P[0], x) / polynomial(_LOG1P[1], x)
     near = x + fma(square, -0.5, (x * square) * ratio)
@@ -96,7 +108,10 @@ def log1p(x: Tensor) -> Tensor:
 
 
 def log(x: Tensor) -> Tensor:
-    """XLA's log of positive numbers: Cephes' logf in float32; to 0.6 ULP in float64, where XLA calls the C library."""
+    """Returns XLA's log of positive numbers.
+
+    It is Cephes' logf in float32. In float64, where XLA calls the C library, it is to within 0.6 ULP.
+    """
     if x.dtype in (torch.float16, torch.bfloat16):
         return log(x.float()).to(x.dtype)
     fraction, exponent = torch.frexp(x)
@@ -115,7 +130,7 @@ def _log_32(f: Tensor, power: Tensor) -> Tensor:
 
 
 def _log_64(f: Tensor, power: Tensor) -> Tensor:
-    """log(1 + f) + power log(2), as fdlibm's log, with the rounding errors of its large terms added last."""
+    """Returns log(1 + f) + power log(2), as fdlibm's log, with the rounding errors of its large terms added last."""
     s = f / (2 + f)
     z = s * s
     half_square, half_square_error = _two_product(0.5 * f, f)
@@ -133,7 +148,7 @@ def _horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """The correctly rounded square root, which torch's is not on every CPU."""
+    """Returns the correctly rounded square root, which torch's is not on every CPU."""
     if x.dtype == torch.float32:
         return x.double().sqrt().float()
     root = x.sqrt()
@@ -141,7 +156,7 @@ def sqrt(x: Tensor) -> Tensor:
 
 
 def erf(x: Tensor) -> Tensor:
-    """XLA's erf: a rational function in float32, the C library's in float64."""
+    """Returns XLA's erf: a rational function in float32, the C library's in float64."""
     if x.dtype == torch.float64:
         return torch.tensor([math.erf(v) for v in x.flatten().tolist()], dtype=x.dtype, device=x.device).view(x.shape)
     c = x.float().clamp(-3.832506856900711, 3.832506856900711)

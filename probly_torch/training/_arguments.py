@@ -30,14 +30,18 @@ from probly_torch.training._groups import plain_adamw
 
 
 def pack(arguments: Mapping[str, Any]) -> dict[str, bytes | None]:
-    """Each as bytes, without the weights that state_dict holds; None where it does not pickle, as a lambda does not."""
+    """Packs each argument as bytes, without the weights that state_dict holds.
+
+    An argument that does not pickle becomes None, as a lambda does.
+    """
     return {name: _pack(value) for name, value in arguments.items()}
 
 
 def unpack(what: str, packed: Mapping[str, bytes | None], *, trusted: bool) -> dict[str, Any]:
-    """What `pack` packed. A network's weights are not filled in yet; without a network there is nothing to load.
+    """Unpacks what `pack` packed.
 
-    Without one of the functions there is: whoever calls it is told.
+    A network's weights are not filled in yet. Without a network there is nothing to load. Without one of the functions
+    there is: whoever calls that function is told.
     """
     arguments: dict[str, Any] = {}
     for name, data in packed.items():
@@ -50,7 +54,7 @@ def unpack(what: str, packed: Mapping[str, bytes | None], *, trusted: bool) -> d
 
 @dataclasses.dataclass
 class _Missing:
-    """In the place of a function that the file does not give: it is needed to train, and not to predict."""
+    """A stand-in for a function that the file does not give: it is needed to train, and not to predict."""
 
     error: ValueError
 
@@ -96,7 +100,7 @@ def _unpack(what: str, name: str, data: bytes | None, trusted: bool) -> Any:
 
 
 def _known() -> list[Any]:
-    """What does no harm when it is built from arguments of someone else's choice."""
+    """Lists what does no harm when it is built from arguments of someone else's choice."""
     kinds = (
         (vars(nn), nn.Module),
         (vars(torch.optim), torch.optim.Optimizer),
@@ -119,7 +123,7 @@ def _known() -> list[Any]:
 
 
 def _without_weights(network: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers are shapes alone, where state_dict holds them."""
+    """Copies a network. Parameters and buffers are shapes alone, where state_dict holds them."""
     memo: dict[int, Any] = {}
     for tensor in network.state_dict(keep_vars=True).values():
         if isinstance(tensor, Tensor):

@@ -38,7 +38,9 @@ def fast_weight_groups(
     decay: Types = (),
     no_decay: Types = (),
 ) -> list[dict[str, Any]]:
-    """Parameter groups of a BatchEnsemble, by type of module and not by name, for any optimizer.
+    """Decays slow weights only, and gives fast ones a learning rate of their own.
+
+    It returns parameter groups of a BatchEnsemble, by type of module and not by name, for any optimizer.
 
     "slow" holds the weights that members share, which decay. "fast" holds r and s, which learn at fast_lr_multiplier
     times the optimizer's learning rate, 0.5 as in the authors' CIFAR experiments (Wen et al. 2020), and do not decay,
@@ -74,14 +76,17 @@ def fast_weight_groups(
 
 
 def plain_adamw(parameters: Iterable[Any]) -> AdamW:
-    """AdamW, lr 1e-3, that decays what a group says and nothing else: its own default would r, s and biases, too."""
+    """Makes an AdamW, lr 1e-3, that decays what a group says and nothing else.
+
+    AdamW's own default would decay r, s and biases, too.
+    """
     return AdamW(parameters, lr=1e-3, weight_decay=0.0)
 
 
 def decay_groups(
     module: nn.Module, weight_decay: float, fast_lr_multiplier: float, decay: Types, no_decay: Types
 ) -> list[dict[str, Any]]:
-    """fast_weight_groups where there are fast weights, and the same without them where there are none."""
+    """Returns fast_weight_groups where there are fast weights, and the same without them where there are none."""
     what = "self.optimizer_groups"
     names = _named_groups(what, module, weight_decay, fast_lr_multiplier, decay, no_decay)
     slow, fast = list(names["slow"]), list(names["fast"] or names["slow"])
@@ -119,7 +124,7 @@ def _groups(
 def _named_groups(
     what: str, model: nn.Module, weight_decay: float, fast_lr_multiplier: float, decay: Types, no_decay: Types
 ) -> dict[str, dict[str, str]]:
-    """By group: the names of its parameters, each with the type of the module that holds it."""
+    """Returns by group the names of its parameters, each with the type of the module that holds it."""
     check_group_options(what, weight_decay, fast_lr_multiplier)
     check_types(what, "decay", decay, nn.Module, "MyLayer")
     check_types(what, "no_decay", no_decay, nn.Module, "MyLayer")

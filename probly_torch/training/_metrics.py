@@ -1,4 +1,4 @@
-"""What is logged for validation and test, by the modules and by the callback."""
+"""Metrics that are logged for validation and test, by the modules and by the callback."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class StageMetrics(nn.Module):
         self._each()[dataloader_idx].update(*(outputs if isinstance(outputs, tuple) else (outputs,)), targets)
 
     def compute(self) -> dict[str, Tensor]:
-        """Values by name; of several dataloaders, by the names that Lightning gives them."""
+        """Returns values by name; for several dataloaders, by the names that Lightning gives them."""
         return {
             f"{self.stage}_{name}/dataloader_idx_{i}" if self.others else f"{self.stage}_{name}": value
             for i, each in enumerate(self._each())

@@ -1,4 +1,4 @@
-"""What turns a LightningModule into one that trains ensembles."""
+"""A mixin that turns a LightningModule into one that trains ensembles."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class EnsembleMixin(LightningModule):
     def ensemble_loss(
         self, batch: Any, loss: Callable[..., Tensor] = member_cross_entropy, *, in_axes: int | None = None
     ) -> Tensor:
-        """The loss of a batch (inputs, targets).
+        """Returns the loss of a batch (inputs, targets).
 
         Args:
             batch: inputs (B, ...) and targets (B, ...); or, under in_axes=0, (E, B, ...) both.
@@ -73,16 +73,20 @@ class EnsembleMixin(LightningModule):
         return loss_of(type(self).__name__, loss, outputs, targets)
 
     def member_outputs(self, inputs: Any, *, in_axes: int | None = None) -> Any:
-        """What each member returns: (E, B, ...). A single network is one member."""
+        """Returns the outputs of each member: (E, B, ...).
+
+        A single network is one member.
+        """
         return member_outputs(type(self).__name__, self.model, inputs, in_axes)
 
     def optimizer_groups(
         self, weight_decay: float, fast_lr_multiplier: float = 0.5, *, decay: Types = (), no_decay: Types = ()
     ) -> list[dict[str, Any]]:
-        """Parameter groups of the whole module, by type: see fast_weight_groups.
+        """Returns parameter groups of the whole module, by type: see fast_weight_groups.
 
-        A module without BatchEnsemble layers gets the same groups without the fast ones. Override it to say what decays
-        of modules of your own: `return super().optimizer_groups(weight_decay, fast_lr_multiplier, no_decay=(Mine,))`.
+        A module without BatchEnsemble layers gets the same groups without the fast ones. Override this method to say
+        what decays of modules of your own:
+        `return super().optimizer_groups(weight_decay, fast_lr_multiplier, no_decay=(Mine,))`.
         """
         return decay_groups(self, weight_decay, fast_lr_multiplier, decay, no_decay)
 
@@ -106,7 +110,10 @@ class EnsembleMixin(LightningModule):
 
 
 def member_outputs(what: str, model: nn.Module, inputs: Any, in_axes: int | None = None) -> Any:
-    """What each member returns, of a model of members, or of a network that is one. Half precision ends here."""
+    """Returns the outputs of each member, of a model of members or of a network that is one.
+
+    Half precision ends here.
+    """
     check_in_axes(what, in_axes)
     if hasattr(model, "num_members") or any(isinstance(m, (Ensemble, BatchEnsemble)) for m in model.modules()):
         outputs = model(inputs) if in_axes is None else model(inputs, in_axes=in_axes)
@@ -119,7 +126,7 @@ def member_outputs(what: str, model: nn.Module, inputs: Any, in_axes: int | None
 
 
 def inputs_of(batch: Any) -> Any:
-    """Of a batch x, (x,) or (x, y)."""
+    """Returns the inputs x of a batch x, (x,) or (x, y)."""
     return batch[0] if isinstance(batch, (list, tuple)) else batch
 
 

@@ -29,7 +29,7 @@ _EVERY = 10  # steps between two losses on the progress bar
 
 
 class _EnsembleModule(EnsembleMixin):
-    """What the two modules share: the steps, the optimizer, and checkpoints."""
+    """Base of the two modules, which share the steps, the optimizer, and checkpoints."""
 
     loss: Callable[..., Tensor]
 
@@ -107,7 +107,7 @@ class _EnsembleModule(EnsembleMixin):
             self.log("loss", loss.detach(), prog_bar=True, logger=False)
 
     def _train_values(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
-        """What is logged of training beside the loss."""
+        """Returns what is logged of training beside the loss."""
         return {}
 
     def on_train_epoch_start(self) -> None:
@@ -150,7 +150,7 @@ class _EnsembleModule(EnsembleMixin):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The module as it was saved, class, network, functions and weights.
+        """Restores the module as it was saved: class, network, functions and weights.
 
         The file is read as data: networks of torch's and this library's layers, their losses, optimizers and schedules
         are built again. For one with classes of your own pass `model=Net()`, or `weights_only=False` if you trust the
@@ -175,18 +175,18 @@ class _EnsembleModule(EnsembleMixin):
 
     @classmethod
     def _objects(cls) -> list[str]:
-        """Those that the constructor takes: a subclass may make its own."""
+        """Lists those packed arguments that the constructor takes: a subclass may make its own."""
         return [name for name in _OBJECTS if name in inspect.signature(cls.__init__).parameters]
 
 
 def _lr_ratios(optimizer: Optimizer) -> list[float]:
-    """Each group's learning rate over the first one's."""
+    """Returns each group's learning rate over the first one's."""
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     return [rate / rates[0] for rate in rates if rates[0]]
 
 
 def _read(file: Any, weights_only: bool | None) -> dict[str, Any]:
-    """A checkpoint without the data of its tensors."""
+    """Reads a checkpoint without the data of its tensors."""
     with torch.serialization.skip_data():
         if hasattr(file, "read"):
             checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only)
@@ -269,8 +269,8 @@ class EnsembleClassifier(_EnsembleModule):
 class EnsembleRegressor(_EnsembleModule):
     """Trains, judges and queries an ensemble of regressors whose members predict a mean and a variance.
 
-    As EnsembleClassifier, but for what members return, and what is logged: train_loss for each epoch, and for
-    validation and test loss, nll, rmse, crps and coverage (of intervals of 95 %). `trainer.predict` returns
+    It is as EnsembleClassifier, except for what members return and what is logged. It logs train_loss for each epoch,
+    and for validation and test loss, nll, rmse, crps and coverage (of intervals of 95 %). `trainer.predict` returns
     `uncertainty.Uncertainty(mean, total, aleatoric, epistemic)`, variances by the law of total variance.
 
     Shape:
@@ -312,7 +312,7 @@ class EnsembleRegressor(_EnsembleModule):
         super().__init__(model, loss, optimizer, lr_scheduler, weight_decay, fast_lr_multiplier, in_axes, task)
 
     def member_outputs(self, inputs: Any, *, in_axes: int | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and variance of each member: (E, B, ...) each."""
+        """Returns the mean and variance of each member: (E, B, ...) each."""
         outputs = super().member_outputs(inputs, in_axes=in_axes)
         return outputs if isinstance(outputs, tuple) else to_gaussian(outputs)
 

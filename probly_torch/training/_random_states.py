@@ -13,7 +13,7 @@ from probly_torch.ensemble import Ensemble
 
 
 def random_states(module: nn.Module) -> list[dict[str, Any]]:
-    """The state of each process, in what torch.load reads with weights_only=True."""
+    """Returns the state of each process, in a form that torch.load reads with weights_only=True."""
     state = {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
@@ -37,7 +37,10 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def set_dropout_state(module: nn.Module, state: dict[str, Any]) -> None:
-    """That of the ensembles' own masks, which belong to the model; another model has others, or none."""
+    """Restores the state of the ensembles' own masks, which belong to the model.
+
+    Another model has other masks, or none.
+    """
     for each, seeds in zip(_ensembles(module), state["dropout"], strict=False):
         if seeds is not None:
             each._seeds = random.Random()

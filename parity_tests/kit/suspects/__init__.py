@@ -20,13 +20,16 @@ __all__ = ["Gap", "LayerPair", "cause_between", "cause_in_layer", "cause_in_prec
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """float64, and the promotions that the layers of nnx rely on."""
+    """Sets float64, and the promotions that the layers of nnx rely on."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 
 def cause_in_layer(pair: LayerPair) -> str | None:
-    """Why the outputs of a layer differ in float64, and what would make them agree; None if no suspect explains it."""
+    """Explains why the outputs of a layer differ in float64, and what would make them agree.
+
+    The cause is None if no suspect explains it.
+    """
     with _settings():
         court = Court(pair)
         cause = court.cause(_suspects(pair))
@@ -38,7 +41,7 @@ def cause_in_layer(pair: LayerPair) -> str | None:
 
 
 def _suspects(pair: LayerPair) -> Iterator[Suspect]:
-    """From the most common."""
+    """Yields the suspects from the most common one on."""
     if attentions(pair.flax):  # which every trial replaces
         said = "nnx.dot_product_attention takes its softmax in float32, whatever the dtype"
         yield Suspect(said, "a softmax in float64", lambda trial: None)
@@ -49,16 +52,19 @@ def _suspects(pair: LayerPair) -> Iterator[Suspect]:
 
 
 def cause_in_statistics(pair: LayerPair) -> str | None:
-    """Why the statistics of a layer differ after an update, given both layers before it."""
+    """Explains why the statistics of a layer differ after an update, given both layers before it."""
     with _settings():
         return statistics.cause(pair)
 
 
 def cause_in_precision(pair: LayerPair) -> str | None:
-    """Why a layer is less precise in float32 than torch's, though they agree in float64; captured in float32."""
+    """Explains why a layer is less precise in float32 than torch's, though they agree in float64.
+
+    The pair is captured in float32.
+    """
     return precision.cause(pair)
 
 
 def cause_between(gap: Gap) -> str | None:
-    """What a module computes between its layers on either side, where that differs and is recognised."""
+    """Explains what a module computes between its layers on either side, where that differs and is recognised."""
     return between.cause(gap)

@@ -1,4 +1,4 @@
-"""What a network computes between its layers, recognised on both sides."""
+"""Recognition, on both sides, of the steps that a network computes between its layers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SOME, _NEAR = 97, 1e-6  # entries, and a distance that no rounding of float64 r
 
 @dataclass(frozen=True)
 class Gap:
-    """What differs though no layer does: what the module `path` computes between its layers.
+    """A difference although no layer differs: in what the module `path` computes between its layers.
 
     Attributes:
         path: torch's name of the module whose own forward it is.
@@ -57,7 +57,10 @@ class Gap:
 
 
 def gap_of(pair: LayerPair, matched: list[tuple[Any, Any]]) -> Gap:
-    """The inputs of a layer, and the first of its outputs: what it computes as a step between the two."""
+    """Makes a gap of the inputs of a layer and the first of its outputs.
+
+    What it computes is a step between the two.
+    """
     ours, theirs = (
         [leaf for _, leaf in leaves(tree) if is_floating(leaf)]
         for tree in ((pair.torch_args, pair.torch_kwargs), (pair.flax_args, pair.flax_kwargs))
@@ -123,7 +126,7 @@ _ACTIVATIONS = (
 
 
 def cause(gap: Gap) -> str | None:
-    """What each side computes, if both are recognised; or how one's values come from the other's."""
+    """Explains what each side computes, if both are recognised, or how one's values come from the other's."""
     gap = _fewer_rows(gap)
     values = _Values(gap.torch_value, gap.flax_value, gap.channels_last)
     if values.original <= _LIMIT:
@@ -149,7 +152,7 @@ def cause(gap: Gap) -> str | None:
 
 
 def _fewer_rows(gap: Gap) -> Gap:
-    """Two rows of a large batch, which no common step mixes, so that every step can be tried."""
+    """Keeps two rows of a large batch, which no common step mixes, so that every step can be tried."""
     arrays: list[Any] = [each for _, *both in gap.before for each in both] + [gap.torch_value, gap.flax_value]
     batches = {array.shape[0] if array.ndim else 0 for array in arrays}
     if len(batches) > 1 or max(batches) <= _ROWS or max(math.prod(array.shape) for array in arrays) < _LARGE:
@@ -169,31 +172,31 @@ class _Values:
         self.original = float("inf") if theirs is None else _off(theirs, self.torch)
 
     def flax(self, shape: Any) -> Tensor | None:
-        """Flax's value in torch's layout, if it has such a shape there."""
+        """Returns Flax's value in torch's layout, if it has such a shape there."""
         if tuple(shape) not in self._laid:
             values = to_torch_layout(self._flax, shape, self._channels_last)
             self._laid[tuple(shape)] = None if values is None else torch.from_numpy(numpy_of(values))
         return self._laid[tuple(shape)]
 
     def off_torch(self, result: Tensor) -> float:
-        """How far it is from torch's."""
+        """Measures how far it is from torch's."""
         return float("inf") if _is_far(result, self.torch) else _off(result, self.torch)
 
     def off_flax(self, result: Tensor) -> float:
-        """How far it is from Flax's."""
+        """Measures how far it is from Flax's."""
         if result.shape != self.torch.shape and self.original < float("inf"):  # as they have one shape, so has this
             return float("inf")
         theirs = self.flax(result.shape)
         return float("inf") if theirs is None or _is_far(result, theirs) else _off(result, theirs)
 
     def is_near_last_token(self, result: Tensor) -> bool:
-        """Whether it may be the last token of the first row, (1, 1, features), on either side."""
+        """Tells whether it may be the last token of the first row, (1, 1, features), on either side."""
         both = (self.torch, self.flax(self.torch.shape))
         return any(value is not None and not _is_far(result, value[:1, -1:]) for value in both)
 
 
 def _is_far(result: Tensor, value: Tensor) -> bool:
-    """Told by some entries, which saves looking at all of them."""
+    """Tells whether it is far by some entries, which saves looking at all of them."""
     if result.shape != value.shape or result.numel() == 0:
         return True
     some = torch.linspace(0, result.numel() - 1, _SOME).long()
@@ -208,7 +211,7 @@ def _off(result: Tensor, value: Tensor) -> float:
 def _candidates(
     before: list[tuple[str, Tensor]], masks: list[tuple[str, Tensor]], values: _Values, gap: Gap
 ) -> Iterator[tuple[Step, Tensor]]:
-    """Steps and what they give, from the simplest."""
+    """Yields steps and what they give, from the simplest."""
     shapes = {tuple(gap.torch_value.shape), tuple(gap.flax_value.shape)}
     shapes |= {(shape[0], shape[-1], *shape[1:-1]) for shape in shapes if len(shape) >= 3}  # in torch's layout
     same = [(name, x) for name, x in before if tuple(x.shape) in shapes]
@@ -258,7 +261,7 @@ def _composed(outer: Step, inner: Step) -> Step:
 
 
 def _sums(step: Step, other: str, y: Tensor) -> Iterator[Step]:
-    """With a residual connection, before and after an activation."""
+    """Adds a residual connection, before and after an activation."""
     plus = Step(f"x + {other}", f"x + {other}", lambda x: x + y)
     yield plus if step is _IDENTITY else _composed(step, plus)
     if step is not _IDENTITY:
@@ -283,7 +286,7 @@ def _along_axes(x: Tensor, channels_last: bool) -> Iterator[Step]:
 
 
 def _reductions(x: Tensor, shapes: set[tuple[int, ...]]) -> Iterator[Step]:
-    """Means, pooling and the like that may give one of the shapes."""
+    """Yields means, pooling and the like that may give one of the shapes."""
     if x.ndim >= 3:
         spatial = tuple(range(2, x.ndim))
         for name, axes in (("spatial", spatial), ("token", (1,))):
@@ -298,7 +301,7 @@ def _reductions(x: Tensor, shapes: set[tuple[int, ...]]) -> Iterator[Step]:
 
 
 def _reshapes(x: Tensor, shapes: set[tuple[int, ...]], channels_last: bool) -> Iterator[Step]:
-    """Every order of axes, in every shape."""
+    """Yields every order of axes, in every shape."""
     moved = channels_last and x.ndim >= 4
     place = {0: 0, 1: x.ndim - 1, **{i: i - 1 for i in range(2, x.ndim)}} if moved else {i: i for i in range(x.ndim)}
     plain = tuple(range(x.ndim))
@@ -320,7 +323,7 @@ def _rearranged(x: Tensor, order: tuple[int, ...], shape: tuple[int, ...]) -> Te
 
 
 def _resized(x: Tensor, shapes: set[tuple[int, ...]]) -> Iterator[Step]:
-    """Pooling and upsampling to the spatial sizes of one of the shapes."""
+    """Yields pooling and upsampling to the spatial sizes of one of the shapes."""
     rank = x.ndim - 2
     sizes = {shape[2:] for shape in shapes if len(shape) == x.ndim and shape[:2] == tuple(x.shape[:2])}
     for kernel, stride, pads in product((2, 3, 4, 5), (1, 2, 3, 4), ((0, 0), (1, 1), (0, 1), (1, 0), (2, 2), (1, 2))):
@@ -372,7 +375,10 @@ def _pools(kernel: int, stride: int, pads: tuple[int, int], rank: int) -> Iterat
 
 
 def _attentions(before: list[tuple[str, Tensor]], shapes: set[tuple[int, ...]]) -> Iterator[tuple[str, list[Tensor]]]:
-    """Queries, keys and values (B, heads, T, features), of a layer that packs them, or of three in any order."""
+    """Yields queries, keys and values (B, heads, T, features).
+
+    They are of a layer that packs them, or of three in any order.
+    """
     for name, x in before:
         if x.ndim == 3 and x.shape[-1] % 3 == 0 and (*x.shape[:2], x.shape[-1] // 3) in shapes:
             for heads in _heads(x.shape[-1] // 3):
@@ -388,7 +394,7 @@ def _attentions(before: list[tuple[str, Tensor]], shapes: set[tuple[int, ...]]) 
 
 
 def _attention_weights(before: list[tuple[str, Tensor]], shapes: set[tuple[int, ...]]) -> Iterator[tuple[Step, Tensor]]:
-    """Softmax of the scores (B, heads, T, T) of a layer that packs queries, keys and values."""
+    """Yields softmax of the scores (B, heads, T, T) of a layer that packs queries, keys and values."""
     for name, x in before:
         if x.ndim != 3 or x.shape[-1] % 3:
             continue
@@ -410,7 +416,7 @@ def _heads(width: int) -> list[int]:
 
 
 def _split(x: Tensor, heads: int, heads_first: bool) -> Tensor:
-    """(B, T, E) to (B, heads, T, features)."""
+    """Splits (B, T, E) to (B, heads, T, features)."""
     shape = (*x.shape[:2], heads, -1) if heads_first else (*x.shape[:2], -1, heads)
     split = x.reshape(shape)
     return (split if heads_first else split.transpose(-1, -2)).transpose(1, 2)
@@ -470,7 +476,7 @@ def _fits(mask: Tensor, q: Tensor) -> bool:
 
 
 def _relations(values: _Values, before: list[tuple[str, Tensor]]) -> Iterator[tuple[str, str, Tensor]]:
-    """What differs, what would make Flax's value torch's, and that value."""
+    """Yields what differs, what would make Flax's value torch's, and that value."""
     ours = values.torch
     theirs = values.flax(ours.shape)
     if theirs is None:
@@ -514,7 +520,7 @@ def _relations(values: _Values, before: list[tuple[str, Tensor]]) -> Iterator[tu
 
 
 def _factor(factor: float, shape: Any) -> str:
-    """A root of a size, if it is one."""
+    """Writes a factor as a root of a size, if it is one."""
     close = [n for n in {*shape} if n > 1 and abs(factor / math.sqrt(n) - 1) < 1e-9]
     inverse = [n for n in {*shape} if n > 1 and abs(factor * math.sqrt(n) - 1) < 1e-9]
     return f"sqrt({close[0]})" if close else f"1/sqrt({inverse[0]})" if inverse else f"{factor:.6g}"

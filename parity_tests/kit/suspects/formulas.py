@@ -19,7 +19,7 @@ Variant = tuple[str, Tensor]
 
 
 def cause(pair: LayerPair, ours: Tensor, theirs: Any) -> str | None:
-    """Which variant torch computes, and which Flax."""
+    """Tells which variant torch computes, and which Flax."""
     values = to_torch_layout(theirs, ours.shape, pair.channels_last)
     if values is None:
         return None
@@ -54,7 +54,7 @@ def _epsilons(pair: LayerPair) -> list[float]:
 
 
 def _norms(layer: nn.Module, x: Tensor, epsilons: list[float]) -> Iterator[Variant]:
-    """Over the last axes, or all but the channels; RMSNorm has no mean."""
+    """Yields norms over the last axes, or all axes except the channels. RMSNorm has no mean."""
     channels = (0, *range(2, x.ndim))
     own = len(getattr(layer, "normalized_shape", (1,)))
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
@@ -81,7 +81,7 @@ def _norms(layer: nn.Module, x: Tensor, epsilons: list[float]) -> Iterator[Varia
 
 
 def _recurrent(layer: Any, inputs: list[Tensor], step: Any, choices: Any) -> Iterator[Variant]:
-    """One layer in one direction."""
+    """Yields variants of one layer in one direction."""
     cell = isinstance(layer, nn.RNNCellBase)
     if not cell and (layer.num_layers > 1 or layer.bidirectional or layer.proj_size or inputs[0].ndim != 3):
         return

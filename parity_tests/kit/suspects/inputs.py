@@ -18,7 +18,7 @@ Function = Callable[[Any], Any]
 
 
 def suspects(pair: LayerPair) -> Iterator[Suspect]:
-    """Masks first."""
+    """Yields suspects, masks first."""
     yield from _masks(pair)
     yield from _axes(pair)
     yield from _members(pair)
@@ -77,7 +77,7 @@ def _masks(pair: LayerPair) -> Iterator[Suspect]:
 
 
 def _masks_of_torch(pair: LayerPair) -> Iterator[Suspect]:
-    """torch's own masks, as nnx takes them."""
+    """Yields torch's own masks, as nnx takes them."""
     for name, axes, code in (
         ("key_padding_mask", (slice(None), None, None), "mask=~key_padding_mask[:, None, None, :]"),
         ("attn_mask", (None, None), "mask=~attn_mask[None, None]"),
@@ -108,7 +108,7 @@ def _set_bias(trial: Trial, bias: Any) -> None:
 
 
 def _axes(pair: LayerPair) -> Iterator[Suspect]:
-    """Inputs of which another axis is meant; and outputs, of which another order of axes would agree."""
+    """Yields inputs with another axis meant, and outputs for which another order of axes would agree."""
     ranks = {leaf.ndim for leaf in _arrays(pair) if is_floating(leaf)}
     if not ranks or max(ranks) < 3:
         return
@@ -138,7 +138,7 @@ def _swapped(array: Any) -> Any:
 
 
 def _around(trial: Trial, into: Function, out: Function) -> None:
-    """Other inputs, and outputs put back."""
+    """Edits the inputs, and puts the outputs back."""
     _edit_inputs(trial, is_floating, into)
     finish = trial.finish
     trial.finish = lambda outputs: mapped(finish(outputs), lambda leaf: out(np.asarray(leaf)))

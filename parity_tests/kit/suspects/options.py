@@ -27,7 +27,7 @@ _NAMES = (
 
 
 def suspects(pair: LayerPair) -> Iterator[Suspect]:
-    """Numbers under the usual names; what both packages call options; modes."""
+    """Yields numbers under the usual names, then what both packages call options, then modes."""
     tried = set()
     for names in _NAMES:
         ours, theirs = _number(pair.flax, names), _number(pair.torch, names)
@@ -41,7 +41,7 @@ def suspects(pair: LayerPair) -> Iterator[Suspect]:
 
 
 def fast_variance(pair: LayerPair) -> Iterator[Suspect]:
-    """Which cancels where the mean is far from 0."""
+    """Yields the suspect of use_fast_variance, which cancels where the mean is far from 0."""
     if any(getattr(module, "use_fast_variance", False) for _, module in nnx.iter_modules(pair.flax)):
         yield Suspect(
             "nnx use_fast_variance is True, which takes the variance for E[x^2] - E[x]^2, and torch does not",
@@ -59,7 +59,7 @@ def _number(layer: Any, names: tuple[str, ...]) -> str | None:
 
 
 def _option(pair: LayerPair, name: str, value: Any, torch_name: str) -> Suspect:
-    """Another value of one of Flax's attributes, beside torch's as torch has it."""
+    """Makes a suspect of another value for one of Flax's attributes, beside torch's as torch has it."""
     own, theirs = getattr(_owner(pair.flax, name), name, None), getattr(pair.torch, torch_name, None)
     said = f"nnx {name} is {_shown(own)}, torch {torch_name} is {_shown(value if theirs is None else theirs)}"
     edit = partial(_set, name=name, value=value, torch_layer=pair.torch)
@@ -71,7 +71,7 @@ def _shown(value: Any) -> str:
 
 
 def _differing(pair: LayerPair) -> Iterator[tuple[str, Any, str]]:
-    """The arguments of Flax's layer that would give it torch's options: name, value, torch's name."""
+    """Yields the arguments of Flax's layer that would give it torch's options: name, value, torch's name."""
     ours, theirs = flax_options.layer_options(pair.flax).get(""), torch_options.layer_options(pair.torch).get("")
     if ours is None or theirs is None or ours["kind"] != theirs["kind"]:
         return
@@ -145,7 +145,7 @@ def _modes(pair: LayerPair) -> Iterator[Suspect]:
 
 
 def _directions(pair: LayerPair) -> Iterator[Suspect]:
-    """How an nnx.RNN goes through time."""
+    """Yields suspects of how an nnx.RNN goes through time."""
     for name in ("reverse", "keep_order", "time_major"):
         own = getattr(pair.flax, name, None)
         if isinstance(own, bool):

@@ -23,7 +23,7 @@ _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def suspects(pair: LayerPair, wide: str) -> Iterator[Suspect]:
-    """What the program of Flax's layer casts down to, below the wide dtype."""
+    """Yields what the program of Flax's layer casts down to, below the wide dtype."""
     narrow, options = _narrow(pair, wide), _options(pair.flax, wide)
     if options:
         shown = ", ".join(f"{name}={value}" for name, value in options.items())
@@ -35,7 +35,7 @@ def suspects(pair: LayerPair, wide: str) -> Iterator[Suspect]:
 
 
 def cause(pair: LayerPair) -> str | None:
-    """Of a layer in float32, by the distance of both from torch in float64."""
+    """Explains a layer in float32, by the distance of both from torch in float64."""
     inputs = mapped((pair.torch_args, pair.torch_kwargs), lambda v: v.double() if is_floating(v) else v)
     court = Court(replace(pair, torch_outputs=run_torch(copy.deepcopy(pair.torch).double(), *inputs)))
     noise, original = (
@@ -74,7 +74,7 @@ def _widen_options(layer: nnx.Module, wide: str) -> None:
 
 
 def _program(trial: Trial | LayerPair, layer: nnx.Module, args: Any, kwargs: Any) -> tuple[Any, list[Any], Any]:
-    """The jaxpr of a call, the arrays that it takes, and the tree that it gives."""
+    """Returns the jaxpr of a call, the arrays that it takes, and the tree that it gives."""
     flat, tree = jax.tree.flatten((args, kwargs))
     graph, state = nnx.split(layer)
 
@@ -122,7 +122,7 @@ class _Constant(nnx.Module):
         self.outputs = nnx.data(outputs)
 
     def __call__(self) -> Any:
-        """The outputs."""
+        """Returns the outputs."""
         return self.outputs
 
 

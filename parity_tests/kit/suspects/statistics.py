@@ -25,7 +25,7 @@ Edit = tuple[
 
 
 def cause(pair: LayerPair) -> str | None:
-    """The suspect that explains the updates, or two of them."""
+    """Finds the suspect that explains the updates, or two of them."""
     names = [name for name, value in pair.torch.named_buffers() if value.is_floating_point()]
     before = flax_arrays(pair.flax)
     module = copy.deepcopy(pair.torch)
@@ -66,7 +66,7 @@ class _Updated(dict[str, np.ndarray]):
 
 
 def _weights(pair: LayerPair) -> Iterator[Edit]:
-    """Whether, and how much, new statistics count."""
+    """Yields edits of whether, and how much, new statistics count."""
 
     def keep(arrays: Arrays) -> Arrays:
         return arrays
@@ -88,7 +88,7 @@ def _weights(pair: LayerPair) -> Iterator[Edit]:
 
 
 def _variances(pair: LayerPair, module: Any) -> Iterator[Edit]:
-    """Unbiased and biased, n/(n-1) apart."""
+    """Yields unbiased and biased variances, n/(n-1) apart."""
     x = next((leaf for _, leaf in leaves((pair.torch_args, pair.torch_kwargs)) if is_floating(leaf)), None)
     channels = getattr(module, "num_features", None)
     if x is None or not channels:

@@ -67,7 +67,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Suspect:
-    """What may differ.
+    """A possible difference.
 
     Attributes:
         said: what differs, with both values.
@@ -100,7 +100,7 @@ class Court:
         return self.distance(pair.torch_outputs, outputs) * _ROUNDING
 
     def trial(self) -> Trial:
-        """A copy of Flax's side, whose attention does not leave float64."""
+        """Copies Flax's side, whose attention does not leave float64."""
         layer = nnx.clone(self.pair.flax)
         for attention in attentions(layer):
             attention.attention_fn = exact_attention
@@ -108,7 +108,10 @@ class Court:
         return Trial(layer, pair.flax_args, dict(pair.flax_kwargs), pair.torch_outputs)
 
     def left(self, *suspects: Suspect) -> float:
-        """The distance that is left between the two, in roundings; infinite where the edit does not apply."""
+        """Measures the distance that is left between the two, in roundings.
+
+        It is infinite where the edit does not apply.
+        """
         trial = self.trial()
         try:
             for suspect in suspects:
@@ -118,7 +121,7 @@ class Court:
             return float("inf")
 
     def cause(self, suspects: Iterable[Suspect]) -> str | None:
-        """The first that explains the difference; or the first two that do so together."""
+        """Finds the first that explains the difference, or the first two that do so together."""
         original = self.distance(self.pair.torch_outputs, self.pair.flax_outputs)
         joining = []
         for suspect in suspects:
@@ -134,7 +137,7 @@ class Court:
         return None
 
     def distance(self, expected: Any, got: Any) -> float:
-        """The largest of all outputs, in roundings at the scale of torch's."""
+        """Returns the largest distance of all outputs, in roundings at the scale of torch's."""
         worst = []
         for ours, theirs in self.matched(expected, got):
             last = self.pair.channels_last and not isinstance(theirs, Tensor)
@@ -144,7 +147,7 @@ class Court:
         return max(worst, default=float("inf"))
 
     def matched(self, expected: Any, got: Any) -> list[tuple[Any, Any]]:
-        """torch's outputs and Flax's, of which the first correspond."""
+        """Pairs torch's outputs with Flax's. The first ones correspond."""
         ours, theirs = ([leaf for _, leaf in leaves(tree) if is_floating(leaf)] for tree in (expected, got))
         if not ours or not theirs:
             return []
@@ -155,7 +158,7 @@ class Court:
 
 
 def run_flax(layer: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The outputs of a copy, compiled once for all values of its weights and inputs."""
+    """Returns the outputs of a copy, compiled once for all values of its weights and inputs."""
     flat, tree = jax.tree.flatten((args, kwargs))
     fixed = tuple(None if is_array(leaf) else leaf for leaf in flat)
     graph, state = nnx.split(layer)
@@ -174,27 +177,32 @@ def _forward(graph: Any, state: Any, arrays: list[Any], fixed: tuple[Any, tuple[
 
 
 def explains(left: float, original: float, noise: float = NOISE_FLOOR) -> bool:
-    """Whether what is left of a difference is rounding: within the limit of meaning, and well below the difference; or
-    as small beside it as the rounding of float64 is beside that of float32.
+    """Tells whether what is left of a difference is rounding.
+
+    It is then within the limit of meaning, and well below the difference; or it is as small beside the difference as
+    the rounding of float64 is beside that of float32.
     """
     limit = MEANING_LIMIT * max(NOISE_FLOOR, noise)
     return left <= (max(min(limit, original / MEANING_LIMIT), original * _ROUNDING) if np.isfinite(original) else limit)
 
 
 def sentence(said: str, remedy: str, left: float, what: str = "the layers", unit: str = "float64") -> str:
-    """What follows the name of a layer in a report."""
+    """Makes the sentence that follows the name of a layer in a report."""
     return f"{said}; with {remedy} {what} agree {f'to {left * UNIT_ROUNDOFF[unit]:.0e}' if left else 'exactly'}"
 
 
 def run_torch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The outputs of a copy, whose arguments it may change."""
+    """Returns the outputs of a copy, whose arguments it may change."""
     with torch.no_grad():
         args, kwargs = mapped((args, kwargs), lambda value: value.clone() if isinstance(value, Tensor) else value)
         return copy.deepcopy(module)(*args, **kwargs)
 
 
 def attentions(layer: nnx.Module) -> list[Any]:
-    """Those whose softmax is in float32: jax.nn.dot_product_attention's, which Flax calls if there is no dropout."""
+    """Finds those whose softmax is in float32.
+
+    It is that of jax.nn.dot_product_attention, which Flax calls if there is no dropout.
+    """
     modules = (module for _, module in nnx.iter_modules(layer))
     return [m for m in modules if getattr(m, "attention_fn", None) is nnx.dot_product_attention]
 
@@ -207,6 +215,6 @@ class _Listener:
 
 
 def exact_attention(*args: Any, module: Any = None, **kwargs: Any) -> jax.Array:
-    """nnx.dot_product_attention in the dtype of its inputs throughout."""
+    """Computes nnx.dot_product_attention in the dtype of its inputs throughout."""
     listener: Any = _Listener()
     return nnx.dot_product_attention(*args, **{**kwargs, "module": listener})

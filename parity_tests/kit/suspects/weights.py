@@ -26,7 +26,7 @@ _MOST_MEMBERS = 4  # of which every order is tried
 
 
 def suspects(pair: LayerPair) -> Iterator[Suspect]:
-    """Other layouts of the same numbers first, then other numbers, then weights that one side lacks."""
+    """Yields other layouts of the same numbers first, then other numbers, then weights that one side lacks."""
     yield from _transposed(pair)
     yield from _heads(pair)
     yield from _thirds(pair)
@@ -61,7 +61,7 @@ def _exchange(trial: Trial, names: Sequence[str], others: Sequence[str]) -> None
 
 
 def _transposed(pair: LayerPair) -> Iterator[Suspect]:
-    """Axes of equal sizes, which no check of shapes can tell apart; and kernels upside down."""
+    """Yields axes of equal sizes, which no check of shapes can tell apart, and kernels upside down."""
     for name, variable in _weights(pair.flax).items():
         shape = variable.shape
         if "kernel" not in name and len(shape) < 2:
@@ -101,7 +101,7 @@ _PROJECTIONS = ("query", "key", "value")
 
 
 def _heads(pair: LayerPair) -> Iterator[Suspect]:
-    """Of nnx.MultiHeadAttention: (in, heads, features of a head)."""
+    """Yields suspects of nnx.MultiHeadAttention: (in, heads, features of a head)."""
     if not isinstance(pair.flax, nnx.MultiHeadAttention):
         return
     weights = _weights(pair.flax)
@@ -138,7 +138,7 @@ def _inverse(order: Sequence[str]) -> str:
 
 
 def _transposed_flat(kernel: np.ndarray) -> np.ndarray:
-    """As a matrix, whichever two of its three axes are one in torch; which is square."""
+    """Transposes a kernel as a matrix, which is square, whichever two of its three axes are one in torch."""
     side = round(kernel.size**0.5)
     return kernel.reshape(side, side).T.reshape(kernel.shape)
 
@@ -152,7 +152,7 @@ def _heads_first(array: np.ndarray) -> np.ndarray:
 
 
 def _thirds(pair: LayerPair) -> Iterator[Suspect]:
-    """Of a Linear that makes query, key and value at once: its columns."""
+    """Yields other orders of the columns of a Linear that makes query, key and value at once."""
     weights = _weights(pair.flax)
     if not isinstance(pair.flax, nnx.Linear) or weights["kernel"].shape[-1] % 3:
         return
@@ -184,7 +184,7 @@ _APART = (("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho"))  # of an nnx.LSTM
 
 
 def _gates(pair: LayerPair) -> Iterator[Suspect]:
-    """Blocks of torch's recurrent layers, in another order."""
+    """Yields blocks of torch's recurrent layers, in another order."""
     letters = ""
     mode = getattr(pair.torch, "mode", type(pair.torch).__name__)
     if "LSTM" in mode:
@@ -230,7 +230,7 @@ def _two_directions(pair: LayerPair) -> Iterator[Suspect]:
 
 
 def _fast_weights(pair: LayerPair) -> Iterator[Suspect]:
-    """Of BatchEnsemble layers: r, s, and a bias for each member."""
+    """Yields suspects of BatchEnsemble layers: r, s, and a bias for each member."""
     weights = _weights(pair.flax)
     for r in (name for name in weights if name.split(".")[-1] == "r"):
         prefix = r[:-1]
@@ -270,7 +270,7 @@ def _scale_bias(trial: Trial, bias: str, s: str, power: float) -> None:
 
 
 def _groups(pair: LayerPair) -> Iterator[Suspect]:
-    """Channels that go to groups in turns."""
+    """Yields channels that go to groups in turns."""
     count = getattr(pair.torch, "num_groups", None)
     channels = getattr(pair.torch, "num_channels", 0)
     if not isinstance(count, int) or not 1 < count < channels:
@@ -305,7 +305,7 @@ def _values(pair: LayerPair) -> Iterator[Suspect]:
 
 
 def _lacking(pair: LayerPair) -> Iterator[Suspect]:
-    """Weights that do nothing on the other side; without them the two agree."""
+    """Yields weights that do nothing on the other side. Without them the two agree."""
     parameters = {n: p for n, p in pair.torch.named_parameters() if "bias" in n or p.ndim == 1}
     names = [[name] for name, value in parameters.items() if not _is_neutral(name, value)]
     biases = [name for (name,) in names if "bias" in name]
@@ -340,7 +340,7 @@ def _without(trial: Trial, pair: LayerPair, names: Sequence[str]) -> None:
 
 
 def _offsets(pair: LayerPair) -> Iterator[Suspect]:
-    """Weights that are kept less one, as some networks do."""
+    """Yields weights that are kept less one, as some networks do."""
     for name, variable in _weights(pair.flax).items():
         if len(variable.shape) == 1 and "bias" not in name:
             for step in (1.0, -1.0):
