@@ -95,7 +95,7 @@ def test_what_a_parameter_is_follows_from_its_type():
 def test_an_optimizer_of_another_model_is_refused():
     groups = flax_groups(without_draws(lambda: pf.batchensemble(flax_net(), 4)), DECAY)
     other = without_draws(lambda: pf.batchensemble(nnx.Dict(head=nnx.Linear(5, 7, rngs=nnx.Rngs(0))), 4))
-    with pytest.raises(ValueError, match=r"of the model that it was given; got one of .* such as 'network.head.bias'"):
+    with pytest.raises(ValueError, match=r"of this model's parameters; got one of .* such as 'network.head.bias'"):
         nnx.Optimizer(other, chained(groups), wrt=nnx.Param)
 
 
@@ -107,11 +107,15 @@ def case(says, error=ValueError, convert=True, **options):
 @pytest.mark.parametrize(
     ("convert", "options", "error", "says"),
     [
-        case(r"r and s of BatchEnsemble layers; got one of 2 slow weights and no fast ones. Convert it", convert=False),
+        case(
+            r"r and s of BatchEnsemble layers; got one with 2 slow weights and no fast ones. Convert it", convert=False
+        ),
         case(r"expects weight_decay of 0 or more; got -1. Pass weight_decay=0.5", weight_decay=-1),
         case(r"expects fast_lr_multiplier as a number; got str", TypeError, fast_lr_multiplier="half"),
         case(r"expects decay as a tuple of types of modules; got 'Linear'", TypeError, decay="Linear"),
-        case(r"with slow weights, which decay; got one of 4 fast weights and no slow ones. Leave types", no_decay=None),
+        case(
+            r"with slow weights, which decay; got one with 4 fast weights and no slow ones. Leave types", no_decay=None
+        ),
     ],
 )
 def test_models_without_groups_say_so_in_the_same_words(framework, convert, options, error, says):

@@ -559,7 +559,7 @@ def test_moments_of_a_masked_kernel(tmp_path):
 
 def test_two_biases_that_are_one_in_flax_start_anew():
     model = without_draws(lambda: nnx.RNN(nnx.OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(0))))
-    with pytest.raises(ValueError, match="got bias_ih_l0, of which torch trains two"):
+    with pytest.raises(ValueError, match="got bias_ih_l0: torch trains two"):
         flax_optimizers.optimizer_to_arrays(model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param))
 
 

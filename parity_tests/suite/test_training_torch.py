@@ -451,9 +451,9 @@ def test_groups_of_what_is_not_known_are_asked_for():
         fast_weight_groups(model, 0.1)
     assert [len(g["params"]) for g in fast_weight_groups(model, 0.1, decay=(Scale,))] == [2, 2, 2]
     assert [len(g["params"]) for g in fast_weight_groups(model, 0.1, no_decay=(Scale,))] == [1, 2, 3]
-    with pytest.raises(ValueError, match="got one of 2 fast weights and no slow ones"):
+    with pytest.raises(ValueError, match="got one with 2 fast weights and no slow ones"):
         fast_weight_groups(model, 0.1, no_decay=(Scale, pt.BatchEnsembleLinear))
-    with pytest.raises(ValueError, match=r"got one of 2 slow weights and no fast ones.*batchensemble\(model, 4\)"):
+    with pytest.raises(ValueError, match=r"got one with 2 slow weights and no fast ones.*batchensemble\(model, 4\)"):
         fast_weight_groups(pt.ensemble(mlp(), 2), 0.1)
 
     class Layer(nn.Module):  # as register_batchensemble takes them

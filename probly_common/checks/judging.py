@@ -89,7 +89,7 @@ def check_variance(what: str, holds: bool, bound: str = "above 0") -> None:
     """Refuses variances, for callers that can look at values. Traced ones become NaN instead."""
     if not holds:
         raise ValueError(
-            f"{what} expects variances {bound}; got others among them. Make them so with softplus: "
+            f"{what} expects variances that are all {bound}; got some that are not. Use softplus: "
             f"mean, variance = to_gaussian(outputs)."
         )
 
@@ -173,7 +173,7 @@ def check_curve(what: str, name: str, x: Sequence[int], values: Sequence[int]) -
 def check_variances(what: str, values: Sequence[np.ndarray]) -> None:
     if any((each < 0).any() for each in values):
         raise ValueError(
-            f"{what} expects uncertainties of at least 0, which are variances; got others among them. Pass "
+            f"{what} expects uncertainties of at least 0, which are variances; got some below 0. Pass "
             f"regression_uncertainty(mean, variance)."
         )
 

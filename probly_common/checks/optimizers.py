@@ -50,8 +50,8 @@ def check_separate(what: str, names: Sequence[str]) -> None:
     """Refuses the sum of torch's two recurrent biases, which move twice as far as the one that is their sum."""
     if names:
         raise ValueError(
-            f"{what} expects parameters that torch has too; got {', '.join(names)}, of which torch trains two where "
-            f"there is one here. Start anew with the weights alone: nnx.Optimizer(model, tx, wrt=nnx.Param)."
+            f"{what} expects parameters that torch has too; got {', '.join(names)}: torch trains two where there is "
+            f"one here. Start anew with the weights alone: nnx.Optimizer(model, tx, wrt=nnx.Param)."
         )
 
 

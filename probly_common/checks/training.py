@@ -33,17 +33,17 @@ def check_groups(
         name, kind = next(iter(unknown.items()))
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise ValueError(
-            f"{what} expects modules of which it knows what decays; got {name!r} of a {kind}{more}. Say it: "
+            f"{what} expects to know what decays in each module; got {name!r} of a {kind}{more}. Say it: "
             f"{what}({model}{weight_decay}, decay=({kind},)), or no_decay=({kind},)."
         )
     if not fast:
         raise ValueError(
-            f"{what} expects a model with fast weights, r and s of BatchEnsemble layers; got one of {len(slow)} slow "
+            f"{what} expects a model with fast weights, r and s of BatchEnsemble layers; got one with {len(slow)} slow "
             f"weights and no fast ones. Convert it: model = batchensemble(model, 4)."
         )
     if not slow:
         raise ValueError(
-            f"{what} expects a model with slow weights, which decay; got one of {len(fast)} fast weights and no slow "
+            f"{what} expects a model with slow weights, which decay; got one with {len(fast)} fast weights and no slow "
             f"ones. Leave types out of no_decay."
         )
 
@@ -59,8 +59,8 @@ def check_types(what: str, name: str, types: Any, expected: type, example: str) 
 def check_same_parameters(what: str, others: Sequence[str]) -> None:
     if others:
         raise ValueError(
-            f"{what} expects an optimizer of the model that it was given; got one of {len(others)} other parameters, "
-            f"such as {others[0]!r}. Make both of one model."
+            f"{what} expects an optimizer of this model's parameters; got one of {len(others)} others, such as "
+            f"{others[0]!r}. Make both of one model."
         )
 
 

@@ -110,7 +110,7 @@ def log1p(x: Tensor) -> Tensor:
 def log(x: Tensor) -> Tensor:
     """Returns XLA's log of positive numbers.
 
-    It is Cephes' logf in float32. In float64, where XLA calls the C library, it is to within 0.6 ULP.
+    It is Cephes' logf in float32. In float64, where XLA calls the C library, it is right to 0.6 ULP.
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         return log(x.float()).to(x.dtype)
