@@ -105,8 +105,8 @@ def member_gaussian_nll(mean: Array, variance: Array, targets: Array) -> Array:
     Raises:
         ValueError: if the shapes do not fit. A variance that is not above 0 gives NaN.
     Example:
-        >>> member_gaussian_nll(jnp.zeros((3, 4)), jnp.ones((3, 4)), jnp.zeros(4))
-        Array(0.9189386, dtype=float32)
+        >>> round(float(member_gaussian_nll(jnp.zeros((3, 4)), jnp.ones((3, 4)), jnp.zeros(4))), 4)
+        0.9189
     """
     return -_log_density("member_gaussian_nll", mean, variance, targets, each=True).mean()
 
@@ -129,8 +129,8 @@ def member_beta_nll(mean: Array, variance: Array, targets: Array, *, beta: float
         ValueError: if the shapes do not fit, or beta is not from 0 to 1. A variance that is not above 0 gives NaN.
         TypeError: if beta is not a number.
     Example:
-        >>> member_beta_nll(jnp.zeros((3, 4)), jnp.full((3, 4), 4.0), jnp.zeros(4), beta=0.5)
-        Array(3.2241714, dtype=float32)
+        >>> round(float(member_beta_nll(jnp.zeros((3, 4)), jnp.full((3, 4), 4.0), jnp.zeros(4), beta=0.5)), 4)
+        3.2242
     """
     check_beta("member_beta_nll", beta)
     log_density = _log_density("member_beta_nll", mean, variance, targets, each=True)
@@ -158,8 +158,8 @@ def member_losses(
     Example:
         >>> import optax
         >>> loss = lambda z, y: optax.softmax_cross_entropy_with_integer_labels(z, y).mean()
-        >>> member_losses(loss, jnp.zeros((3, 4, 2)), jnp.array([0, 1, 1, 0])).sum()
-        Array(2.0794415, dtype=float32)
+        >>> round(float(member_losses(loss, jnp.zeros((3, 4, 2)), jnp.array([0, 1, 1, 0])).sum()), 4)
+        2.0794
     """
     check_in_axes("member_losses", in_axes)
     num_members = jax.tree.leaves(outputs)[0].shape[0]
@@ -198,8 +198,8 @@ def mixture_cross_entropy(
         ValueError: if the shapes do not fit, or label_smoothing is not from 0 to 1.
         TypeError: if labels are not integers, or an option is of another type.
     Example:
-        >>> jnp.exp(mixture_cross_entropy(jnp.array([[[0.0, 0.0]], [[0.0, 100.0]]]), jnp.array([1])))
-        Array(1.3333334, dtype=float32)
+        >>> round(float(jnp.exp(mixture_cross_entropy(jnp.array([[[0.0, 0.0]], [[0.0, 100.0]]]), jnp.array([1])))), 4)
+        1.3333
     """
     what = "mixture_cross_entropy"
     log_probs = _log_mean(_log_probs(what, logits))[None]
@@ -237,8 +237,8 @@ def mixture_gaussian_nll(mean: Array, variance: Array, targets: Array) -> Array:
     Raises:
         ValueError: if the shapes do not fit. A variance that is not above 0 gives NaN.
     Example:
-        >>> mixture_gaussian_nll(jnp.array([[-1.0], [1.0]]), jnp.ones((2, 1)), jnp.zeros(1))
-        Array(1.4189385, dtype=float32)
+        >>> round(float(mixture_gaussian_nll(jnp.array([[-1.0], [1.0]]), jnp.ones((2, 1)), jnp.zeros(1))), 4)
+        1.4189
     """
     log_density = _log_density("mixture_gaussian_nll", mean, variance, targets, each=False)
     return math.log(len(mean)) - jax.nn.logsumexp(log_density, 0).mean()
@@ -260,8 +260,8 @@ def to_gaussian(outputs: Array, *, min_variance: float = 1e-6) -> tuple[Array, A
         TypeError: if min_variance is not a number.
     Example:
         >>> mean, variance = to_gaussian(jnp.zeros((3, 4, 2)))
-        >>> mean.shape, variance[0, 0]
-        ((3, 4, 1), Array([0.6931482], dtype=float32))
+        >>> mean.shape, round(float(variance[0, 0, 0]), 4)
+        ((3, 4, 1), 0.6931)
     """
     check_gaussian_outputs("to_gaussian", outputs.shape, min_variance)
     mean, raw = jnp.split(outputs, 2, -1)

@@ -274,8 +274,8 @@ def disagreement(logits: Array) -> Array:
     Shape:
         logits (E, B, C). Returns (B,), from 0 to 1.
     Example:
-        >>> disagreement(jnp.array([[[1.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]]]))
-        Array([0.6666667], dtype=float32)
+        >>> round(float(disagreement(jnp.array([[[1.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]]]))[0]), 4)
+        0.6667
     """
     check_logits("disagreement", logits.shape)
     num_members, _, num_classes = logits.shape
