@@ -89,7 +89,7 @@ def check_variance(what: str, holds: bool, bound: str = "above 0") -> None:
     """Refuses variances, for callers that can look at values. Traced ones become NaN instead."""
     if not holds:
         raise ValueError(
-            f"{what} expects variances that are all {bound}; got some that are not. Use softplus: "
+            f"{what} expects variances {bound}; got some that are not. Use softplus: "
             f"mean, variance = to_gaussian(outputs)."
         )
 
