@@ -55,6 +55,7 @@ from probly_torch.layers import linear as torch_linear_layer
 from probly_torch.layers import norm as torch_norm
 from probly_torch.layers import recurrent as torch_recurrent
 from probly_torch.port import _functions as port_functions
+from probly_torch.random import _threefry as torch_threefry
 from probly_torch.random import _xla as torch_xla
 
 DTYPES = ("float32", "float64")
@@ -746,7 +747,7 @@ BY_A_TEST: list[tuple[str, Any, str, str, Callable[[], None]]] = [
     ),
     ("draws that jit merges", pf.random.rounded, "jnp.maximum(x, jnp.finfo(x.dtype).min)", "x", made_under_jit),
     ("s drawn around r's mean", linear_init, "init, s_mean, s_std", "init, r_mean, s_std", drawn_alike),
-    ("half of the bits", pt.random.bits, "(high ^ low)", "high", random_bits),
+    ("half of the bits", torch_threefry.words, "high ^ low", "high", random_bits),
     (
         "pairs with themselves",
         pt.uncertainty.disagreement,

@@ -81,11 +81,11 @@ def test_what_is_exact_is_exact_in_the_programs_that_users_run(instructions):
 def test_half_precision_is_rounded_twice():
     """As XLA does it where the CPU has no arithmetic of float16: a product, then a sum."""
     drawn = random.uniform(random.key(3), SIZE, torch.float16, 0.1, 0.7)
-    low, span = (torch.tensor(v, dtype=torch.float16) for v in (0.1, 0.7))
+    low, high = (torch.tensor(v, dtype=torch.float16) for v in (0.1, 0.7))
     unit = random.uniform(random.key(3), SIZE, torch.float16)
-    expected = ((unit.double() * (span - low).double()).half().double() + low.double()).half()
+    expected = ((unit.double() * (high - low).double()).half().double() + low.double()).half()
     assert torch.equal(drawn, expected)
-    assert not torch.equal(expected, (unit.double() * (span - low).double() + low.double()).half())
+    assert not torch.equal(expected, (unit.double() * (high - low).double() + low.double()).half())
 
 
 class OtherCPU(TorchDispatchMode):

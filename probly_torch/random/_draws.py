@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from probly_common.checks.values import index, type_name
-from probly_torch.random._threefry import WORD, as_shape, check_key, counted, split
+from probly_torch.random._threefry import WORD, as_shape, check_key, split, words
 from probly_torch.random._xla import divided, erf, erf_inv, flushed, fma, log, log1p, scalar
 
 _BITS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32, torch.float64: 64}
@@ -157,7 +157,7 @@ def randint(
         )
     width = 64 if dtype == torch.int64 else 32
     mask = -1 if width == 64 else WORD
-    higher, lower = (_words(each, shape, width) for each in split(key))
+    higher, lower = (words(each, shape, width) for each in split(key))
     multiplier = _modulo(torch.full_like(span, 2 ** (width // 2)), span)  # 2**width modulo span, as far as it fits
     multiplier = _modulo((multiplier * multiplier) & mask, span)
     offset = (_modulo(higher, span) * multiplier & mask) + _modulo(lower, span)
@@ -358,12 +358,6 @@ def _gumbel(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, mode: str) 
     return -log(-log1p(-torch.where(high >= 0.5, high, high + low * 2.0 ** -_MANTISSA[dtype] + tiny)))
 
 
-def _words(key: Tensor, shape: tuple[int, ...], width: int) -> Tensor:
-    """Draws random bits, in int64."""
-    high, low = counted(key, shape)
-    return (high << 32) | low if width == 64 else high ^ low
-
-
 def _modulo(x: Tensor, span: Tensor) -> Tensor:
     """Returns x modulo span, with x an unsigned integer of 64 bits kept in int64."""
     half = ((x >> 1) & torch.iinfo(torch.int64).max) % span
@@ -376,21 +370,16 @@ def _shuffle(key: Tensor, x: Tensor, axis: int) -> Tensor:
     rounds = math.ceil(3 * math.log(max(1, x.numel())) / math.log(WORD))
     for _ in range(rounds):
         key, subkey = split(key)
-        high, low = counted(subkey, tuple(x.shape))
-        order = torch.sort(high ^ low, dim=axis, stable=True).indices
+        order = torch.sort(words(subkey, tuple(x.shape), 32), dim=axis, stable=True).indices
         x = x.gather(axis, order.to(x.device))
     return x
 
 
 def _unit(key: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Draws uniform multiples of 2**-mantissa in [0, 1): random mantissas under a fixed exponent."""
-    high, low = counted(key, tuple(shape))
     mantissa = _MANTISSA[dtype]
-    if dtype == torch.float64:
-        random_bits = (high << 20) | (low >> 12)
-    else:
-        width = 8 if mantissa < 8 else _BITS[dtype]
-        random_bits = ((high ^ low) & ((1 << width) - 1)) >> (width - mantissa)
+    width = 8 if mantissa < 8 else _BITS[dtype]
+    random_bits = (words(key, tuple(shape), width) >> (width - mantissa)) & ((1 << mantissa) - 1)
     return random_bits.to(dtype) * 2.0**-mantissa
 
 

@@ -63,7 +63,7 @@ def split(key: Tensor, num: int | Sequence[int] = 2) -> Tensor:
         torch.Size([3, 2])
     """
     check_key("split", key, single=True)
-    return torch.stack(counted(key, as_shape("split", num)), -1)
+    return torch.stack(_counted(key, as_shape("split", num)), -1)
 
 
 def bits(key: Tensor, shape: int | Sequence[int] = (), dtype: torch.dtype = torch.uint32) -> Tensor:
@@ -77,10 +77,9 @@ def bits(key: Tensor, shape: int | Sequence[int] = (), dtype: torch.dtype = torc
     check_key("bits", key, single=True)
     if dtype not in _UINTS.values():
         raise TypeError(f"bits expects an unsigned integer dtype; got {dtype}. Pass dtype=torch.uint32.")
-    high, low = counted(key, as_shape("bits", shape))
-    if dtype == torch.uint64:
-        return ((high << 32) | low).view(torch.uint64)
-    return ((high ^ low) & torch.iinfo(dtype).max).to(dtype)
+    width = torch.iinfo(dtype).bits
+    drawn = words(key, as_shape("bits", shape), width)
+    return drawn.view(dtype) if width == 64 else (drawn & ((1 << width) - 1)).to(dtype)
 
 
 def as_shape(what: str, shape: Any) -> tuple[int, ...]:
@@ -110,7 +109,13 @@ def _threefry(k0: Tensor, k1: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, T
     return x0, x1
 
 
-def counted(key: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _counted(key: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Returns the two words of each counter 0, 1, 2, ... laid out in `shape`."""
     counts = torch.arange(math.prod(shape), device=key.device).reshape(shape)
     return _threefry(key[0], key[1], counts >> 32, counts & WORD)
+
+
+def words(key: Tensor, shape: tuple[int, ...], width: int) -> Tensor:
+    """Draws 64 random bits for each number, or 32 for smaller widths, in int64."""
+    high, low = _counted(key, shape)
+    return (high << 32) | low if width == 64 else high ^ low
