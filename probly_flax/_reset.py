@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from probly_common.checks.ensembles import check_reset, check_reset_type, check_reset_value
-from probly_flax import random
+from probly_flax._kinds import KINDS
 from probly_flax.random import Rngs
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
-_RULES: dict[type, Callable[..., Any]] = {}
+_RULES: dict[type, Callable[..., Any]] = {each: row.reset for row in KINDS if row.reset for each in row.types}
 
 
 def register_reset(reset_type: type[nnx.Module] | type[nnx.Param]) -> Callable[[Rule], Rule]:
@@ -27,7 +25,7 @@ def register_reset(reset_type: type[nnx.Module] | type[nnx.Param]) -> Callable[[
     Raises:
         TypeError: if the type is neither a layer's nor a parameter's.
     Example:
-        >>> import jax
+        >>> import jax, jax.numpy as jnp
         >>> from probly_flax import ensemble
         >>> class Scale(nnx.Module):
         ...     def __init__(self):
@@ -92,76 +90,3 @@ def _set(path: str, parameter: nnx.Param, value: Array) -> None:
 
 def _rule(own_type: type) -> Callable[..., Any] | None:
     return next((_RULES[each] for each in own_type.__mro__ if each in _RULES), None)
-
-
-# nnx layers do not keep their initialisers: these are the ones that they have by default.
-
-
-def _draw(parameter: nnx.Variable | None, init: Callable[..., Array], rngs: Rngs) -> None:
-    if parameter is not None:
-        value = init(rngs.params(), parameter.shape, random.draw_dtype(parameter.dtype))
-        parameter.set_value(value.astype(parameter.dtype))
-
-
-@register_reset(nnx.Linear)
-@register_reset(nnx.Einsum)
-@register_reset(nnx.Conv)
-@register_reset(nnx.ConvTranspose)
-def _reset_kernel(layer: Any, rngs: Rngs) -> None:
-    _draw(layer.kernel, nnx.initializers.lecun_normal(), rngs)
-    _draw(layer.bias, nnx.initializers.zeros, rngs)
-
-
-@register_reset(nnx.LinearGeneral)
-def _reset_linear_general(layer: nnx.LinearGeneral, rngs: Rngs) -> None:
-    def lecun_normal(key: Array, shape: Sequence[int], dtype: Any) -> Array:
-        flat = (math.prod(shape) // math.prod(layer.out_features), math.prod(layer.out_features))
-        return nnx.initializers.lecun_normal()(key, flat, dtype).reshape(shape)
-
-    _draw(layer.kernel, lecun_normal, rngs)
-    _draw(layer.bias, nnx.initializers.zeros, rngs)
-
-
-@register_reset(nnx.Embed)
-def _reset_embed(layer: nnx.Embed, rngs: Rngs) -> None:
-    _draw(layer.embedding, nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0), rngs)
-
-
-@register_reset(nnx.LayerNorm)
-@register_reset(nnx.RMSNorm)
-@register_reset(nnx.GroupNorm)
-@register_reset(nnx.InstanceNorm)
-def _reset_norm(layer: Any, rngs: Rngs) -> None:
-    _draw(layer.scale, nnx.initializers.ones, rngs)
-    _draw(getattr(layer, "bias", None), nnx.initializers.zeros, rngs)
-
-
-@register_reset(nnx.BatchNorm)
-def _reset_batch_norm(layer: nnx.BatchNorm, rngs: Rngs) -> None:
-    _reset_norm(layer, rngs)
-    layer.mean.set_value(jnp.zeros_like(layer.mean[...]))
-    layer.var.set_value(jnp.ones_like(layer.var[...]))
-
-
-@register_reset(nnx.OptimizedLSTMCell)
-@register_reset(nnx.GRUCell)
-@register_reset(nnx.SimpleCell)
-def _reset_cell(layer: Any, rngs: Rngs) -> None:
-    _draw(layer.dense_h.kernel, nnx.initializers.orthogonal(), rngs)  # after its Linear layers, which come first
-
-
-@register_reset(nnx.LSTMCell)
-def _reset_lstm_cell(layer: nnx.LSTMCell, rngs: Rngs) -> None:
-    for linear in (layer.hi, layer.hf, layer.hg, layer.ho):
-        _draw(linear.kernel, nnx.initializers.orthogonal(), rngs)
-
-
-@register_reset(nnx.LoRA)
-def _reset_lora(layer: nnx.LoRA, rngs: Rngs) -> None:
-    _draw(layer.lora_a, nnx.initializers.he_uniform(), rngs)
-    _draw(layer.lora_b, nnx.initializers.zeros, rngs)
-
-
-@register_reset(nnx.PReLU)
-def _reset_prelu(layer: nnx.PReLU, rngs: Rngs) -> None:
-    _draw(layer.negative_slope, nnx.initializers.constant(0.01), rngs)

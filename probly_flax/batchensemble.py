@@ -32,48 +32,21 @@ from probly_common.checks.rows import (
 from probly_common.checks.values import check_module, check_num_members
 from probly_common.report import Exclude, Excluder, Report, ReportRow, make_report, natural_order
 from probly_flax import random
+from probly_flax._kinds import KINDS
 from probly_flax._members import is_stateful
 from probly_flax.ensemble import Ensemble
 from probly_flax.functional import split_members, tile_members
-from probly_flax.layers import (
-    BatchEnsembleBatchNorm,
-    BatchEnsembleConv,
-    BatchEnsembleConvTranspose,
-    BatchEnsembleEmbed,
-    BatchEnsembleGroupNorm,
-    BatchEnsembleGRU,
-    BatchEnsembleGRUCell,
-    BatchEnsembleLayerNorm,
-    BatchEnsembleLinear,
-    BatchEnsembleLSTM,
-    BatchEnsembleLSTMCell,
-    BatchEnsembleMultiHeadAttention,
-)
+from probly_flax.layers import BatchEnsembleConv, BatchEnsembleLinear
 from probly_flax.random import Rngs
 
 __all__ = ["BatchEnsemble", "batchensemble", "register_batchensemble"]
 
 Converter = TypeVar("Converter", bound=Callable[..., nnx.Module])
 _CONVERTERS: dict[type[nnx.Module], Callable[..., nnx.Module]] = {
-    nnx.Linear: BatchEnsembleLinear,
-    nnx.Conv: BatchEnsembleConv,
-    nnx.ConvTranspose: BatchEnsembleConvTranspose,
-    nnx.Embed: BatchEnsembleEmbed,
-    nnx.MultiHeadAttention: BatchEnsembleMultiHeadAttention,
-    nnx.LSTMCell: BatchEnsembleLSTMCell,
-    nnx.OptimizedLSTMCell: BatchEnsembleLSTMCell,
-    nnx.GRUCell: BatchEnsembleGRUCell,
+    each: row.members for row in KINDS if row.members and not row.is_norm for each in row.types
 }
-_RNNS: dict[type[nnx.Module], Callable[..., nnx.Module]] = {  # by the type of their cell
-    nnx.LSTMCell: BatchEnsembleLSTM,
-    nnx.OptimizedLSTMCell: BatchEnsembleLSTM,
-    nnx.GRUCell: BatchEnsembleGRU,
-}
-_NORMS: dict[type[nnx.Module], Callable[..., nnx.Module]] = {
-    nnx.BatchNorm: BatchEnsembleBatchNorm,
-    nnx.LayerNorm: BatchEnsembleLayerNorm,
-    nnx.GroupNorm: BatchEnsembleGroupNorm,
-}
+_OF_RNNS = {each: row.members_of_rnn for row in KINDS if row.members_of_rnn for each in row.types}  # by their cell
+_NORMS = {each: row.members for row in KINDS if row.members and row.is_norm for each in row.types}
 
 
 @runtime_checkable
@@ -237,7 +210,7 @@ def batchensemble(
     check_no_ensemble(what, (m.num_members for _, m in nnx.iter_modules(base) if isinstance(m, Ensemble)))
 
     network, draws = nnx.clone(base, arrays=True), nnx.clone(rngs)
-    converters = _CONVERTERS | (_NORMS if per_member_norms else {})
+    norms = _NORMS if per_member_norms else {}
     options = {"init": init, "r_mean": r_mean, "r_std": r_std, "s_mean": s_mean, "s_std": s_std}
     layers = dict(nnx.iter_modules(network))
     per_member: dict[int, nnx.Variable] = {}
@@ -246,7 +219,9 @@ def batchensemble(
     for parts, layer in sorted(layers.items(), key=lambda item: natural_order(_torch_path(item[0], layers))):
         path = ".".join(map(str, parts))
         excluded = id(layer) not in inside and excluder(path, layer)
-        convert = _RNNS.get(type(layer.cell)) if type(layer) is nnx.RNN else converters.get(type(layer))
+        convert = _CONVERTERS.get(type(layer), norms.get(type(layer)))
+        if type(layer) is nnx.RNN:
+            convert = convert or _OF_RNNS.get(type(layer.cell))
         converts = convert is not None and not excluded and _is_single(layer)
         own = jax.tree.leaves(nnx.state(layer, nnx.Param)) if converts else _parameters(layer)
         before = after = sum(p.size for p in own)
@@ -258,7 +233,7 @@ def batchensemble(
             inside.update(id(module) for _, module in nnx.iter_modules(layer))
             converted = (
                 convert(layer, num_members)
-                if type(layer) in _NORMS
+                if type(layer) in norms and type(layer) not in _CONVERTERS
                 else convert(layer, draws, num_members, use_base_weights, **options)
             )
             _keep_ties(layer, converted, per_member)

@@ -28,9 +28,17 @@ from probly_common.checks.weights import check_loaded_dtype, check_numpy, read_j
 from probly_common.weights.files import Arrays, Spec, keep_once, open_arrays, specs_of, write_arrays
 from probly_common.weights.flatten import check_flattened, linear_sizes
 from probly_common.weights.match import check_tied
-from probly_flax._options import layer_options
-from probly_flax.layers._common import Rule
-from probly_flax.weights import Flatten, _identities, _metadata, _rules, _set, _shapes, _spec
+from probly_flax._inventory import Inventory
+from probly_flax._layouts import Weight
+from probly_flax.weights import (
+    Flatten,
+    identities_of,
+    metadata_of,
+    set_variable,
+    shapes_of,
+    spec_of,
+    weights_of,
+)
 
 __all__ = ["load_optimizer", "load_optimizer_arrays", "optimizer_to_arrays", "save_optimizer"]
 
@@ -144,9 +152,9 @@ def save_optimizer(
         ...     save_optimizer(model, optimizer, f"{folder}/optimizer.safetensors")
     """
     state = _state("save_optimizer", model, optimizer, flatten)
-    identities = {name: name for name in state.steps} | _identities(state.moments)
+    identities = {name: name for name in state.steps} | identities_of(state.moments)
     kept, tied = keep_once(_arrays("save_optimizer", state), identities)
-    write_arrays(path, kept, _metadata(model, flatten) | tied)
+    write_arrays(path, kept, metadata_of(Inventory(model), flatten) | tied)
 
 
 def load_optimizer(
@@ -178,45 +186,46 @@ def load_optimizer(
     with open_arrays("load_optimizer", path) as arrays:
         known = read_json(what, arrays.metadata, "flatten") if flatten is None else flatten
         if flatten != {} and (known or "flatten" not in arrays.metadata):
-            sizes = linear_sizes(layer_options(model), _shapes(dict(_rules(what, model))))
+            inventory = Inventory(model)
+            sizes = linear_sizes(inventory.options, shapes_of(weights_of(what, inventory)))
             check_flattened(what, read_json(what, arrays.metadata, "options"), known, sizes)
         _load(what, _state(what, model, optimizer, known), optimizer, arrays)
 
 
 class _State(NamedTuple):
-    """An optimizer's state, by names in torch: a rule over the moments of each weight, and the steps it has taken.
+    """An optimizer's state, by names in torch: a weight over the moments of each weight, and the steps it has taken.
 
     `counts` are the variables that count steps, by their place in the state. `optional` are those of `steps` that torch
     does not have.
     """
 
-    moments: dict[str, Rule]
+    moments: dict[str, Weight]
     steps: list[str]
     optional: list[str]
     counts: dict[str, nnx.Variable]
 
 
 def _load(what: str, state: _State, optimizer: nnx.Optimizer, arrays: Mapping[str, np.ndarray]) -> None:
-    expected = {name: _spec(rule) for name, rule in state.moments.items()}
+    expected = {name: spec_of(weight) for name, weight in state.moments.items()}
     check_state(what, expected | dict.fromkeys(state.steps, Spec((), "float32")), specs_of(arrays), state.optional)
-    check_tied(what, _identities(state.moments), arrays)
+    check_tied(what, identities_of(state.moments), arrays)
     steps = {name: float(arrays[name]) for name in state.steps if name in arrays}
     check_steps(what, steps)
     check_one_step(what, steps)
     check_step_known(what, bool(steps) or not state.counts, (state.steps or [""])[0])
     for name, spec in expected.items():
         check_loaded_dtype(what, name, spec.dtype, jax.dtypes.canonicalize_dtype(spec.dtype).name)
-    for name, rule in state.moments.items():
-        if rule.refuses:
-            rule.from_torch(np.asarray(arrays[name]))
+    for name, weight in state.moments.items():
+        if weight.refuses:
+            weight.from_torch(np.asarray(arrays[name]))
     if isinstance(arrays, Arrays):
         warn_state_not_finite(what, arrays.not_finite({name: spec.dtype for name, spec in expected.items()}))
-    for name, rule in state.moments.items():
-        for moment, array in zip(rule.variables, rule.from_torch(np.asarray(arrays[name])), strict=True):
-            _set(moment, np.array(array))
+    for name, weight in state.moments.items():
+        for moment, array in zip(weight.variables, weight.from_torch(np.asarray(arrays[name])), strict=True):
+            set_variable(moment, np.array(array))
     for step in {*steps.values()}:
         for count in (*state.counts.values(), optimizer.step):
-            _set(count, np.asarray(step, count.dtype))
+            set_variable(count, np.asarray(step, count.dtype))
 
 
 def _arrays(what: str, state: _State) -> Arrays:
@@ -227,10 +236,10 @@ def _arrays(what: str, state: _State) -> Arrays:
     def read(name: str) -> np.ndarray:
         if name in counted:
             return counted[name]
-        rule = state.moments[name]
-        return np.asarray(rule.to_torch(*(np.asarray(moment[...]) for moment in rule.variables)))
+        weight = state.moments[name]
+        return np.asarray(weight.to_torch(*(np.asarray(moment[...]) for moment in weight.variables)))
 
-    return Arrays({**{name: _spec(rule) for name, rule in state.moments.items()}, **specs_of(counted)}, read)
+    return Arrays({**{name: spec_of(weight) for name, weight in state.moments.items()}, **specs_of(counted)}, read)
 
 
 def _state(what: str, model: nnx.Module, optimizer: nnx.Optimizer, flatten: Flatten) -> _State:
@@ -239,17 +248,18 @@ def _state(what: str, model: nnx.Module, optimizer: nnx.Optimizer, flatten: Flat
     parameters = dict(_leaves(nnx.state(model, optimizer.wrt)))
     moments, counts = _moments_and_counts(what, parameters, optimizer)
     trained = set().union(*moments.values()) or {*map(id, parameters.values())}
-    rules = {name: rule for name, rule in _rules(what, model, flatten) if any(id(v) in trained for v in rule.variables)}
-    check_whole(what, [name for name, rule in rules.items() if any(id(v) not in trained for v in rule.variables)])
-    check_separate(what, [name for name, rule in rules.items() if rule.also])
+    weights = weights_of(what, Inventory(model), flatten)
+    weights = {name: weight for name, weight in weights.items() if any(id(v) in trained for v in weight.variables)}
+    check_whole(what, [name for name, weight in weights.items() if any(id(v) not in trained for v in weight.variables)])
+    check_separate(what, [name for name, weight in weights.items() if weight.also])
     found = {
-        f"{name}.{key}": rule._replace(variables=tuple(own[id(v)] for v in rule.variables))
-        for name, rule in rules.items()
+        f"{name}.{key}": weight._replace(variables=tuple(own[id(v)] for v in weight.variables))
+        for name, weight in weights.items()
         for key, own in moments.items()
-        if all(id(v) in own for v in rule.variables)
+        if all(id(v) in own for v in weight.variables)
     }
-    uncounted = [f"{name}.step" for name in rules if f"{name}.exp_avg" not in found]
-    return _State(found, [f"{name}.step" for name in rules], uncounted, counts)
+    uncounted = [f"{name}.step" for name in weights if f"{name}.exp_avg" not in found]
+    return _State(found, [f"{name}.step" for name in weights], uncounted, counts)
 
 
 def _moments_and_counts(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from hashlib import sha256
 from typing import Any
@@ -28,12 +28,12 @@ from probly_common.checks.weights import (
 )
 from probly_common.weights.files import Arrays, Spec, cast_array, keep_once, open_arrays, specs_of, write_arrays
 from probly_common.weights.flatten import check_flatten, check_flattened, linear_sizes, warn_flattened
-from probly_common.weights.match import check_tied_names, match_names, renamed_paths
-from probly_flax import _options
-from probly_flax._torch_names import torch_rules
-from probly_flax.layers._common import Rule
+from probly_common.weights.kinds import check_same_options
+from probly_common.weights.match import Choices, Targets, check_tied_names, match_names, renamed_paths
+from probly_flax._inventory import Inventory
+from probly_flax._layouts import Weight
 
-__all__ = ["load_arrays", "load_weights", "save_weights", "to_arrays"]
+__all__ = ["Inventory", "load_arrays", "load_weights", "save_weights", "to_arrays"]
 
 Flatten = Mapping[str, Sequence[int]] | None
 
@@ -61,7 +61,10 @@ def to_arrays(model: nnx.Module, *, flatten: Flatten = None) -> dict[str, np.nda
         >>> {name: array.shape for name, array in to_arrays(nnx.Linear(3, 2, rngs=nnx.Rngs(0))).items()}
         {'weight': (2, 3), 'bias': (2,)}
     """
-    return {name: np.array(array) for name, array in _arrays("to_arrays", model, flatten).items()}
+    return {
+        name: np.array(array)
+        for name, array in _arrays("to_arrays", weights_of("to_arrays", Inventory(model), flatten)).items()
+    }
 
 
 def load_arrays(
@@ -99,8 +102,8 @@ def load_arrays(
     """
     check_numpy("load_arrays", arrays)
     given = Arrays(specs_of(arrays), lambda name: np.asarray(arrays[name]))
-    rules = dict(_rules("load_arrays", model, flatten))
-    _load("load_arrays", rules, given, strict=strict, rename=rename, ignore=ignore, cast=cast)
+    weights = weights_of("load_arrays", Inventory(model), flatten)
+    _load("load_arrays", weights, given, Choices(strict, rename, ignore, cast))
 
 
 def save_weights(model: nnx.Module, path: str | os.PathLike[str], *, flatten: Flatten = None) -> None:
@@ -125,9 +128,10 @@ def save_weights(model: nnx.Module, path: str | os.PathLike[str], *, flatten: Fl
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_weights(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), f"{folder}/linear.safetensors")
     """
-    rules = dict(_rules("save_weights", model, flatten))
-    kept, tied = keep_once(_arrays("save_weights", model, flatten), _identities(rules))
-    write_arrays(path, kept, _metadata(model, flatten) | tied)
+    inventory = Inventory(model)
+    weights = weights_of("save_weights", inventory, flatten)
+    kept, tied = keep_once(_arrays("save_weights", weights), identities_of(weights))
+    write_arrays(path, kept, metadata_of(inventory, flatten) | tied)
 
 
 def load_weights(
@@ -173,61 +177,59 @@ def load_weights(
         True
     """
     what = f"load_weights({os.fspath(path)!r})"
+    inventory = Inventory(model)
     with open_arrays("load_weights", path) as arrays:
         options = renamed_paths(what, read_json(what, arrays.metadata, "options"), rename, ignore, arrays)
         if check_options:
-            _options.check_options(what, model, options)
-        own = _options.layer_options(model)
+            check_same_options(what, inventory, options)
+        own = inventory.options
         if flatten is None and "flatten" in arrays.metadata:
             recorded = read_json(what, arrays.metadata, "flatten")
             known = renamed_paths(what, recorded, rename, ignore, arrays)
             flatten = {path: shape for path, shape in known.items() if path in own} or (None if recorded else {})
-        rules = dict(_rules(what, model, flatten))
+        weights = weights_of(what, inventory, flatten)
         if flatten != {}:
-            shapes = _shapes(rules)
+            shapes = shapes_of(weights)
             check_flattened(what, options, flatten or {}, linear_sizes(own, shapes))
             if flatten is None and arrays.metadata.get("framework") != "flax":
-                warn_flattened(what, renamed_paths(what, own, None, ignore, rules), shapes, "")
-        _load(what, rules, arrays, strict=strict, rename=rename, ignore=ignore, cast=cast)
+                warn_flattened(what, renamed_paths(what, own, None, ignore, weights), shapes, "")
+        _load(what, weights, arrays, Choices(strict, rename, ignore, cast))
 
 
-def _load(what: str, rules: Mapping[str, Rule], arrays: Arrays, **options: Any) -> None:
-    expected = {name: _spec(rule) for name, rule in rules.items()}
-    identities = _identities(rules)
-    dtypes = {name: rule.dtypes for name, rule in rules.items()}
-    names = match_names(what, expected, arrays.specs, identities, dtypes, arrays.tied, **options)
-    names = {here: arrays.tied.get(there, there) for here, there in names.items()}
-    given = {here: arrays.specs[there].dtype for here, there in names.items()}
-    final = {here: dtype if dtype in dtypes[here] else expected[here].dtype for here, dtype in given.items()}
-    for here, dtype in final.items():
-        if rules[here].variables:
+def _load(what: str, weights: Mapping[str, Weight], arrays: Arrays, choices: Choices) -> None:
+    specs = {name: spec_of(weight) for name, weight in weights.items()}
+    identities = identities_of(weights)
+    targets = Targets(specs, identities, {name: weight.dtypes for name, weight in weights.items()})
+    names, dtypes = match_names(what, targets, arrays, choices)
+    for here, dtype in dtypes.items():
+        if weights[here].variables:
             check_loaded_dtype(what, here, dtype, jax.dtypes.canonicalize_dtype(dtype).name)
-        check_together(what, here, [name for name in rules[here].also if name not in names])
+        check_together(what, here, [name for name in weights[here].also if name not in names])
 
     def parts(here: str) -> Sequence[np.ndarray]:
-        of_torch = [cast_array(arrays[names[name]], final[name]) for name in (here, *rules[here].also)]
-        return rules[here].from_torch(*of_torch)
+        of_torch = [cast_array(arrays[names[name]], dtypes[name]) for name in (here, *weights[here].also)]
+        return weights[here].from_torch(*of_torch)
 
     def flat(here: str) -> np.ndarray:
         return np.concatenate([part.reshape(-1) for part in parts(here)])
 
     check_tied_names(what, names, {name: identity[:-1] for name, identity in identities.items()}, flat)
-    check_integers(what, names, arrays.specs, final, arrays)
+    check_integers(what, names, arrays.specs, dtypes, arrays)
 
     def put(here: str) -> None:
-        for variable, array in zip(rules[here].variables, parts(here), strict=True):
-            kept = None if rules[here].dtypes else variable.dtype
-            _set(variable, np.asarray(array, kept) if arrays.fresh else np.array(array, kept))
+        for variable, array in zip(weights[here].variables, parts(here), strict=True):
+            kept = None if weights[here].dtypes else variable.dtype
+            set_variable(variable, np.asarray(array, kept) if arrays.fresh else np.array(array, kept))
 
     for here in names:
-        if rules[here].refuses:
+        if weights[here].refuses:
             try:
                 parts(here)
             except ValueError as error:
                 raise ValueError(f"{what} cannot load {shown(here)}: {error}") from error
-    warn_not_finite(what, arrays.not_finite({there: final[here] for here, there in names.items()}))
-    hooked = [here for here in names if any(map(_is_hooked, rules[here].variables))]
-    old = [(variable, variable.get_raw_value()) for here in hooked for variable in rules[here].variables]
+    warn_not_finite(what, arrays.not_finite({there: dtypes[here] for here, there in names.items()}))
+    hooked = [here for here in names if any(map(_is_hooked, weights[here].variables))]
+    old = [(variable, variable.get_raw_value()) for here in hooked for variable in weights[here].variables]
     try:
         for here in hooked:
             put(here)
@@ -239,7 +241,7 @@ def _load(what: str, rules: Mapping[str, Rule], arrays: Arrays, **options: Any) 
         put(here)  # back: at the end of its heap
 
 
-def _set(variable: nnx.Variable, array: np.ndarray) -> None:
+def set_variable(variable: nnx.Variable, array: np.ndarray) -> None:
     """Takes the array, whose memory may become the variable's."""
     # Its dtype is named, since JAX compiles a program for every shape otherwise.
     value = jnp.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
@@ -256,83 +258,77 @@ def _is_hooked(variable: Any) -> bool:
     return type(variable).set_value is not nnx.Variable.set_value or "on_set_value" in variable.get_metadata()
 
 
-def _arrays(what: str, model: nnx.Module, flatten: Flatten) -> Arrays:
-    rules = dict(_rules(what, model, flatten))
-    values = {name: [variable.get_value() for variable in rule.variables] for name, rule in rules.items()}
+def _arrays(what: str, weights: Mapping[str, Weight]) -> Arrays:
+    values = {name: [variable.get_value() for variable in weight.variables] for name, weight in weights.items()}
     abstract = [name for name, own in values.items() if any(isinstance(v, jax.ShapeDtypeStruct) for v in own)]
     check_has_values(what, abstract)
     return Arrays(
-        {name: _spec(rule) for name, rule in rules.items()},
-        lambda name: np.asarray(rules[name].to_torch(*map(np.asarray, values[name]))),
+        {name: spec_of(weight) for name, weight in weights.items()},
+        lambda name: np.asarray(weights[name].to_torch(*map(np.asarray, values[name]))),
     )
 
 
-def _rules(what: str, model: nnx.Module, flatten: Flatten = None) -> Iterator[tuple[str, Rule]]:
-    """Yields every weight under every name that it has in torch.
-
-    The weights of a layer that is used twice have two names.
-    """
-    check_model(what, model, nnx.Module, "nnx.Linear(3, 2, rngs=nnx.Rngs(0))")
-    rules = dict(torch_rules(what, model))
+def weights_of(what: str, inventory: Inventory, flatten: Flatten = None) -> dict[str, Weight]:
+    """Returns every weight by torch's names, with the rows that torch has for flattened channels."""
+    check_model(what, inventory.model, nnx.Module, "nnx.Linear(3, 2, rngs=nnx.Rngs(0))")
+    weights = inventory.weights(what)
     if flatten:
-        options = _options.layer_options(model)
-        for path, shape in check_flatten(what, flatten, linear_sizes(options, _shapes(rules))).items():
+        for path, shape in check_flatten(what, flatten, linear_sizes(inventory.options, shapes_of(weights))).items():
             prefix = f"{path}." if path else ""
             names = [f"{prefix}{own}" for own in ("weight", "bias", "running_mean", "running_var")]
-            if options[path]["kind"] == "Linear":
+            if inventory.options[path]["kind"] == "Linear":
                 names = [names[0], f"{prefix}r", f"{prefix.removesuffix('base_layer.')}lora_A.default.weight"]
-            for name in names:
-                if name in rules:
-                    rules[name] = _flattened(rules[name], shape)
-    yield from rules.items()
+            weights |= {name: _flattened(weights[name], shape) for name in names if name in weights}
+    return weights
 
 
-def _metadata(model: nnx.Module, flatten: Flatten) -> dict[str, str]:
+def metadata_of(inventory: Inventory, flatten: Flatten) -> dict[str, str]:
+    """Returns what a file records beside the arrays."""
     sizes = flatten if flatten is None else {path: [int(size) for size in shape] for path, shape in flatten.items()}
-    recorded = {"flatten": sizes, "options": _options.layer_options(model) or None}
+    recorded = {"flatten": sizes, "options": inventory.options or None}
     written = {key: json.dumps(value) for key, value in recorded.items() if value is not None}
     return {"framework": "flax", **written}
 
 
-def _shapes(rules: Mapping[str, Rule]) -> dict[str, tuple[int, ...]]:
-    return {name: _spec(rule).shape for name, rule in rules.items()}
+def shapes_of(weights: Mapping[str, Weight]) -> dict[str, tuple[int, ...]]:
+    return {name: spec_of(weight).shape for name, weight in weights.items()}
 
 
-def _flattened(rule: Rule, shape: Sequence[int]) -> Rule:
+def _flattened(weight: Weight, shape: Sequence[int]) -> Weight:
     """Reorders the last axis, which runs over (channels, *spatial) in torch and (*spatial, channels) in Flax."""
     channels, *spatial = shape
     first = -1 - len(spatial)
 
     def to_torch(*arrays: np.ndarray) -> np.ndarray:
-        array = rule.to_torch(*arrays)
+        array = weight.to_torch(*arrays)
         return np.moveaxis(array.reshape(*array.shape[:-1], *spatial, channels), -1, first).reshape(array.shape)
 
     def from_torch(array: np.ndarray, *also: np.ndarray) -> Sequence[np.ndarray]:
         shaped = array.reshape(*array.shape[:-1], channels, *spatial)
-        return rule.from_torch(np.moveaxis(shaped, first, -1).reshape(array.shape), *also)
+        return weight.from_torch(np.moveaxis(shaped, first, -1).reshape(array.shape), *also)
 
-    return rule._replace(to_torch=to_torch, from_torch=from_torch)
+    return weight._replace(to_torch=to_torch, from_torch=from_torch)
 
 
-def _identities(rules: Mapping[str, Rule]) -> dict[str, Any]:
+def identities_of(weights: Mapping[str, Weight]) -> dict[str, Any]:
     """Returns what is equal for the names of one parameter in one layout, and for them only.
 
     Without its last element, it is equal for the names of one parameter in any layout.
     """
-    found = {name: tuple(map(id, rule.variables)) or (name,) for name, rule in rules.items()}
+    found = {name: tuple(map(id, weight.variables)) or (name,) for name, weight in weights.items()}
     shared = {own for own, count in Counter(found.values()).items() if count > 1}
-    return {name: (*own, _layout(rules[name]) if own in shared else "") for name, own in found.items()}
+    return {name: (*own, _layout(weights[name]) if own in shared else "") for name, own in found.items()}
 
 
-def _layout(rule: Rule) -> str:
+def _layout(weight: Weight) -> str:
     """Returns a digest of what torch's layout makes of numbers that tell the axes apart."""
-    numbers = (np.resize(np.arange(251, dtype=np.uint8), variable.shape) for variable in rule.variables)
-    array = rule.to_torch(*numbers)
+    numbers = (np.resize(np.arange(251, dtype=np.uint8), variable.shape) for variable in weight.variables)
+    array = weight.to_torch(*numbers)
     return sha256(repr(array.shape).encode() + array.astype(np.uint8).tobytes()).hexdigest()
 
 
-def _spec(rule: Rule) -> Spec:
+def spec_of(weight: Weight) -> Spec:
     """Returns shape and dtype, without the values."""
-    array = rule.to_torch(*(np.broadcast_to(np.int8(0), variable.shape) for variable in rule.variables))
-    dtypes = rule.dtypes[:1] or [variable.dtype.name for variable in rule.variables] or [array.dtype.name]
+    array = weight.to_torch(*(np.broadcast_to(np.int8(0), variable.shape) for variable in weight.variables))
+    dtypes = weight.dtypes[:1] or [variable.dtype.name for variable in weight.variables] or [array.dtype.name]
     return Spec(array.shape, np.dtype(reduce(np.promote_types, dtypes)).name)

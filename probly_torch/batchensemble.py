@@ -31,50 +31,20 @@ from probly_common.checks.rows import (
 from probly_common.checks.values import check_module, check_num_members
 from probly_common.report import Exclude, Excluder, Report, ReportRow, make_report, natural_order
 from probly_torch import random
+from probly_torch._kinds import KINDS
 from probly_torch._members import has_hooks, lazy_names
 from probly_torch.ensemble import Ensemble
 from probly_torch.functional import split_members, tile_members
-from probly_torch.layers import (
-    BatchEnsembleBatchNorm,
-    BatchEnsembleConv,
-    BatchEnsembleConvTranspose,
-    BatchEnsembleEmbed,
-    BatchEnsembleGroupNorm,
-    BatchEnsembleGRU,
-    BatchEnsembleGRUCell,
-    BatchEnsembleLayerNorm,
-    BatchEnsembleLinear,
-    BatchEnsembleLSTM,
-    BatchEnsembleLSTMCell,
-    BatchEnsembleMultiHeadAttention,
-)
+from probly_torch.layers import BatchEnsembleConv, BatchEnsembleLinear
 from probly_torch.random import Rngs
 
 __all__ = ["BatchEnsemble", "batchensemble", "register_batchensemble"]
 
 Converter = TypeVar("Converter", bound=Callable[..., nn.Module])
 _CONVERTERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
-    nn.Linear: BatchEnsembleLinear,
-    nn.Conv1d: BatchEnsembleConv,
-    nn.Conv2d: BatchEnsembleConv,
-    nn.Conv3d: BatchEnsembleConv,
-    nn.ConvTranspose1d: BatchEnsembleConvTranspose,
-    nn.ConvTranspose2d: BatchEnsembleConvTranspose,
-    nn.ConvTranspose3d: BatchEnsembleConvTranspose,
-    nn.Embedding: BatchEnsembleEmbed,
-    nn.MultiheadAttention: BatchEnsembleMultiHeadAttention,
-    nn.LSTM: BatchEnsembleLSTM,
-    nn.GRU: BatchEnsembleGRU,
-    nn.LSTMCell: BatchEnsembleLSTMCell,
-    nn.GRUCell: BatchEnsembleGRUCell,
+    each: row.members for row in KINDS if row.members and not row.is_norm for each in row.types
 }
-_NORMS: dict[type[nn.Module], Callable[..., nn.Module]] = {
-    nn.BatchNorm1d: BatchEnsembleBatchNorm,
-    nn.BatchNorm2d: BatchEnsembleBatchNorm,
-    nn.BatchNorm3d: BatchEnsembleBatchNorm,
-    nn.LayerNorm: BatchEnsembleLayerNorm,
-    nn.GroupNorm: BatchEnsembleGroupNorm,
-}
+_NORMS = {each: row.members for row in KINDS if row.members and row.is_norm for each in row.types}
 
 
 @runtime_checkable
@@ -237,7 +207,7 @@ def batchensemble(
     check_initialized(what, lazy_names(base))
 
     network, draws = copy.deepcopy(base), copy.deepcopy(rngs)
-    converters = _CONVERTERS | (_NORMS if per_member_norms else {})
+    norms = _NORMS if per_member_norms else {}
     options = {"init": init, "r_mean": r_mean, "r_std": r_std, "s_mean": s_mean, "s_std": s_std}
     paths: dict[nn.Module, str] = {}
     for path, layer in network.named_modules(remove_duplicate=False):
@@ -247,18 +217,18 @@ def batchensemble(
     rows = []
     for layer, path in sorted(paths.items(), key=lambda item: natural_order(item[1])):
         excluded = layer not in inside and excluder(path, layer)
-        converts = not excluded and type(layer) in converters and _is_plain(layer)
+        convert = _CONVERTERS.get(type(layer), norms.get(type(layer)))
+        converts = convert is not None and not excluded and _is_plain(layer)
         before = after = sum(p.numel() for p in layer.parameters(recurse=converts))
         if not before or layer in inside:
             continue
         kind, action = type(layer).__name__, "excluded" if excluded else "shared"
-        if converts:
+        if convert and converts:
             action = "converted"
             inside.update(layer.modules())
-            convert = converters[type(layer)]
             converted = (
                 convert(layer, num_members)
-                if type(layer) in _NORMS
+                if type(layer) in norms and type(layer) not in _CONVERTERS
                 else convert(layer, draws, num_members, use_base_weights, **options)
             )
             _keep_ties(layer, converted, per_member)

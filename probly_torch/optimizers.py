@@ -21,7 +21,15 @@ from probly_common.checks.optimizers import (
 from probly_common.checks.weights import check_numpy
 from probly_common.weights.files import Arrays, Spec, keep_once, open_arrays, specs_of, write_arrays
 from probly_common.weights.match import check_tied
-from probly_torch.weights import Flatten, _as_tensor, _check_flattened, _flatten, _metadata, _tensors, _view
+from probly_torch.weights import (
+    Flatten,
+    check_file_flattened,
+    flatten_sizes,
+    inventory_of,
+    metadata_of,
+    tensor_of,
+    view_of,
+)
 
 __all__ = ["load_optimizer", "load_optimizer_arrays", "optimizer_to_arrays", "save_optimizer"]
 
@@ -66,7 +74,7 @@ def optimizer_to_arrays(
         >>> {name: array.shape for name, array in arrays.items()}
         {'weight.momentum_buffer': (2, 3), 'bias.momentum_buffer': (2,)}
     """
-    _flatten("optimizer_to_arrays", model, _tensors("optimizer_to_arrays", model), flatten)
+    flatten_sizes("optimizer_to_arrays", inventory_of("optimizer_to_arrays", model), flatten)
     arrays = _arrays(optimizer, _slots(_parameters("optimizer_to_arrays", model, optimizer)))
     return {name: np.array(array) for name, array in arrays.items()}
 
@@ -124,9 +132,10 @@ def save_optimizer(
         ...     save_optimizer(model, torch.optim.Adam(model.parameters()), f"{folder}/optimizer.safetensors")
     """
     slots = _slots(_parameters("save_optimizer", model, optimizer))
-    shapes = _flatten("save_optimizer", model, _tensors("save_optimizer", model), flatten)
+    inventory = inventory_of("save_optimizer", model)
+    inventory.weights("save_optimizer")  # which have to be there
     kept, tied = keep_once(_arrays(optimizer, slots), _identities(slots))
-    write_arrays(path, kept, _metadata(model, flatten if flatten is None else shapes) | tied)
+    write_arrays(path, kept, metadata_of("save_optimizer", inventory, flatten) | tied)
 
 
 def load_optimizer(
@@ -155,7 +164,7 @@ def load_optimizer(
     """
     what = f"load_optimizer({os.fspath(path)!r})"
     with open_arrays("load_optimizer", path) as arrays:
-        _check_flattened(what, model, arrays, flatten, "save_optimizer")
+        check_file_flattened(what, inventory_of(what, model), arrays, flatten, "save_optimizer")
         _load(what, model, optimizer, arrays, flatten)
 
 
@@ -186,7 +195,7 @@ def _load(
 ) -> None:
     parameters = _parameters(what, model, optimizer)
     slots = _slots(parameters)
-    _flatten(what, model, _tensors(what, model), flatten)
+    flatten_sizes(what, inventory_of(what, model), flatten)
     expected = {name: slot.spec() for name, slot in slots.items()}
     optional = {f"{name}.step": Spec((), "float32") for name in parameters if f"{name}.step" not in slots}
     check_state(what, expected | optional, specs_of(arrays), optional)
@@ -199,7 +208,7 @@ def _load(
             state = optimizer.state[slot.parameter]
             if state.get(slot.key) is None:
                 state[slot.key] = slot.zeros()
-            state[slot.key].copy_(_as_tensor(np.asarray(arrays[name])))
+            state[slot.key].copy_(tensor_of(np.asarray(arrays[name])))
 
 
 def _arrays(optimizer: torch.optim.Optimizer, slots: Mapping[str, _Slot]) -> Arrays:
@@ -207,7 +216,7 @@ def _arrays(optimizer: torch.optim.Optimizer, slots: Mapping[str, _Slot]) -> Arr
         slot = slots[name]
         value = optimizer.state.get(slot.parameter, {}).get(slot.key)
         value = slot.zeros() if value is None else torch.as_tensor(value)
-        return _view(value.float() if slot.key == "step" else value)
+        return view_of(value.float() if slot.key == "step" else value)
 
     return Arrays({name: slot.spec() for name, slot in slots.items()}, read)
 

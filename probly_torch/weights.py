@@ -11,15 +11,11 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from probly_common.checks.ensembles import check_initialized
 from probly_common.checks.weights import (
     check_integers,
-    check_materialized,
     check_model,
     check_numpy,
-    check_tensors,
     check_writable,
     read_json,
     warn_not_finite,
@@ -35,10 +31,11 @@ from probly_common.weights.files import (
     write_arrays,
 )
 from probly_common.weights.flatten import check_flatten, check_flattened, linear_sizes, warn_flattened
-from probly_common.weights.match import check_tied_names, match_names, renamed_paths
-from probly_torch import _options
+from probly_common.weights.kinds import check_same_options
+from probly_common.weights.match import Choices, Targets, check_tied_names, match_names, renamed_paths
+from probly_torch._inventory import Inventory
 
-__all__ = ["load_arrays", "load_weights", "save_weights", "to_arrays"]
+__all__ = ["Inventory", "load_arrays", "load_weights", "save_weights", "to_arrays"]
 
 Flatten = Mapping[str, Sequence[int]] | None
 
@@ -63,9 +60,9 @@ def to_arrays(model: nn.Module, *, flatten: Flatten = None) -> dict[str, np.ndar
         >>> {name: array.shape for name, array in to_arrays(nn.Linear(3, 2)).items()}
         {'weight': (2, 3), 'bias': (2,)}
     """
-    tensors = _tensors("to_arrays", model)
-    _flatten("to_arrays", model, tensors, flatten)
-    return {name: _view(tensor).copy() for name, tensor in tensors.items()}
+    inventory = inventory_of("to_arrays", model)
+    flatten_sizes("to_arrays", inventory, flatten)
+    return {name: view_of(tensor).copy() for name, tensor in inventory.weights("to_arrays").items()}
 
 
 def load_arrays(
@@ -103,10 +100,11 @@ def load_arrays(
     """
     found: Any = arrays
     if isinstance(arrays, Mapping):
-        found = {name: _view(array) if isinstance(array, Tensor) else array for name, array in arrays.items()}
+        found = {name: view_of(array) if isinstance(array, Tensor) else array for name, array in arrays.items()}
     check_numpy("load_arrays", found)
     given = Arrays(specs_of(found), lambda name: np.asarray(found[name]))
-    _load("load_arrays", model, given, flatten, strict=strict, rename=rename, ignore=ignore, cast=cast)
+    inventory = inventory_of("load_arrays", model)
+    _load("load_arrays", inventory, given, flatten, Choices(strict, rename, ignore, cast))
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str], *, flatten: Flatten = None) -> None:
@@ -129,11 +127,11 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], *, flatten: Fla
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_weights(nn.Linear(3, 2), f"{folder}/linear.safetensors")
     """
-    tensors = _tensors("save_weights", model)
-    shapes = _flatten("save_weights", model, tensors, flatten)
-    arrays = Arrays({name: _spec(tensor) for name, tensor in tensors.items()}, lambda name: _view(tensors[name]))
+    inventory = inventory_of("save_weights", model)
+    tensors = inventory.weights("save_weights")
+    arrays = Arrays({name: _spec(tensor) for name, tensor in tensors.items()}, lambda name: view_of(tensors[name]))
     kept, tied = keep_once(arrays, _identities(tensors))
-    write_arrays(path, kept, _metadata(model, flatten if flatten is None else shapes) | tied)
+    write_arrays(path, kept, metadata_of("save_weights", inventory, flatten) | tied)
 
 
 def load_weights(
@@ -177,49 +175,39 @@ def load_weights(
         True
     """
     what = f"load_weights({os.fspath(path)!r})"
+    inventory = inventory_of(what, model)
     with open_arrays("load_weights", path) as arrays:
         if check_options:
             recorded = renamed_paths(what, read_json(what, arrays.metadata, "options"), rename, ignore, arrays)
-            _options.check_options(what, model, recorded)
-        _check_flattened(what, model, arrays, flatten, "save_weights", rename, ignore)
-        _load(what, model, arrays, flatten, strict=strict, rename=rename, ignore=ignore, cast=cast)
+            check_same_options(what, inventory, recorded)
+        check_file_flattened(what, inventory, arrays, flatten, "save_weights", rename, ignore)
+        _load(what, inventory, arrays, flatten, Choices(strict, rename, ignore, cast))
 
 
-def _load(what: str, model: nn.Module, arrays: Arrays, flatten: Flatten, **options: Any) -> None:
-    tensors = _tensors(what, model)
-    _flatten(what, model, tensors, flatten)
-    expected = {name: _spec(tensor) for name, tensor in tensors.items()}
-    identities = _identities(tensors)
-    names = match_names(what, expected, arrays.specs, identities, {}, arrays.tied, **options)
-    names = {here: arrays.tied.get(there, there) for here, there in names.items()}
-    check_tied_names(what, names, identities, lambda here: arrays[names[here]])
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    targets = {here: tensors[here] for here in names if tensors[here].numel()}
+def _load(what: str, inventory: Inventory, arrays: Arrays, flatten: Flatten, choices: Choices) -> None:
+    flatten_sizes(what, inventory, flatten)
+    tensors = inventory.weights(what)
+    targets = Targets({name: _spec(tensor) for name, tensor in tensors.items()}, _identities(tensors))
+    names, dtypes = match_names(what, targets, arrays, choices)
+    check_tied_names(what, names, targets.identities, lambda here: arrays[names[here]])
+    own = {t.untyped_storage().data_ptr() for t in (*inventory.model.parameters(), *inventory.model.buffers())}
+    written = {here: tensors[here] for here in names if tensors[here].numel()}
     check_writable(
         what,
-        [name for name, t in targets.items() if t.untyped_storage().data_ptr() not in own],
-        [name for name, t in targets.items() if t.is_inference()],
-        [name for name, t in targets.items() if any(n > 1 and not s for n, s in zip(t.shape, t.stride(), strict=True))],
+        [name for name, t in written.items() if t.untyped_storage().data_ptr() not in own],
+        [name for name, t in written.items() if t.is_inference()],
+        [name for name, t in written.items() if any(n > 1 and not s for n, s in zip(t.shape, t.stride(), strict=True))],
     )
-    dtypes = {here: expected[here].dtype for here in names}
     check_integers(what, names, arrays.specs, dtypes, arrays)
     warn_not_finite(what, arrays.not_finite({there: dtypes[here] for here, there in names.items()}))
     with torch.no_grad():
         for here, there in names.items():
-            tensors[here].copy_(_as_tensor(cast_array(arrays[there], expected[here].dtype)))
+            tensors[here].copy_(tensor_of(cast_array(arrays[there], dtypes[here])))
 
 
-def _tensors(what: str, model: nn.Module) -> dict[str, Tensor]:
+def inventory_of(what: str, model: nn.Module) -> Inventory:
     check_model(what, model, nn.Module, "nn.Linear(3, 2)")
-    state = {name: v for name, v in model.state_dict().items() if name.rpartition(".")[2] != "_extra_state"}
-    check_tensors(
-        what,
-        [name for name, v in state.items() if not isinstance(v, Tensor)],
-        [name for name, v in state.items() if isinstance(v, Tensor) and v.layout != torch.strided],
-    )
-    check_initialized(what, [name for name, tensor in state.items() if is_lazy(tensor)])
-    check_materialized(what, [name for name, tensor in state.items() if tensor.is_meta])
-    return state
+    return Inventory(model)
 
 
 def _identities(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -230,23 +218,26 @@ def _identities(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _flatten(what: str, model: nn.Module, tensors: Mapping[str, Tensor], flatten: Flatten) -> dict[str, Any]:
+def flatten_sizes(what: str, inventory: Inventory, flatten: Flatten) -> dict[str, Any]:
     """Checks `flatten`, whose layers are known by the options that are recorded for them."""
-    if flatten is None:
-        return {}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return check_flatten(what, flatten, linear_sizes(_options.layer_options(model), shapes))
+    return (
+        {}
+        if flatten is None
+        else check_flatten(what, flatten, linear_sizes(inventory.options, _shapes(what, inventory)))
+    )
 
 
-def _metadata(model: nn.Module, flatten: Flatten) -> dict[str, str]:
-    recorded = {"flatten": flatten, "options": _options.layer_options(model) or None}
+def metadata_of(what: str, inventory: Inventory, flatten: Flatten) -> dict[str, str]:
+    """Returns what a file records beside the arrays."""
+    sizes = None if flatten is None else flatten_sizes(what, inventory, flatten)
+    recorded = {"flatten": sizes, "options": inventory.options or None}
     written = {key: json.dumps(value) for key, value in recorded.items() if value is not None}
     return {"framework": "torch", **written}
 
 
-def _check_flattened(
+def check_file_flattened(
     what: str,
-    model: nn.Module,
+    inventory: Inventory,
     arrays: FileArrays,
     flatten: Flatten,
     save: str,
@@ -261,18 +252,22 @@ def _check_flattened(
     if arrays.metadata.get("framework") != "flax" or flatten == {} or ("flatten" in arrays.metadata and not recorded):
         return
     recorded = renamed_paths(what, recorded, rename, ignore, arrays)
-    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(what, model).items()}
-    options = renamed_paths(what, _options.layer_options(model), None, ignore, shapes)
+    shapes = _shapes(what, inventory)
+    options = renamed_paths(what, inventory.options, None, ignore, shapes)
     check_flattened(what, options, recorded, linear_sizes(options, shapes), save)
     if "flatten" not in arrays.metadata:
         warn_flattened(what, options, shapes, f" to {save} in Flax")
+
+
+def _shapes(what: str, inventory: Inventory) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in inventory.weights(what).items()}
 
 
 def _spec(tensor: Tensor) -> Spec:
     return Spec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 
-def _view(tensor: Tensor) -> np.ndarray:
+def view_of(tensor: Tensor) -> np.ndarray:
     """Returns the tensor's own memory where NumPy can have it."""
     tensor = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()
     name = str(tensor.dtype).removeprefix("torch.")
@@ -282,7 +277,7 @@ def _view(tensor: Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def _as_tensor(array: np.ndarray) -> Tensor:
+def tensor_of(array: np.ndarray) -> Tensor:
     """Returns the array's own memory, if torch can have it."""
     array = np.require(array, requirements=["C", "W"])
     if hasattr(ml_dtypes, array.dtype.name):

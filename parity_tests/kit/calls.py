@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from parity_tests.kit.runs import FlaxModel, Layout, TorchModel
 from parity_tests.kit.trees import leaves, mapped
-from probly_flax._options import _parts
+from probly_flax.weights import Inventory
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class _Recorder:
         """
         self.level = _trace_state()
         self.modules = [model]  # so that none of these ids is taken by another object
-        for path, part in _parts(model, ""):
+        for path, part in Inventory(model).parts:
             if isinstance(part, nnx.Module):
                 self.paths.setdefault(id(part), path)
         for path, owner, name, function in list(_functions(model)):
@@ -200,8 +200,9 @@ def _functions(model: nnx.Module) -> Iterator[tuple[str, Any, Any, Callable[...,
     They are in a Sequential, or an attribute of a module of the user's own.
     """
     others = (nnx.Module, nnx.Variable, type)  # which may be called too, as dtypes may
-    parts = {path: part for path, part in _parts(model, "") if not isinstance(part, others)}
-    for path, module in [(path, part) for path, part in _parts(model, "") if isinstance(part, nnx.Module)]:
+    held = Inventory(model).parts
+    parts = {path: part for path, part in held if not isinstance(part, others)}
+    for path, module in [(path, part) for path, part in held if isinstance(part, nnx.Module)]:
         prefix = f"{path}." if path else ""
         own: list[tuple[Any, Any, Any]]
         if isinstance(module, nnx.Sequential):

@@ -28,8 +28,7 @@ from parity_tests.kit.suspects import (
 )
 from parity_tests.kit.trees import is_floating, jax_of, leaves, mapped, numpy_of
 from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, Errors, Verdict, error
-from probly_flax._options import _parts
-from probly_flax._torch_names import torch_rules
+from probly_flax.weights import Inventory
 
 
 @dataclass(frozen=True)
@@ -353,7 +352,8 @@ class Calls:
             output, pull = jax.vjp(run, parameters, given)
             of_parameters, of_inputs = pull(jax_of(self.pair.layout.to_flax_output(g, output.shape), output.dtype))
             nnx.update(layer, of_parameters)
-            summands = {n: rule.also for n, rule in torch_rules("compare", layer) if rule.variables}
+            weights = Inventory(layer).weights("compare")
+            summands = {n: weight.also for n, weight in weights.items() if weight.variables}
             arrays = probly_flax.to_arrays(layer)
             named = {each: arrays[name] for name, also in summands.items() for each in (name, *also)}
             return {name: numpy_of(array) for name, array in (named | of_inputs).items()}
@@ -382,7 +382,7 @@ def _each(arrays: Mapping[str, Sequence[Any]], i: int) -> dict[str, Any]:
 def flax_parts(model: nnx.Module) -> dict[str, Any]:
     """Returns what is at each path by the twin's names. Of several, it is the outermost."""
     parts: dict[str, Any] = {}
-    for path, part in _parts(model, ""):
+    for path, part in Inventory(model).parts:
         parts.setdefault(path, part)
     return parts
 

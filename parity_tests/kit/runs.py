@@ -20,7 +20,7 @@ import probly_torch
 from parity_tests.kit.layout import Layout
 from parity_tests.kit.masks import Masks
 from parity_tests.kit.trees import is_floating, jax_of, leaves, mapped, numpy_of
-from probly_flax._torch_names import torch_rules
+from probly_flax.weights import Inventory
 
 Key = tuple[str, str]  # kind of tensor, name
 Run = dict[Key, np.ndarray]
@@ -136,10 +136,10 @@ class FlaxModel:
         self.module = _cast(module, dtype)
         self.module.train() if train else self.module.eval()
         self._compiled: dict[str, Any] = {}
-        rules = dict(torch_rules("compare", self.module))
-        self.parameters = {n: rule.also for n, rule in rules.items() if _all(rule.variables, nnx.Param)}
+        weights = Inventory(self.module).weights("compare")
+        self.parameters = {n: weight.also for n, weight in weights.items() if _all(weight.variables, nnx.Param)}
         self.statistics = [
-            n for n, rule in rules.items() if n not in self.parameters and _all(rule.variables, nnx.Variable)
+            n for n, each in weights.items() if n not in self.parameters and _all(each.variables, nnx.Variable)
         ]
 
     @contextmanager

@@ -46,7 +46,7 @@ ELSEWHERE = {
     "categorical": test_random.test_classes,
     **dict.fromkeys(("bernoulli", "normal", "truncated_normal", "uniform"), draws.draws),
     "permutation": test_random.test_permutation_of_an_array,
-    **dict.fromkeys(("to_arrays", "load_arrays", "save_weights", "load_weights"), test_weights),
+    **dict.fromkeys(("Inventory", "to_arrays", "load_arrays", "save_weights", "load_weights"), test_weights),
     **dict.fromkeys(("optimizer_to_arrays", "load_optimizer_arrays"), test_optimizers),
     **dict.fromkeys(("save_optimizer", "load_optimizer"), test_optimizers),
     **dict.fromkeys(

@@ -72,7 +72,7 @@ ONLY_FLAX = {
     },
 }
 ONLY_FLAX_FILES = {
-    "_torch_names.py": "torch names its own tensors; each nnx layer needs a rule",
+    "_layouts.py": "torch names its own tensors; each nnx layer needs a layout",
     **dict.fromkeys((f"training/{name}.py" for name in ("_checks_fit", "_fit", "_steps")), "Lightning has its own"),
 }
 ONLY_TORCH_FILES = {

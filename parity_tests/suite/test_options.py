@@ -21,13 +21,13 @@ from torch.nn import functional
 import probly_flax as pf
 import probly_torch as pt
 from parity_tests.kit.trees import jax_of
-from probly_common.weights.kinds import KINDS, Missing
+from probly_common.weights.kinds import KINDS, Missing, check_same_options
 from probly_common.weights.match import renamed_paths
-from probly_flax import _options as flax_options
-from probly_torch import _options as torch_options
+from probly_flax._arguments import _LACKING
 
 Arguments = dict[str, Any]
 FRAMEWORKS = ("torch", "flax")
+TORCH, FLAX = pt.weights.Inventory.words, pf.weights.Inventory.words
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,8 @@ TWINS = {
 
 def options(model):
     """Returns options as a file holds them."""
-    package = torch_options if isinstance(model, nn.Module) else flax_options
-    own = package.layer_options(model)
+    package = pt if isinstance(model, nn.Module) else pf
+    own = package.weights.Inventory(model).options
     read = json.loads(json.dumps(own))
     assert read == own
     return read
@@ -244,9 +244,9 @@ def options(model):
 
 def outcome(model, recorded):
     """Returns the sentence that refuses a record, or None."""
-    package = torch_options if isinstance(model, nn.Module) else flax_options
+    package = pt if isinstance(model, nn.Module) else pf
     try:
-        package.check_options("load_weights", model, recorded)
+        check_same_options("load_weights", package.weights.Inventory(model), recorded)
     except ValueError as error:
         return str(error)
     return None
@@ -531,8 +531,8 @@ def test_twins_that_are_right_say_nothing(ours, theirs):
 def test_every_kind_has_twins():
     kinds = {options(twins.make(framework))["0"]["kind"] for twins in TWINS.values() for framework in FRAMEWORKS}
     of_other_rank = {f"{kind}{n}d" for kind in ("Conv", "ConvTranspose") for n in (1, 2, 3)}
-    assert kinds | of_other_rank == KINDS.keys() - {*flax_options._LACKING, "Identity"}  # a placeholder in Flax
-    assert not any(hasattr(module, kind) for module in (nnx, jax.nn) for kind in flax_options._LACKING)
+    assert kinds | of_other_rank == KINDS.keys() - {*_LACKING, "Identity"}  # a placeholder in Flax
+    assert not any(hasattr(module, kind) for module in (nnx, jax.nn) for kind in _LACKING)
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
@@ -544,14 +544,14 @@ def test_padding_by_a_word_is_the_padding_that_is_recorded(padding, size, stride
         named = flax(layer, 2, 5, size, strides=stride, kernel_dilation=dilation)(padding=padding)
         (record,) = options(named).values()
         assert (record["padding"] == "same") == (layer is nnx.Conv and padding == "SAME" and size > 1 < stride)
-        explicit = flax_options._arguments(record["kind"], record)["padding"]
+        explicit = FLAX.arguments(record["kind"], record)["padding"]
         outputs = []
         for each in (named, flax(layer, 2, 5, size, strides=stride, kernel_dilation=dilation)(padding=explicit)):
             each.kernel.set_value(jax_of(kernel))
             each.bias.set_value(jax_of(bias))
             outputs.append(np.asarray(each(jax_of(x))))
         np.testing.assert_array_equal(*outputs)
-        arguments = torch_options._arguments(record["kind"], record)
+        arguments = TORCH.arguments(record["kind"], record)
         if not isinstance(arguments["padding"], Missing):
             twin = getattr(nn, record["kind"])(
                 2, 5, **{k: v for k, v in arguments.items() if not isinstance(v, Missing)}
@@ -847,9 +847,9 @@ def test_layers_of_classes_made_in_another_way_are_unknown():
 
 
 def test_layers_are_called_by_names_that_exist():
-    for kind in KINDS.keys() - flax_options._LACKING:
-        for package, names in ((torch_options, {"nn": nn}), (flax_options, {"nnx": nnx, "jax": jax})):
-            called = package._advice(kind, {}).replace("1d/2d/3d", "1d").partition("(")[0]
+    for kind in KINDS.keys() - _LACKING:
+        for words, names in ((TORCH, {"nn": nn}), (FLAX, {"nnx": nnx, "jax": jax})):
+            called = words.advice(kind, {}).replace("1d/2d/3d", "1d").partition("(")[0]
             assert callable(eval(called, names)), called
 
 

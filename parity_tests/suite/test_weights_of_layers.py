@@ -19,7 +19,7 @@ import probly_torch as pt
 from parity_tests import standard
 from parity_tests.kit.trees import jax_of
 from parity_tests.standard import assert_close
-from probly_flax import _torch_names
+from probly_flax import _layouts
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 MEMBERS = 3
@@ -599,7 +599,7 @@ def test_the_function_is_the_same_and_any_other_layout_is_another(case):
 
 
 def as_it_is(variable, *args, **options):
-    return _torch_names._as_it_is(variable)
+    return _layouts.as_it_is(variable)
 
 
 def another_order(rule):
@@ -618,7 +618,7 @@ FAULTS = {
     "Einsum": ("_relaid", lambda rule: lambda v, shape, torch_shape, order: rule(v, shape, torch_shape)),
     "Attention": ("_matrix", another_order),
     "LSTM-LSTMCell": ("_matrix", another_order),
-    "user": ("_as_it_is", lambda rule: lambda v: _torch_names._permuted(v, (-1, -2)) if v.ndim == 2 else rule(v)),
+    "user": ("as_it_is", lambda rule: lambda v: _layouts._permuted(v, (-1, -2)) if v.ndim == 2 else rule(v)),
 }
 
 
@@ -626,7 +626,7 @@ FAULTS = {
 def test_a_wrong_rule_is_seen(name, monkeypatch):
     case = next(case for case in CASES if case.name == name)
     function, fault = FAULTS[name]
-    monkeypatch.setattr(_torch_names, function, fault(getattr(_torch_names, function)))
+    monkeypatch.setattr(_layouts, function, fault(getattr(_layouts, function)))
     y, flax, arrays = outputs(case)
     with pytest.raises(AssertionError, match="distance"):
         assert_close(flax(arrays), y, "float64")
@@ -856,7 +856,7 @@ def test_two_parameters_of_one_name_are_refused():
 
 def shapes(network):
     abstract = nnx.eval_shape(lambda: network(nnx.Rngs(0)))
-    return {name: pf.weights._spec(rule).shape for name, rule in _torch_names.torch_rules("to_arrays", abstract)}
+    return pf.weights.shapes_of(pf.weights.Inventory(abstract).weights("to_arrays"))
 
 
 def test_random_state_caches_intermediates_and_masks_are_no_weights():

@@ -27,7 +27,7 @@ import reprlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 Options = Mapping[str, Any]
 
@@ -47,6 +47,32 @@ class Text(str):
 
 class Missing(Text):
     """A value that the package has no argument for."""
+
+
+class Words(NamedTuple):
+    """How a package says the options of its layers."""
+
+    arguments: Callable[[str, Options], dict[str, Any]]  # that make a layer of this kind, with these options
+    advice: Callable[[str, Mapping[str, Any]], str]  # the code that passes these arguments
+    defaults: Mapping[str, Options]  # of activations that are functions, by kind
+    options: Mapping[str, str]  # by the names of their arguments
+
+
+class Inventory(Protocol):
+    """What a model holds, by the names and paths that it has in torch."""
+
+    words: Words
+
+    @property
+    def options(self) -> Mapping[str, Options]: ...
+
+    @property
+    def parts(self) -> Iterable[tuple[str, Any]]: ...
+
+    @property
+    def lengths(self) -> Mapping[str, int]: ...
+
+    def weights(self, what: str) -> Mapping[str, Any]: ...
 
 
 def _flag(value: Any) -> bool:
@@ -165,36 +191,25 @@ def known_options(kind: str, options: Options) -> dict[str, Any]:
     return {"kind": kind, **{name: value for name, value in plain.items() if _checks(kind)[name](value)}}
 
 
-def check_same_options(
-    what: str,
-    own: Mapping[str, Options],
-    recorded: Any,
-    arguments: Callable[[str, Options], Mapping[str, Any]],
-    advice: Callable[[str, Mapping[str, Any]], str],
-    sequentials: Mapping[str, int],
-    defaults: Mapping[str, Options],
-    names: Callable[[], Iterable[str]],
-    parts: Mapping[str, Any],
-) -> None:
+def check_same_options(what: str, inventory: Inventory, recorded: Any) -> None:
     """Compares the options of the layers that a model and a file both have, in the words of the package.
 
-    `arguments(kind, options)` are those that make such a layer, and `advice(kind, arguments)` is the code that passes
-    them. What the file says is untrusted: it is shown, cut short, and compared, and nothing else.
+    What the file says is untrusted: it is shown, cut short, and compared, and nothing else. A warning lists layers that
+    only the file has, if they are likely to make a difference.
 
-    A warning lists layers that only the file has, if they are likely to make a difference. Given for these are the
-    lengths of Sequentials here, the options that functions have by default, the names of weights, and what is at each
-    path here.
+    Raises:
+        ValueError: with a line for every difference, which ends with the argument to change.
     """
-    lines = []
     if not isinstance(recorded, Mapping):
         raise ValueError(
             f"{what} expects recorded options to be {{path: {{option: value}}}}; got {_cut(recorded)}. "
             f"To load the weights without them, pass check_options=False."
         )
-    for path, here in own.items():
+    lines = []
+    for path, here in inventory.options.items():
         there = recorded.get(path)
         if isinstance(there, Mapping):
-            lines += [f"{path or '(root)'}: {line}" for line in _differences(here, there, arguments, advice)]
+            lines += [f"{path or '(root)'}: {line}" for line in _differences(here, there, inventory.words)]
         elif there is not None:
             lines.append(f"{path or '(root)'}: {_cut(there)} in the file, which is no table of options")
     if lines:
@@ -203,32 +218,24 @@ def check_same_options(
             f"{what} expects layers with the options that the file's had; got {len(lines)} that differ:\n  {listed}\n"
             f"Pass these arguments, or load the weights all the same: check_options=False."
         )
-    unknown = _not_compared(own, recorded, arguments, advice, sequentials, defaults, names, parts)
+    unknown = _not_compared(what, inventory, recorded)
     if unknown:
         listed = "\n  ".join(unknown[:MAX_LINES] + ["..."] * (len(unknown) > MAX_LINES))
         warnings.warn(
             f"{what} expects the layers of the file to be here by the same names, to compare their options; got "
             f"{len(unknown)} that are not, and may compute something else here:\n  {listed}\n"
             f"Hold them by these names; or, if you know that they are right, pass check_options=False.",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
-def _not_compared(
-    own: Mapping[str, Options],
-    recorded: Mapping[Any, Any],
-    arguments: Callable[[str, Options], Mapping[str, Any]],
-    advice: Callable[[str, Mapping[str, Any]], str],
-    sequentials: Mapping[str, int],
-    defaults: Mapping[str, Options],
-    names: Callable[[], Iterable[str]],
-    parts: Mapping[str, Any],
-) -> list[str]:
+def _not_compared(what: str, inventory: Inventory, recorded: Mapping[Any, Any]) -> list[str]:
     """Returns a line for each layer that is not compared, if it has no other name here.
 
     It is a layer that has weights here, or a normalisation that has none. Or it is an activation that is beyond the end
     of a Sequential, or that the code of this place calls without its options.
     """
+    own, words, parts = inventory.options, inventory.words, dict(inventory.parts)
     here: set[str] = set()
     elsewhere = [options for path, options in own.items() if path not in recorded]
     lines = []
@@ -236,25 +243,31 @@ def _not_compared(
         kind = there.get("kind") if isinstance(there, Mapping) else None
         if path in own or not isinstance(kind, str) or kind not in KINDS:
             continue
-        here = here or {name[:end] for name in names() for end, letter in enumerate(name) if letter == "."} | {""}
+        here = here or _prefixes(inventory.weights(what))
         checks = _checks(kind)
         given = {name: there[name] for name in checks if name in there and checks[name](there[name])}
         told = {name: value for name, value in given.items() if name not in _SHOWN and value is not None}
         code = ""
         if kind in _ACTIVATIONS:
             parent, _, last = path.rpartition(".")
-            beyond = last.isdecimal() and len(last) < 9 and int(last) >= sequentials.get(parent, 10**9)
-            changed = {name: told[name] for name in told if not _equal(told[name], defaults.get(kind, told).get(name))}
-            values = arguments(kind, changed)
+            beyond = last.isdecimal() and len(last) < 9 and int(last) >= inventory.lengths.get(parent, 10**9)
+            defaults = words.defaults.get(kind, told)
+            changed = {name: told[name] for name in told if not _equal(told[name], defaults.get(name))}
+            values = words.arguments(kind, changed)
             inline = bool(changed) and any(_calls(parts.get(each), kind, values) for each in (path, parent))
             likely = kind != "Identity" and (beyond or inline)
-            code = f"; {advice(kind, values)}"
+            code = f"; {words.advice(kind, values)}"
         else:
             likely = bool(told) if path in here else kind.endswith("Norm") and given.get("weight") is False
         if likely and not any(kind == each["kind"] and _same(kind, each, given) for each in elsewhere):
             options = ", ".join(f"{name} {value!r}" for name, value in told.items())
             lines.append(f"{_cut(path)}: {kind}{' of ' if options else ''}{options}{code}")
     return lines
+
+
+def _prefixes(names: Iterable[str]) -> set[str]:
+    """Returns the paths of all that these names are in."""
+    return {name[:end] for name in names for end, letter in enumerate(name) if letter == "."} | {""}
 
 
 def _calls(value: Any, kind: str, arguments: Mapping[str, Any]) -> bool:
@@ -273,12 +286,7 @@ def _calls(value: Any, kind: str, arguments: Mapping[str, Any]) -> bool:
     return any(wanted.isdisjoint(repr(each) for group in groups for each in group) for groups in constants)
 
 
-def _differences(
-    here: Options,
-    there: Options,
-    arguments: Callable[[str, Options], Mapping[str, Any]],
-    advice: Callable[[str, Mapping[str, Any]], str],
-) -> list[str]:
+def _differences(here: Options, there: Options, words: Words) -> list[str]:
     kind = there.get("kind", here["kind"])
     if not isinstance(kind, str) or kind not in KINDS:
         return []
@@ -292,16 +300,16 @@ def _differences(
     ]
     if kind != here["kind"]:
         rank = {name: tuple(given[name]) for name in ("kernel_size",) if name in given}
-        return [*lines, f"{here['kind']} here, {kind} in the file; {advice(kind, rank)}"]
+        return [*lines, f"{here['kind']} here, {kind} in the file; {words.advice(kind, rank)}"]
     both = {name: here[name] if _equal(here[name], value) else value for name, value in given.items() if name in here}
-    ours, theirs = arguments(kind, here), arguments(kind, {**here, **both})
+    ours, theirs = words.arguments(kind, here), words.arguments(kind, {**here, **both})
     if "num_members" in both and both["num_members"] != here["num_members"]:
         members = both["num_members"]
         lines.append(
             f"num_members {here['num_members']} here, {members} in the file; batchensemble(..., num_members={members})"
         )
     return lines + [
-        f"{name} {ours[name]!r} here, {theirs[name]!r} in the file; {advice(kind, {name: theirs[name]})}"
+        f"{name} {ours[name]!r} here, {theirs[name]!r} in the file; {words.advice(kind, {name: theirs[name]})}"
         for name in ours
         if name in theirs and not _equal(ours[name], theirs[name])
     ]

@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from probly_common.checks.values import shown, type_name
 from probly_common.checks.weights import Specs, castable, listed, weight_name
+from probly_common.weights.files import Arrays
 
 MAX_AXES = 8
 
@@ -50,24 +51,35 @@ def check_tied_names(
             check_tied(what, dict.fromkeys(found.values(), identity), arrays, "ignore=[{b}]")
 
 
-def match_names(
-    what: str,
-    expected: Specs,
-    given: Specs,
-    identities: Mapping[str, Hashable],
-    dtypes: Mapping[str, Collection[str]],
-    tied: Mapping[str, str],
-    *,
-    strict: bool,
-    rename: Mapping[str, str] | None,
-    ignore: str | Iterable[str],
-    cast: bool,
-) -> dict[str, str]:
-    """Returns the name there for each name here that is to be loaded.
+class Choices(NamedTuple):
+    """What the caller of load_weights chose."""
 
-    Names of one identity are of one tensor; `dtypes` are those that a tensor takes beside its own; `tied` has other
-    names of arrays there. Everything that does not fit is reported at once.
-    """
+    strict: bool
+    rename: Mapping[str, str] | None
+    ignore: str | Iterable[str]
+    cast: bool
+
+
+class Targets(NamedTuple):
+    """What a model takes, by the names that it has in torch."""
+
+    specs: Specs
+    identities: Mapping[str, Hashable]  # names of one identity are of one tensor
+    dtypes: Mapping[str, Collection[str]] = {}  # that a tensor takes beside its own
+
+
+class Plan(NamedTuple):
+    """The array there for each name here that is to be loaded, and the dtype that it is to have."""
+
+    names: dict[str, str]
+    dtypes: dict[str, str]
+
+
+def match_names(what: str, targets: Targets, arrays: Arrays, choices: Choices) -> Plan:
+    """Finds the array for each target. Everything that does not fit is reported at once."""
+    expected, identities, dtypes = targets
+    given, tied = arrays.specs, arrays.tied
+    strict, rename, ignore, cast = choices
     there = {new: old for old, new in rename_all(what, given, rename).items()}
     ignored = ignored_names(what, ignore, expected, there)
     wanted = [name for name in expected if name not in ignored]
@@ -134,7 +146,12 @@ def match_names(
             f"ignore=['head.*'].",
             stacklevel=4,
         )
-    return names
+    names = {here: tied.get(there, there) for here, there in names.items()}
+    final = {here: given[there][1] for here, there in names.items()}
+    return Plan(
+        names,
+        {here: dtype if dtype in dtypes.get(here, ()) else expected[here][1] for here, dtype in final.items()},
+    )
 
 
 def rename_all(what: str, names: Collection[str], rename: Mapping[str, str] | None) -> dict[str, str]:

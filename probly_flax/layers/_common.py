@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
 from probly_flax import random
 from probly_flax.random import Rngs
-
-
-class Rule(NamedTuple):
-    """How the arrays of some variables make one of torch's, and come out of it again."""
-
-    variables: tuple[Any, ...]
-    to_torch: Callable[..., np.ndarray]
-    from_torch: Callable[..., Sequence[np.ndarray]]
-    also: tuple[str, ...] = ()  # names of other arrays of torch's that from_torch takes
-    dtypes: tuple[str, ...] = ()  # those that are read, the one that is written first, unless it is the variables'
-    refuses: bool = False  # whether from_torch may raise
 
 
 def axes(parameter: nnx.Param) -> tuple[Any, ...]:

@@ -21,8 +21,7 @@ from rich.table import Table
 
 from probly_common.checks.weights import check_has_values
 from probly_common.commands import build, check_new, fail, name_of_model, new_folder, plain_warnings, renamed, steps
-from probly_flax._torch_names import torch_rules
-from probly_flax.weights import load_weights
+from probly_flax.weights import Inventory, load_weights
 
 MAX_ROWS = 40
 SPELLINGS = {
@@ -152,8 +151,8 @@ def _load(model: nnx.Module, args: argparse.Namespace) -> list[Row]:
     paths = {id(variable): ".".join(map(str, path)) for path, variable in _variables(model)}
     return [
         Row(name, paths[id(variable)], variable.get_value(), id(variable.get_value()) not in kept)
-        for name, rule in torch_rules("port", model)
-        for variable in rule.variables
+        for name, weight in Inventory(model).weights("port").items()
+        for variable in weight.variables
     ]
 
 

@@ -11,10 +11,9 @@ from flax import nnx
 from jax.tree_util import DictKey
 
 from probly_common.checks.training import check_group_options, check_groups, check_same_parameters, check_types
+from probly_flax._kinds import known
 from probly_flax.batchensemble import BatchEnsembleLayer
 
-_WEIGHTS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose, nnx.Embed, nnx.LoRA)
-_NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.WeightNorm, nnx.PReLU)
 _SLOW, _FAST, _REST = "slow", "fast", "rest"
 
 Types = tuple[type[nnx.Module], ...]
@@ -99,9 +98,10 @@ def _group(holder: Any, name: Any, decay: Types, no_decay: Types) -> str | None:
         return _FAST
     if isinstance(holder, decay):
         return _SLOW
-    if isinstance(holder, (*no_decay, *_NORMS)):
+    decays = known(type(holder), "decays")
+    if isinstance(holder, no_decay) or decays is False:
         return _REST
-    if isinstance(holder, _WEIGHTS):
+    if decays:
         return _REST if name == "bias" else _SLOW
     return None
 

@@ -28,7 +28,7 @@ from probly_common.commands import (
 from probly_common.standard import NOISE_FLOOR, PRECISION_LIMIT, TRAJECTORY_LIMIT
 from probly_torch.port import _twin
 from probly_torch.port._proof import Twin, _leaves, _tensors, _values, prove
-from probly_torch.weights import _view, load_weights, save_weights
+from probly_torch.weights import load_weights, save_weights, view_of
 
 SEEDS = 3  # how many inputs are compared; the network was traced on the first
 SOURCE, WEIGHTS = "model.py", "weights.safetensors"
@@ -202,7 +202,7 @@ def _compare(
         forward = nnx.jit(lambda model, *inputs: model(*inputs))
         order = [value.order for value in twin.args]
         got = [
-            _leaves(forward(model, *(_view(x).transpose(axes) for x, axes in zip(inputs, order, strict=True))))
+            _leaves(forward(model, *(view_of(x).transpose(axes) for x, axes in zip(inputs, order, strict=True))))
             for inputs in draws
         ]
     double = copy.deepcopy(network).double()
@@ -234,7 +234,7 @@ def _is_wide(network: nn.Module) -> bool:
 
 
 def _array(values: Any) -> np.ndarray:
-    return np.asarray(_view(values) if isinstance(values, Tensor) else values).astype(np.float64)
+    return np.asarray(view_of(values) if isinstance(values, Tensor) else values).astype(np.float64)
 
 
 def _distance(array: np.ndarray, reference: np.ndarray) -> float:
@@ -281,7 +281,7 @@ def _use(network: nn.Module, twin: Twin, is_random: bool, out: Path) -> str:
         rename=f", rename={twin.rename}" if twin.rename else "",
         make=make,
         wide=WIDE if _is_wide(network) else "",
-        inputs=", ".join(f'jnp.ones({tuple(x.shape)}, "{_view(x).dtype}")' for x in inputs),
+        inputs=", ".join(f'jnp.ones({tuple(x.shape)}, "{view_of(x).dtype}")' for x in inputs),
     )
 
 

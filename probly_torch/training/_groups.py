@@ -7,24 +7,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 from torch.optim import AdamW
 
 from probly_common.checks.training import check_group_options, check_groups, check_types
-from probly_torch import layers
+from probly_torch._kinds import known
 from probly_torch.batchensemble import BatchEnsembleLayer
 from probly_torch.ensemble import Ensemble
 
 Types = tuple[type[nn.Module], ...]
 
-# The norms and PReLU scale units, and do not decay; nor do biases.
-_SCALES: Types = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
-_SCALES += (layers.BatchEnsembleBatchNorm, layers.BatchEnsembleLayerNorm, layers.BatchEnsembleGroupNorm)
-_WEIGHTED: Types = (nn.Linear, nn.Bilinear, _ConvNd, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention)
-_WEIGHTED += (nn.RNNBase, nn.RNNCellBase)
-_LAYERS: Types = tuple(getattr(layers, name) for name in layers.__all__)
-# What those layers call their own parameters.
+# What layers that are known call their own parameters.
 _WEIGHT = re.compile(r"weight|weight_[ih][hr].*|(in|[qkv])_proj_weight")
 _BIAS = re.compile(r"bias|bias_.*|in_proj_bias")
 _FACTOR = re.compile(r"[rs]|[rs]_[ih]h.*|[qkv]_[rs]")
@@ -141,12 +133,13 @@ def _named_groups(
 
 
 def _group(layer: nn.Module, name: str, decay: Types, no_decay: Types) -> str:
-    if isinstance(layer, (BatchEnsembleLayer, *_LAYERS)) and _FACTOR.fullmatch(name):
+    decays = known(type(layer), "decays")
+    if isinstance(layer, BatchEnsembleLayer) and _FACTOR.fullmatch(name):
         return "fast"
-    if isinstance(layer, (*no_decay, *_SCALES)) and not isinstance(layer, decay):
-        return "undecayed"
     if isinstance(layer, decay):
         return "undecayed" if _BIAS.fullmatch(name) else "slow"
-    if isinstance(layer, (*_WEIGHTED, *_LAYERS)):
+    if isinstance(layer, no_decay) or decays is False:
+        return "undecayed"
+    if decays:
         return "slow" if _WEIGHT.fullmatch(name) else "undecayed" if _BIAS.fullmatch(name) else "unknown"
     return "unknown"

@@ -12,8 +12,8 @@ from flax import nnx
 from parity_tests.kit.suspects.trial import LayerPair, Suspect, Trial, run_torch
 from parity_tests.kit.trees import jax_of
 from probly_common.weights.kinds import Missing, Text
-from probly_flax import _options as flax_options
-from probly_torch import _options as torch_options
+from probly_flax.weights import Inventory as FlaxInventory
+from probly_torch.weights import Inventory as TorchInventory
 
 # What layers call the same thing, most common first.
 _NAMES = (
@@ -72,12 +72,13 @@ def _shown(value: Any) -> str:
 
 def _differing(pair: LayerPair) -> Iterator[tuple[str, Any, str]]:
     """Yields the arguments of Flax's layer that would give it torch's options: name, value, torch's name."""
-    ours, theirs = flax_options.layer_options(pair.flax).get(""), torch_options.layer_options(pair.torch).get("")
+    ours, theirs = FlaxInventory(pair.flax).options.get(""), TorchInventory(pair.torch).options.get("")
     if ours is None or theirs is None or ours["kind"] != theirs["kind"]:
         return
     wanted = {**ours, **{option: theirs[option] for option in theirs if option not in ("bias", "weight")}}
-    here, there = (flax_options._arguments(ours["kind"], each) for each in (ours, wanted))
-    called = {argument: option for option, (argument, _) in flax_options._ARGUMENTS.items() if option in theirs}
+    words = FlaxInventory.words
+    here, there = (words.arguments(ours["kind"], each) for each in (ours, wanted))
+    called = {argument: option for argument, option in words.options.items() if option in theirs}
     for name, value in there.items():
         if isinstance(value, Missing) or here.get(name) == value:
             continue
