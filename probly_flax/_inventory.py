@@ -10,7 +10,7 @@ from flax import nnx
 
 from probly_flax import _layouts as layouts
 from probly_flax._arguments import WORDS
-from probly_flax._kinds import known, options_of_function, options_of_layer
+from probly_flax._kinds import KINDS, options_of_function
 from probly_flax._layouts import NoTwinError, Weight
 from probly_flax.ensemble import Ensemble
 
@@ -110,7 +110,7 @@ def _node(value: Any, path: str) -> _Node:
         items = (value if isinstance(value, dict) else vars(value)).items()
     elif isinstance(value, (list, tuple)):
         items = enumerate(value)
-    paths: Mapping[str, str] = {"stacked": ""} if isinstance(value, Ensemble) else known(type(value), "paths") or {}
+    paths: Mapping[str, str] = {"stacked": ""} if isinstance(value, Ensemble) else KINDS.get(type(value), "paths") or {}
     inner = ((".".join(part for part in (path, str(paths.get(name, name))) if part), each) for name, each in items)
     held = (nnx.Module, nnx.Variable, dict, list, tuple)
     return _Node(path, value, tuple(_node(each, p) for p, each in inner if isinstance(each, held) or callable(each)))
@@ -121,7 +121,7 @@ def _is_part(value: Any) -> bool:
 
 
 def _options(node: _Node) -> Iterator[tuple[str, dict[str, Any]]]:
-    options = options_of_layer(node.value) if isinstance(node.value, nnx.Module) else options_of_function(node.value)
+    options = KINDS.options(node.value) if isinstance(node.value, nnx.Module) else options_of_function(node.value)
     if options is None:
         for child in node.children:
             yield from _options(child)
@@ -157,7 +157,7 @@ def _weights(node: _Node, of_user: bool, stacked: bool, reasons: dict[int, str])
 def _of_row(layer: Any, stacked: bool) -> layouts.Weights:
     if stacked and isinstance(layer, nnx.PReLU):  # (E,), which would be one slope for each of E channels otherwise
         return layouts.stacked_prelu(layer)
-    layout = known(type(layer), "weights")
+    layout = KINDS.get(type(layer), "weights")
     return layout(layer) if layout else {}
 
 

@@ -16,10 +16,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from probly_common.weights.kinds import KINDS as KINDS_OF_FILES
-from probly_common.weights.kinds import known_options, same_padding
+from probly_common.weights.kinds import Table, known_options, same_padding
 from probly_flax import _layouts as layouts
-from probly_flax import layers, random
+from probly_flax import random
+from probly_flax.layers import (
+    BatchEnsembleBatchNorm,
+    BatchEnsembleConv,
+    BatchEnsembleConvTranspose,
+    BatchEnsembleEmbed,
+    BatchEnsembleGroupNorm,
+    BatchEnsembleGRU,
+    BatchEnsembleGRUCell,
+    BatchEnsembleLayerNorm,
+    BatchEnsembleLinear,
+    BatchEnsembleLSTM,
+    BatchEnsembleLSTMCell,
+    BatchEnsembleMultiHeadAttention,
+)
 from probly_flax.random import Rngs
 
 Options = dict[str, Any]
@@ -35,12 +48,12 @@ class Kind(NamedTuple):
     kind: str | None = None  # what files call it, unless its options say that
     options: Callable[[Any], Options | None] | None = None
     weights: Callable[[Any], layouts.Weights] | None = None
-    paths: Mapping[str, str] | None = None  # of what it holds, where torch has another name, or none
+    reset: Callable[[Any, Rngs], None] | None = None
+    decays: bool | None = None  # whether its weights do; biases never do
     members: Callable[..., nnx.Module] | None = None  # the layer of members that batchensemble makes of it
     members_of_rnn: Callable[..., nnx.Module] | None = None  # and of an nnx.RNN, if it is a cell
     is_norm: bool = False  # which batchensemble converts under per_member_norms
-    reset: Callable[[Any, Rngs], None] | None = None
-    decays: bool | None = None  # whether its weights do; biases never do
+    paths: Mapping[str, str] | None = None  # of what it holds, where torch has another name, or none
 
 
 # How options are read
@@ -180,7 +193,7 @@ def _cell(layer: Any) -> Options:
 def _sequence(layer: Any) -> Options | None:
     both = isinstance(layer, nnx.Bidirectional)
     rnns = (layer.forward_rnn, layer.backward_rnn) if both else (layer,)
-    cells = [options_of_layer(rnn.cell) if isinstance(rnn, nnx.RNN) else None for rnn in rnns]
+    cells = [KINDS.options(rnn.cell) if isinstance(rnn, nnx.RNN) else None for rnn in rnns]
     cell, other = cells[0], cells[-1]
     if cell is None or other is None or cell["kind"] != other["kind"]:
         return None
@@ -285,134 +298,59 @@ FUNCTIONS: dict[Any, tuple[str, dict[str, Any]]] = {
     nnx.glu: ("GLU", {}),
 }
 
-KINDS = (
-    Kind(
-        (nnx.Linear,),
-        "Linear",
-        _bias,
-        layouts.linear,
-        members=layers.BatchEnsembleLinear,
-        reset=_reset_kernel,
-        decays=True,
-    ),
-    Kind((nnx.LinearGeneral,), "Linear", _bias, layouts.linear_general, reset=_reset_linear_general, decays=True),
-    Kind((nnx.Einsum,), "Linear", _bias, layouts.einsum, reset=_reset_kernel, decays=True),
-    Kind((nnx.Conv,), None, _conv, layouts.conv, members=layers.BatchEnsembleConv, reset=_reset_kernel, decays=True),
-    Kind(
-        (nnx.ConvTranspose,),
-        None,
-        _conv_transpose,
-        layouts.conv_transpose,
-        members=layers.BatchEnsembleConvTranspose,
-        reset=_reset_kernel,
-        decays=True,
-    ),
-    Kind(
-        (nnx.Embed,),
-        "Embedding",
-        _embed,
-        layouts.embed,
-        members=layers.BatchEnsembleEmbed,
-        reset=_reset_embed,
-        decays=True,
-    ),
-    Kind(
-        (nnx.BatchNorm,),
-        "BatchNorm",
-        _batch_norm,
-        layouts.batch_norm,
-        members=layers.BatchEnsembleBatchNorm,
-        is_norm=True,
-        reset=_reset_batch_norm,
-        decays=False,
-    ),
-    Kind((nnx.InstanceNorm,), "InstanceNorm", _instance_norm, layouts.norm, reset=_reset_norm, decays=False),
-    Kind(
-        (nnx.LayerNorm,),
-        "LayerNorm",
-        _layer_norm,
-        layouts.norm,
-        members=layers.BatchEnsembleLayerNorm,
-        is_norm=True,
-        reset=_reset_norm,
-        decays=False,
-    ),
-    Kind((nnx.RMSNorm,), "RMSNorm", _rms_norm, layouts.norm, reset=_reset_norm, decays=False),
-    Kind(
-        (nnx.GroupNorm,),
-        "GroupNorm",
-        _group_norm,
-        layouts.norm,
-        members=layers.BatchEnsembleGroupNorm,
-        is_norm=True,
-        reset=_reset_norm,
-        decays=False,
-    ),
-    Kind(
-        (nnx.MultiHeadAttention,),
-        "MultiheadAttention",
-        _attention,
-        layouts.attention,
-        members=layers.BatchEnsembleMultiHeadAttention,
-    ),
-    Kind(
-        (nnx.LSTMCell,),
-        "LSTMCell",
-        _cell,
-        layouts.cell,
-        members=layers.BatchEnsembleLSTMCell,
-        members_of_rnn=layers.BatchEnsembleLSTM,
-        reset=_reset_lstm_cell,
-    ),
-    Kind(
-        (nnx.OptimizedLSTMCell,),
-        "LSTMCell",
-        _cell,
-        layouts.cell,
-        members=layers.BatchEnsembleLSTMCell,
-        members_of_rnn=layers.BatchEnsembleLSTM,
-        reset=_reset_cell,
-    ),
-    Kind(
-        (nnx.GRUCell,),
-        "GRUCell",
-        _cell,
-        layouts.cell,
-        members=layers.BatchEnsembleGRUCell,
-        members_of_rnn=layers.BatchEnsembleGRU,
-        reset=_reset_cell,
-    ),
-    Kind((nnx.SimpleCell,), "RNNCell", _cell, layouts.cell, reset=_reset_cell),
-    Kind((nnx.RNN,), None, _sequence, layouts.rnn),
-    Kind((nnx.Bidirectional,), None, _sequence, layouts.bidirectional),
-    Kind((nnx.PReLU,), "PReLU", _attributes(), layouts.prelu, reset=_reset_prelu, decays=False),
-    Kind((nnx.LoRA,), weights=layouts.lora, paths={"base_module": "base_layer"}, reset=_reset_lora, decays=True),
-    Kind((nnx.LoRALinear,), weights=layouts.lora_linear),
-    Kind((nnx.WeightNorm,), weights=layouts.weight_norm, paths={"layer_instance": ""}, decays=False),
-    Kind((nnx.SpectralNorm,), weights=layouts.spectral_norm, paths={"layer_instance": ""}),
-    Kind((nnx.Sequential,), paths={"layers": ""}),
+_NORM: dict[str, Any] = {"weights": layouts.norm, "reset": _reset_norm, "decays": False}
+_LSTM: dict[str, Any] = {"members": BatchEnsembleLSTMCell, "members_of_rnn": BatchEnsembleLSTM}
+KINDS = Table(
+    (
+        Kind((nnx.Linear,), "Linear", _bias, layouts.linear, _reset_kernel, True, BatchEnsembleLinear),
+        Kind((nnx.LinearGeneral,), "Linear", _bias, layouts.linear_general, _reset_linear_general, True),
+        Kind((nnx.Einsum,), "Linear", _bias, layouts.einsum, _reset_kernel, True),
+        Kind((nnx.Conv,), None, _conv, layouts.conv, _reset_kernel, True, BatchEnsembleConv),
+        Kind(
+            (nnx.ConvTranspose,),
+            None,
+            _conv_transpose,
+            layouts.conv_transpose,
+            _reset_kernel,
+            True,
+            BatchEnsembleConvTranspose,
+        ),
+        Kind((nnx.Embed,), "Embedding", _embed, layouts.embed, _reset_embed, True, BatchEnsembleEmbed),
+        Kind(
+            (nnx.BatchNorm,),
+            "BatchNorm",
+            _batch_norm,
+            layouts.batch_norm,
+            _reset_batch_norm,
+            False,
+            BatchEnsembleBatchNorm,
+            is_norm=True,
+        ),
+        Kind((nnx.InstanceNorm,), "InstanceNorm", _instance_norm, **_NORM),
+        Kind((nnx.LayerNorm,), "LayerNorm", _layer_norm, members=BatchEnsembleLayerNorm, is_norm=True, **_NORM),
+        Kind((nnx.RMSNorm,), "RMSNorm", _rms_norm, **_NORM),
+        Kind((nnx.GroupNorm,), "GroupNorm", _group_norm, members=BatchEnsembleGroupNorm, is_norm=True, **_NORM),
+        Kind(
+            (nnx.MultiHeadAttention,),
+            "MultiheadAttention",
+            _attention,
+            layouts.attention,
+            members=BatchEnsembleMultiHeadAttention,
+        ),
+        Kind((nnx.LSTMCell,), "LSTMCell", _cell, layouts.cell, _reset_lstm_cell, **_LSTM),
+        Kind((nnx.OptimizedLSTMCell,), "LSTMCell", _cell, layouts.cell, _reset_cell, **_LSTM),
+        Kind((nnx.GRUCell,), "GRUCell", _cell, layouts.cell, _reset_cell, None, BatchEnsembleGRUCell, BatchEnsembleGRU),
+        Kind((nnx.SimpleCell,), "RNNCell", _cell, layouts.cell, _reset_cell),
+        Kind((nnx.RNN,), None, _sequence, layouts.rnn),
+        Kind((nnx.Bidirectional,), None, _sequence, layouts.bidirectional),
+        Kind((nnx.PReLU,), "PReLU", _attributes(), layouts.prelu, _reset_prelu, False),
+        Kind((nnx.LoRA,), None, None, layouts.lora, _reset_lora, True, paths={"base_module": "base_layer"}),
+        Kind((nnx.LoRALinear,), weights=layouts.lora_linear),
+        Kind((nnx.WeightNorm,), weights=layouts.weight_norm, decays=False, paths={"layer_instance": ""}),
+        Kind((nnx.SpectralNorm,), weights=layouts.spectral_norm, paths={"layer_instance": ""}),
+        Kind((nnx.Sequential,), paths={"layers": ""}),
+    )
 )
-
-_ROWS = {each: row for row in KINDS for each in row.types}
-
-
-def known(layer_type: type, field: str) -> Any:
-    """Returns what the row of this type says in a field, or that of its nearest base class that says something."""
-    rows = (_ROWS[each] for each in layer_type.__mro__ if each in _ROWS)
-    return next((value for row in rows if (value := getattr(row, field)) is not None), None)
-
-
-def options_of_layer(layer: nnx.Module) -> Options | None:
-    """Returns the options of a layer, as a file has them, if its kind is known."""
-    read = known(type(layer), "options")
-    try:
-        options = read and read(layer)
-    except (AttributeError, TypeError, ValueError):  # a class derived from the kind, made in another way
-        options = None
-    if options is None:
-        return None
-    kind = options.pop("kind", known(type(layer), "kind"))
-    return known_options(kind, options | _attributes("num_members")(layer)) if kind in KINDS_OF_FILES else None
 
 
 def options_of_function(function: Any) -> Options | None:

@@ -13,7 +13,7 @@ from probly_flax._kinds import KINDS
 from probly_flax.random import Rngs
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
-_RULES: dict[type, Callable[..., Any]] = {each: row.reset for row in KINDS if row.reset for each in row.types}
+_RULES: dict[type, Callable[..., Any]] = {each: row.reset for row in KINDS.rows if row.reset for each in row.types}
 
 
 def register_reset(reset_type: type[nnx.Module] | type[nnx.Param]) -> Callable[[Rule], Rule]:

@@ -42,11 +42,11 @@ from probly_flax.random import Rngs
 __all__ = ["BatchEnsemble", "batchensemble", "register_batchensemble"]
 
 Converter = TypeVar("Converter", bound=Callable[..., nnx.Module])
-_CONVERTERS: dict[type[nnx.Module], Callable[..., nnx.Module]] = {
-    each: row.members for row in KINDS if row.members and not row.is_norm for each in row.types
-}
-_OF_RNNS = {each: row.members_of_rnn for row in KINDS if row.members_of_rnn for each in row.types}  # by their cell
-_NORMS = {each: row.members for row in KINDS if row.members and row.is_norm for each in row.types}
+_MEMBERS = [(each, row) for row in KINDS.rows if row.members for each in row.types]
+_CONVERTERS: dict[type[nnx.Module], Callable[..., nnx.Module]]
+_CONVERTERS = {each: row.members for each, row in _MEMBERS if not row.is_norm}
+_OF_RNNS = {each: row.members_of_rnn for each, row in _MEMBERS if row.members_of_rnn}  # by the type of their cell
+_NORMS = {each: row.members for each, row in _MEMBERS if row.is_norm}
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from probly_common.checks.ensembles import check_initialized
 from probly_common.checks.weights import check_materialized, check_tensors
 from probly_torch import layers as probly
 from probly_torch._arguments import WORDS
-from probly_torch._kinds import KINDS, options_of_function, options_of_layer
+from probly_torch._kinds import KINDS, options_of_function
 from probly_torch.ensemble import Ensemble
 
 
@@ -77,7 +77,7 @@ class Inventory:
 def _options(module: nn.Module, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(module, Ensemble):
         module = module._network
-    options = options_of_layer(module)
+    options = KINDS.options(module)
     if options is not None:
         yield path, options
         return
@@ -160,12 +160,10 @@ _CONVOLUTIONS = (
     *(probly.BatchEnsembleConv, probly.BatchEnsembleConvTranspose),
 )
 _LINEAR = (nn.Linear, probly.BatchEnsembleLinear)
-_NORMS = tuple(
-    each for row in KINDS if row.kind and row.kind.endswith("Norm") for each in (*row.types, row.members) if each
-)
+_NORMS = tuple(each for row in KINDS.rows if row.kind and row.kind.endswith("Norm") for each in row.types)
 _IMAGE_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _ACTIVATIONS = tuple(
-    {t for row in KINDS for t in row.types if t.__module__ == nn.ReLU.__module__} - {nn.MultiheadAttention, nn.GLU}
+    {t for row in KINDS.rows for t in row.types if t.__module__ == nn.ReLU.__module__} - {nn.MultiheadAttention, nn.GLU}
 )
 _ELEMENTWISE = (*_ACTIVATIONS, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _BY_CHANNEL = (

@@ -16,9 +16,21 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from probly_common.weights.kinds import KINDS as KINDS_OF_FILES
-from probly_common.weights.kinds import known_options, same_padding
-from probly_torch import layers
+from probly_common.weights.kinds import Table, known_options, same_padding
+from probly_torch.layers import (
+    BatchEnsembleBatchNorm,
+    BatchEnsembleConv,
+    BatchEnsembleConvTranspose,
+    BatchEnsembleEmbed,
+    BatchEnsembleGroupNorm,
+    BatchEnsembleGRU,
+    BatchEnsembleGRUCell,
+    BatchEnsembleLayerNorm,
+    BatchEnsembleLinear,
+    BatchEnsembleLSTM,
+    BatchEnsembleLSTMCell,
+    BatchEnsembleMultiHeadAttention,
+)
 
 Options = dict[str, Any]
 
@@ -149,40 +161,33 @@ FUNCTIONS: dict[Any, tuple[str, dict[str, Any]]] = {
     functional.celu: ("CELU", {"alpha": 1.0}),
 }
 
-KINDS = (
-    Kind((nn.Linear,), "Linear", _linear, layers.BatchEnsembleLinear, decays=True),
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_WITHOUT_OPTIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.SiLU, nn.Mish, nn.SELU, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softsign, nn.Hardswish),
+    *(nn.Hardsigmoid, nn.Softmax, nn.LogSoftmax, nn.GLU, nn.Identity),
+    *(nn.Threshold, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink),
+)
+_ROWS = (
+    Kind((nn.Linear,), "Linear", _linear, BatchEnsembleLinear, decays=True),
     Kind((nn.Bilinear,), decays=True),
-    Kind((nn.Conv1d, nn.Conv2d, nn.Conv3d), None, _conv, layers.BatchEnsembleConv, decays=True),
-    Kind(
-        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-        None,
-        _conv_transpose,
-        layers.BatchEnsembleConvTranspose,
-        decays=True,
-    ),
-    Kind((nn.Embedding,), "Embedding", _embedding, layers.BatchEnsembleEmbed, decays=True),
+    Kind(_CONV, None, _conv, BatchEnsembleConv, decays=True),
+    Kind(_CONV_TRANSPOSE, None, _conv_transpose, BatchEnsembleConvTranspose, decays=True),
+    Kind((nn.Embedding,), "Embedding", _embedding, BatchEnsembleEmbed, decays=True),
     Kind((nn.EmbeddingBag,), "EmbeddingBag", _attributes(), decays=True),
-    Kind(
-        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
-        "BatchNorm",
-        _statistics,
-        layers.BatchEnsembleBatchNorm,
-        is_norm=True,
-        decays=False,
-    ),
+    Kind(_BATCH_NORM, "BatchNorm", _statistics, BatchEnsembleBatchNorm, is_norm=True, decays=False),
     Kind((nn.SyncBatchNorm,), "BatchNorm", _statistics, decays=False),
     Kind((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), "InstanceNorm", _statistics, decays=False),
-    Kind((nn.LayerNorm,), "LayerNorm", _layer_norm, layers.BatchEnsembleLayerNorm, is_norm=True, decays=False),
+    Kind((nn.LayerNorm,), "LayerNorm", _layer_norm, BatchEnsembleLayerNorm, is_norm=True, decays=False),
     Kind((nn.RMSNorm,), "RMSNorm", _rms_norm, decays=False),
-    Kind((nn.GroupNorm,), "GroupNorm", _group_norm, layers.BatchEnsembleGroupNorm, is_norm=True, decays=False),
-    Kind(
-        (nn.MultiheadAttention,), "MultiheadAttention", _attention, layers.BatchEnsembleMultiHeadAttention, decays=True
-    ),
-    Kind((nn.LSTM,), "LSTM", _sequence, layers.BatchEnsembleLSTM, decays=True),
-    Kind((nn.GRU,), "GRU", _sequence, layers.BatchEnsembleGRU, decays=True),
+    Kind((nn.GroupNorm,), "GroupNorm", _group_norm, BatchEnsembleGroupNorm, is_norm=True, decays=False),
+    Kind((nn.MultiheadAttention,), "MultiheadAttention", _attention, BatchEnsembleMultiHeadAttention, decays=True),
+    Kind((nn.LSTM,), "LSTM", _sequence, BatchEnsembleLSTM, decays=True),
+    Kind((nn.GRU,), "GRU", _sequence, BatchEnsembleGRU, decays=True),
     Kind((nn.RNN,), "RNN", _sequence, decays=True),
-    Kind((nn.LSTMCell,), "LSTMCell", _cell, layers.BatchEnsembleLSTMCell, decays=True),
-    Kind((nn.GRUCell,), "GRUCell", _cell, layers.BatchEnsembleGRUCell, decays=True),
+    Kind((nn.LSTMCell,), "LSTMCell", _cell, BatchEnsembleLSTMCell, decays=True),
+    Kind((nn.GRUCell,), "GRUCell", _cell, BatchEnsembleGRUCell, decays=True),
     Kind((nn.RNNCell,), "RNNCell", _cell, decays=True),
     Kind((_ConvNd, nn.RNNBase, nn.RNNCellBase), decays=True),
     Kind((_NormBase,), decays=False),
@@ -193,35 +198,10 @@ KINDS = (
     Kind((nn.CELU,), "CELU", _attributes("alpha")),
     Kind((nn.Softplus,), "Softplus", _attributes("beta", "threshold")),
     Kind((nn.Hardtanh,), "Hardtanh", _attributes("min_val", "max_val")),
-    *(
-        Kind((each,), each.__name__, _attributes())
-        for each in (
-            *(nn.ReLU, nn.ReLU6, nn.SiLU, nn.Mish, nn.SELU, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softsign),
-            *(nn.Hardswish, nn.Hardsigmoid, nn.Softmax, nn.LogSoftmax, nn.GLU, nn.Identity),
-            *(nn.Threshold, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink),
-        )
-    ),
+    *(Kind((each,), each.__name__, _attributes()) for each in _WITHOUT_OPTIONS),
 )
-_ROWS = {each: row for row in KINDS for each in (*row.types, *([row.members] if row.members else []))}
-
-
-def known(layer_type: type, field: str) -> Any:
-    """Returns what the row of this type says in a field, or that of its nearest base class that says something."""
-    rows = (_ROWS[each] for each in layer_type.__mro__ if each in _ROWS)
-    return next((value for row in rows if (value := getattr(row, field)) is not None), None)
-
-
-def options_of_layer(layer: nn.Module) -> Options | None:
-    """Returns the options of a layer, as a file has them, if its kind is known."""
-    read = known(type(layer), "options")
-    try:
-        options = read and read(layer)
-    except (AttributeError, TypeError, ValueError):  # a class derived from the kind, made in another way
-        options = None
-    if options is None:
-        return None
-    kind = options.pop("kind", known(type(layer), "kind"))
-    return known_options(kind, options | _attributes("num_members")(layer)) if kind in KINDS_OF_FILES else None
+# Layers of members, which are no subclasses of torch's, have the rows of those that they are made of.
+KINDS = Table(row._replace(types=(*row.types, row.members)) if row.members else row for row in _ROWS)
 
 
 def options_of_function(function: Any) -> Options | None:

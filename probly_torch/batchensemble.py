@@ -41,10 +41,10 @@ from probly_torch.random import Rngs
 __all__ = ["BatchEnsemble", "batchensemble", "register_batchensemble"]
 
 Converter = TypeVar("Converter", bound=Callable[..., nn.Module])
-_CONVERTERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
-    each: row.members for row in KINDS if row.members and not row.is_norm for each in row.types
-}
-_NORMS = {each: row.members for row in KINDS if row.members and row.is_norm for each in row.types}
+_MEMBERS = [(each, row) for row in KINDS.rows if row.members for each in row.types if each is not row.members]
+_CONVERTERS: dict[type[nn.Module], Callable[..., nn.Module]]
+_CONVERTERS = {each: row.members for each, row in _MEMBERS if not row.is_norm}
+_NORMS = {each: row.members for each, row in _MEMBERS if row.is_norm}
 
 
 @runtime_checkable

@@ -15,6 +15,7 @@ from parity_tests.suite import (
     test_metrics,
     test_networks,
     test_optimizers,
+    test_options,
     test_plots,
     test_port,
     test_random,
@@ -46,7 +47,8 @@ ELSEWHERE = {
     "categorical": test_random.test_classes,
     **dict.fromkeys(("bernoulli", "normal", "truncated_normal", "uniform"), draws.draws),
     "permutation": test_random.test_permutation_of_an_array,
-    **dict.fromkeys(("Inventory", "to_arrays", "load_arrays", "save_weights", "load_weights"), test_weights),
+    "Inventory": test_options,
+    **dict.fromkeys(("to_arrays", "load_arrays", "save_weights", "load_weights"), test_weights),
     **dict.fromkeys(("optimizer_to_arrays", "load_optimizer_arrays"), test_optimizers),
     **dict.fromkeys(("save_optimizer", "load_optimizer"), test_optimizers),
     **dict.fromkeys(

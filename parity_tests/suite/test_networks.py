@@ -484,3 +484,21 @@ def test_a_subclass_is_left_shared_unless_registered():
         assert [row.action for row in package.batchensemble(network, 3).report.rows] == ["shared", "converted"]
         package.register_batchensemble(own)(package.BatchEnsembleLinear)
         assert [row.action for row in package.batchensemble(network, 3).report.rows] == ["converted", "converted"]
+
+
+def test_a_registered_norm_is_called_as_every_registered_layer_is(monkeypatch):
+    def scales_of(members):
+        return lambda layer, *args, **options: members(layer, args[1])
+
+    rngs = nnx.Rngs(0)
+    pairs = (
+        (pt, nn.LayerNorm, nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3))),
+        (pf, nnx.LayerNorm, nnx.Sequential(nnx.LayerNorm(4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs))),
+    )
+    for package, norm, network in pairs:
+        converters = package.batchensemble.__globals__["_CONVERTERS"]
+        monkeypatch.setitem(converters, norm, None)  # so that what is registered here is taken back
+        package.register_batchensemble(norm)(scales_of(package.layers.BatchEnsembleLayerNorm))
+        for per_member_norms in (False, True):
+            report = package.batchensemble(network, 3, per_member_norms=per_member_norms).report
+            assert [row.action for row in report.rows] == ["converted", "converted"]

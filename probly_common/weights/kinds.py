@@ -49,6 +49,32 @@ class Missing(Text):
     """A value that the package has no argument for."""
 
 
+class Table:
+    """The rows of a package, each about a kind of layer, with `types` that it is about."""
+
+    def __init__(self, rows: Iterable[Any]) -> None:
+        self.rows = tuple(rows)
+        self._by_type = {each: row for row in self.rows for each in row.types}
+
+    def get(self, layer_type: type, field: str) -> Any:
+        """Returns what the row of this type says in a field, or that of its nearest base class that says something."""
+        rows = (self._by_type[each] for each in layer_type.__mro__ if each in self._by_type)
+        return next((value for row in rows if (value := getattr(row, field)) is not None), None)
+
+    def options(self, layer: Any) -> dict[str, Any] | None:
+        """Returns the options of a layer, as a file has them, if its kind is known."""
+        read = self.get(type(layer), "options")
+        try:
+            options = read and read(layer)
+        except (AttributeError, TypeError, ValueError):  # a class derived from the kind, made in another way
+            options = None
+        if options is None:
+            return None
+        kind = options.pop("kind", self.get(type(layer), "kind"))
+        members = {"num_members": layer.num_members} if hasattr(layer, "num_members") else {}
+        return known_options(kind, options | members) if kind in KINDS else None
+
+
 class Words(NamedTuple):
     """How a package says the options of its layers."""
 

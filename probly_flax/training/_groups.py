@@ -11,7 +11,7 @@ from flax import nnx
 from jax.tree_util import DictKey
 
 from probly_common.checks.training import check_group_options, check_groups, check_same_parameters, check_types
-from probly_flax._kinds import known
+from probly_flax._kinds import KINDS
 from probly_flax.batchensemble import BatchEnsembleLayer
 
 _SLOW, _FAST, _REST = "slow", "fast", "rest"
@@ -98,7 +98,7 @@ def _group(holder: Any, name: Any, decay: Types, no_decay: Types) -> str | None:
         return _FAST
     if isinstance(holder, decay):
         return _SLOW
-    decays = known(type(holder), "decays")
+    decays = KINDS.get(type(holder), "decays")
     if isinstance(holder, no_decay) or decays is False:
         return _REST
     if decays:

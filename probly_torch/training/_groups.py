@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from probly_common.checks.training import check_group_options, check_groups, check_types
-from probly_torch._kinds import known
+from probly_torch._kinds import KINDS
 from probly_torch.batchensemble import BatchEnsembleLayer
 from probly_torch.ensemble import Ensemble
 
@@ -133,7 +133,7 @@ def _named_groups(
 
 
 def _group(layer: nn.Module, name: str, decay: Types, no_decay: Types) -> str:
-    decays = known(type(layer), "decays")
+    decays = KINDS.get(type(layer), "decays")
     if isinstance(layer, BatchEnsembleLayer) and _FACTOR.fullmatch(name):
         return "fast"
     if isinstance(layer, decay):
