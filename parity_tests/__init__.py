@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from parity_tests.kit.compare import compare as compare
     from parity_tests.kit.inputs import Integers as Integers
     from parity_tests.kit.report import ParityReport as ParityReport
-    from parity_tests.kit.training import TrainingReport as TrainingReport
+    from parity_tests.kit.report import TrainingReport as TrainingReport
     from parity_tests.kit.training import compare_training as compare_training
 
 _HOMES = {
     "Integers": "kit.inputs",
     "ParityReport": "kit.report",
-    "TrainingReport": "kit.training",
+    "TrainingReport": "kit.report",
     "assert_parity": "kit.compare",
     "compare": "kit.compare",
     "compare_training": "kit.training",

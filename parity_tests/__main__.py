@@ -45,19 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         flax_module = _build("flax", args.flax, nnx.Module, args.flax_args, rngs=(nnx.Rngs(0), "nnx.Rngs(0)"))
     except ArgumentTypeError as error:
         compare_parser.error(str(error))
-    options = {
-        "mode": args.mode,
-        "dtype": args.dtype,
-        "gradients": args.gradients,
-        "exact": args.exact,
-        "jit": args.jit,
+    same = ("mode", "dtype", "gradients", "exact", "jit", "limit", "seeds", "channels_last")
+    options = {name: getattr(args, name) for name in same} | {
         "weights": args.weights_of_flax,
         "rename": dict(args.rename),
         "flatten": args.flatten if args.flatten is None else dict(args.flatten),
         "known_gaps": dict(args.known_gap),
-        "limit": args.limit,
-        "seeds": args.seeds,
-        "channels_last": args.channels_last,
     }
     try:
         with plain_warnings(), _progress() as progress:

@@ -31,6 +31,16 @@ TRAJECTORY_LIMIT = 1e-12
 Arrays = Mapping[str, np.ndarray]
 
 
+def meaning_limit(*noise: float) -> float:
+    """Returns how far apart results in float64 may be, where those in float32 show this noise."""
+    return MEANING_LIMIT * max((NOISE_FLOOR, *noise))
+
+
+def precision_limit(noise: float) -> float:
+    """Returns the error that results in a lower dtype may have, where the other framework's have this one."""
+    return PRECISION_LIMIT * max(NOISE_FLOOR, noise)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """One tensor under one rule: what was measured, and what the rule allows."""
@@ -150,11 +160,11 @@ class Errors(NamedTuple):
     def verdicts(self, tensor: str, low: str) -> list[Verdict]:
         """Judges precision in the lower dtype, then meaning in float64."""
         verdicts = [
-            Verdict(tensor, f"{low} error of torch", self.low_torch, PRECISION_LIMIT * max(NOISE_FLOOR, self.low_flax)),
-            Verdict(tensor, f"{low} error of flax", self.low_flax, PRECISION_LIMIT * max(NOISE_FLOOR, self.low_torch)),
+            Verdict(tensor, f"{low} error of torch", self.low_torch, precision_limit(self.low_flax)),
+            Verdict(tensor, f"{low} error of flax", self.low_flax, precision_limit(self.low_torch)),
         ]
         if self.distance is not None:
-            limit = MEANING_LIMIT * max(NOISE_FLOOR, self.noise_torch, self.noise_flax)
+            limit = meaning_limit(self.noise_torch, self.noise_flax)
             verdicts += [
                 Verdict(tensor, "float64 distance of torch and flax", self.distance, limit),
                 Verdict(tensor, "float64 distance of torch and the oracle", self.torch, limit),
@@ -188,7 +198,7 @@ def assert_close(a: np.ndarray, b: np.ndarray, dtype: str) -> None:
 
     The limit is that of meaning, without noise.
     """
-    assert_holds([Verdict("values", "distance", error(a, b, b, dtype), MEANING_LIMIT * NOISE_FLOOR)])
+    assert_holds([Verdict("values", "distance", error(a, b, b, dtype), meaning_limit())])
 
 
 def assert_same_trajectory(a: np.ndarray, b: np.ndarray) -> None:

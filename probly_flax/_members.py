@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,14 +12,15 @@ from flax import nnx
 from jax import Array
 
 from probly_common.checks.ensembles import check_dropout_rngs, check_same_structure
+from probly_common.structure import Structure
 from probly_flax.random import Rngs
 
 
 def stack(members: Sequence[nnx.Module]) -> nnx.Module:
     """Stacks members into one network, whose variables have a leading axis of members."""
-    structure = _structure(members[0])
     for i, member in enumerate(members):
-        check_same_structure("Ensemble", structure, i, _structure(member), len(members))
+        difference = structure(members[0], member).difference(members[0], member)
+        check_same_structure("Ensemble", difference, i, len(members))
     return nnx.merge(nnx.graphdef(members[0]), _stacked([nnx.state(member) for member in members]))
 
 
@@ -52,6 +52,15 @@ def is_batch(value: Any) -> bool:
     return isinstance(value, (Array, np.ndarray)) and value.ndim > 0
 
 
+def _is_key(value: Any) -> bool:
+    return isinstance(value, Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key) and not value.ndim
+
+
+def _split(value: Any, num_members: int) -> Any:
+    """Returns what each member draws from, so that no two have one mask of Dropout."""
+    return jax.random.split(value, num_members) if isinstance(value, Array) else value.split(num_members)
+
+
 def run(
     stacked: nnx.Module, num_members: int, args: Any, kwargs: Any, in_axes: int | None, chunk_size: int | None
 ) -> Any:
@@ -60,8 +69,9 @@ def run(
     Under in_axes=0 each member has inputs of its own, else they share them.
     """
     inputs, structure = jax.tree.flatten((args, kwargs), is_leaf=is_stateful)
-    inputs = [x.split(num_members) if isinstance(x, Rngs) else x for x in inputs]
-    mapped = [isinstance(x, Rngs) or (in_axes == 0 and is_batch(x)) for x in inputs]
+    draws = [isinstance(x, (Rngs, nnx.RngStream)) or _is_key(x) for x in inputs]
+    inputs = [_split(x, num_members) if own else x for x, own in zip(inputs, draws, strict=True)]
+    mapped = [own or (in_axes == 0 and is_batch(x)) for x, own in zip(inputs, draws, strict=True)]
     batches = [x for x, is_mapped in zip(inputs, mapped, strict=True) if is_mapped]
     graph, state = nnx.split(stacked)
 
@@ -99,15 +109,28 @@ def _misses_rngs(layer: nnx.Module) -> bool:
     return isinstance(layer, nnx.Dropout) and layer.rngs is None and not layer.deterministic and layer.rate > 0
 
 
-def _structure(module: nnx.Module) -> list[str]:
-    """Lists what two members must share: layers, options, and the shapes and dtypes of their variables."""
-    lines = []
-    for path, layer in nnx.iter_modules(module):
-        name = ".".join(map(str, path)) or "network"
-        for attribute, value in vars(layer).items():
-            if isinstance(value, (nnx.Variable, Array, np.ndarray)):
-                lines.append(f"{name}.{attribute} {value.dtype} {tuple(value.shape)}")
-            elif not isinstance(value, nnx.Pytree) and not attribute.startswith("_pytree__"):
-                lines.append(f"{name}.{attribute}=" + re.sub(r" at 0x[0-9a-f]+", "", repr(value)))
-        lines.append(f"{name}: {type(layer).__name__}")
-    return lines
+def structure(*networks: nnx.Module) -> Structure:
+    """Compares members as objects; of variables and arrays, which are stacked, it takes all but the values."""
+    arrays = {id(value) for network in networks for _, value in nnx.to_flat_state(nnx.state(network))}
+    modules = {id(module) for network in networks for _, module in nnx.iter_modules(network)}
+    return Structure(
+        lambda value: _described(value) if id(value) in arrays else None,
+        lambda value: _held(value) if id(value) in modules else None,
+        _content,
+    )
+
+
+def _described(value: Any) -> str:
+    kind = f"{type(value).__name__} of " if isinstance(value, nnx.Variable) else ""
+    return f"{kind}{value.dtype} {tuple(value.shape)}"
+
+
+def _held(module: nnx.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if not name.startswith("_pytree__")}
+
+
+def _content(value: Any) -> tuple[str, tuple[int, ...], bytes] | None:
+    if not isinstance(value, Array):
+        return None
+    known = not isinstance(value, jax.core.Tracer) and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    return str(value.dtype), value.shape, np.asarray(value).tobytes() if known else b""

@@ -18,6 +18,7 @@ from probly_common.checks.ensembles import (
     check_independent,
     check_list_of_members,
     check_member_count,
+    check_same_structure,
     member_index,
     member_indices,
     takes_rngs_by_name,
@@ -25,7 +26,7 @@ from probly_common.checks.ensembles import (
 from probly_common.checks.rows import check_chunk_size, check_in_axes, check_member_axis, check_rows_of_batch
 from probly_common.checks.values import check_module, check_num_members, check_seed
 from probly_flax import random
-from probly_flax._members import is_batch, is_stateful, member, run, stack
+from probly_flax._members import is_batch, is_stateful, member, run, stack, structure
 from probly_flax._reset import named_parameters, register_reset, reset_by_layer, reset_by_rule
 from probly_flax.random import Rngs
 
@@ -40,7 +41,8 @@ class Ensemble(nnx.Module):
     Shape:
         model(x): x (B, ...), the same batch for every member. Returns (E, B, ...).
         model(x, in_axes=0): x (E, B, ...), a batch for each member. Returns (E, B, ...).
-        Inputs and outputs may be several, tuples or dicts; inputs that are no arrays are passed on.
+        Inputs and outputs may be several, tuples or dicts; inputs that are no arrays are passed on. A random key, a
+        stream or Rngs among them are split, so that each member draws its own.
     Weights:
         those of one network, each (E, ...).
     Args:
@@ -139,6 +141,7 @@ def ensemble(
     rngs = random.as_rngs(what, rngs)
     make: Callable[[Rngs], nnx.Module]
     if isinstance(base, nnx.Module):
+        check_same_structure(what, structure(base).difference(base, base), 0, num_members)
         make = partial(_copy, base, reset_params, reset)
     elif callable(base):
         check_base_options(what, "a constructor", given)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from probly_common.checks.judging import (
@@ -281,7 +282,8 @@ def disagreement(logits: Array) -> Array:
     num_members, _, num_classes = logits.shape
     votes = jax.nn.one_hot(logits.argmax(-1), num_classes, dtype=jnp.int32).sum(0)
     differing = num_members**2 - (votes * votes).sum(-1)
-    return differing.astype(logits.dtype) / max(1, num_members * (num_members - 1))
+    at_least_float32 = np.promote_types(logits.dtype, np.float32)  # the number of pairs may be beyond float16
+    return (differing.astype(at_least_float32) / max(1, num_members * (num_members - 1))).astype(logits.dtype)
 
 
 def _log_probs(what: str, logits: Array) -> Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain, repeat
@@ -19,8 +18,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from probly_common.checks.ensembles import check_initialized, check_same_structure
+from probly_common.checks.ensembles import check_initialized, check_same_structure, check_stackable
 from probly_common.checks.rows import check_output_leaf
+from probly_common.structure import Structure
 
 _ELEMENTWISE = {nn.CELU, nn.ELU, nn.GELU, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.LogSigmoid, nn.Mish}
 _ELEMENTWISE |= {nn.ReLU, nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Softsign, nn.Tanh}
@@ -46,11 +46,12 @@ def stack(members: Iterator[nn.Module], num_members: int) -> nn.Module:
     """
     first = next(members)
     check_initialized("Ensemble", lazy_names(first))
+    check_stackable("Ensemble", [name or "the network" for name, m in first.named_modules() if _is_packed(m)])
     stacked = {name: tensor.detach().new_empty(num_members, *tensor.shape) for name, tensor in named_tensors(first)}
     memo: dict[int, Any] = {id(tensor): _like(tensor, stacked[name]) for name, tensor in named_tensors(first)}
-    network, structure = copy.deepcopy(first, memo), _structure(first)
+    network = copy.deepcopy(first, memo)
     for i, member in enumerate(chain([first], members)):
-        check_same_structure("Ensemble", structure, i, _structure(member), num_members)
+        check_same_structure("Ensemble", structure(first, member).difference(first, member), i, num_members)
         for name, tensor in named_tensors(member):
             stacked[name][i] = tensor.detach()
     return network
@@ -114,6 +115,8 @@ class _Call:
         ]
         in_loop = chunk_size == 1 or _needs_loop(network, self.tensors, shapes)
         self.rows = (_loop if in_loop else vmap)(self.row, randomness="different")
+        self.runs_once = not in_loop and (chunk_size is None or chunk_size >= num_members)
+        self.first_inputs: list[Any] = []
         self.output_structure: Any = None
         self.constants: list[Any] = []
         self.assigned: list[Tensor] = []
@@ -128,7 +131,7 @@ class _Call:
         for registry, name, tensor in self.slots:
             registry[name] = given[id(tensor)]
         own = iter(batches)
-        leaves = [next(own) if is_mapped else x for x, is_mapped in zip(self.inputs, self.mapped, strict=True)]
+        leaves = [next(own) if is_mapped else x for x, is_mapped in zip(self._given(), self.mapped, strict=True)]
         args, kwargs = tree_unflatten(leaves, self.structure)
         outputs, self.output_structure = tree_flatten(self.network(*args, **kwargs))
         for y in outputs:
@@ -140,6 +143,17 @@ class _Call:
         }
         self.assigned = [tensor for tensor, _ in assigned.values()]
         return [y for y in outputs if isinstance(y, Tensor)], [new for _, new in assigned.values()]
+
+    def _given(self) -> list[Any]:
+        """Returns the inputs as they were: members that run one after another may change them in place."""
+        if self.runs_once:
+            return self.inputs
+        if not self.first_inputs:
+            of_all = zip(self.inputs, self.mapped, strict=True)
+            self.first_inputs = [x.clone() if isinstance(x, Tensor) and not own else x for x, own in of_all]
+            return self.first_inputs
+        both = zip(self.inputs, self.first_inputs, strict=True)
+        return [x.clone() if _may_be_changed(first) else x for x, first in both]
 
     def chunk(self, rows: Sequence[Tensor], batches: Sequence[Tensor]) -> Outputs:
         before = [registry[name] for registry, name, _ in self.slots]  # other tensors than now in a backward pass
@@ -198,6 +212,11 @@ def _loop(row: Callable[..., Outputs], randomness: str) -> Callable[..., Outputs
         return outputs, assigned
 
     return run
+
+
+def _may_be_changed(x: Any) -> bool:
+    """Tells whether something was written into a new tensor, or nothing counted it."""
+    return isinstance(x, Tensor) and (torch.compiler.is_compiling() or x.is_inference() or x._version > 0)
 
 
 def _needs_loop(network: nn.Module, tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> bool:
@@ -273,20 +292,43 @@ def run_mlp(layers: Sequence[nn.Module], num_members: int, x: Tensor, in_axes: i
     return y.reshape(num_members, *batch, -1)
 
 
-def _structure(module: nn.Module) -> list[str]:
-    """Lists what two members must share: layers, options, and the shapes and dtypes of their tensors."""
-    tensors = (f"{name} {t.dtype} {tuple(t.shape)}" for name, t in named_tensors(module))
-    options = (
-        f"{name or 'network'}.{attribute}={_describe(value)}"
-        for name, m in module.named_modules()
-        for attribute, value in vars(m).items()
-        if not attribute.startswith("_")
+# What frameworks note of a run, and no forward reads.
+_OF_A_RUN = {"_trainer", "_fabric", "_fabric_optimizers", "_current_fx_name", "_compiled_call_impl"}
+
+
+def structure(*networks: nn.Module) -> Structure:
+    """Compares members as objects; of parameters and buffers, which are stacked, it takes all but the values."""
+    tensors = {id(tensor) for network in networks for _, tensor in named_tensors(network)}
+    modules = {id(module) for network in networks for module in network.modules()}
+    return Structure(
+        lambda value: _described(value) if id(value) in tensors else None,
+        lambda value: _held(value) if id(value) in modules else None,
+        _content,
     )
-    return [*(line.strip() for line in repr(module).splitlines()), *tensors, *options]
 
 
-def _describe(value: Any) -> str:
-    """Describes a value by text that is equal for equal values: no addresses, and all of a tensor."""
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {value.tolist()}"
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+def _is_packed(module: nn.Module) -> bool:
+    """Tells whether a module has weights beside its parameters and buffers, as quantised and scripted ones have."""
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return scripted or any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
+
+
+def _described(tensor: Tensor) -> str:
+    grad = ", which requires a gradient" if tensor.requires_grad else ""
+    return f"{tensor.dtype} {tuple(tensor.shape)}{grad}".removeprefix("torch.")
+
+
+def _held(module: nn.Module) -> dict[str, Any]:
+    """Returns all that a module has, with hooks in their order, whatever their numbers."""
+    attributes = {name: value for name, value in vars(module).items() if name not in _OF_A_RUN}
+    hooks = {n: list(v.values()) for n, v in attributes.items() if "_hooks" in n and isinstance(v, dict)}
+    registries = [attributes.pop(name) for name in ("_parameters", "_buffers", "_modules")]
+    names = [list(registry) for registry in registries]
+    return {**attributes, **hooks, **{k: v for registry in registries for k, v in registry.items()}, "names": names}
+
+
+def _content(value: Any) -> tuple[str, tuple[int, ...], bytes] | None:
+    if not isinstance(value, Tensor):
+        return None
+    data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+    return str(value.dtype), tuple(value.shape), data

@@ -21,6 +21,7 @@ from probly_common.checks.ensembles import (
     check_list_of_members,
     check_member_count,
     check_run_once,
+    check_same_structure,
     member_index,
     member_indices,
     takes_rngs_by_name,
@@ -28,7 +29,7 @@ from probly_common.checks.ensembles import (
 from probly_common.checks.rows import check_chunk_size, check_in_axes, check_member_axis, check_rows_of_batch
 from probly_common.checks.values import check_module, check_num_members
 from probly_torch import random
-from probly_torch._members import lazy_names, member, mlp_layers, named_tensors, run, run_mlp, stack
+from probly_torch._members import lazy_names, member, mlp_layers, named_tensors, run, run_mlp, stack, structure
 from probly_torch._reset import register_reset, reset_by_layer, reset_by_rule, seeded
 from probly_torch.random import Rngs
 
@@ -175,6 +176,7 @@ def ensemble(
     make: Callable[[Rngs], nn.Module]
     if isinstance(base, nn.Module):
         check_initialized(what, lazy_names(base))
+        check_same_structure(what, structure(base).difference(base, base), 0, num_members)
         make = partial(_copy, base, reset_params, reset)
     elif callable(base):
         check_base_options(what, "a constructor", given)

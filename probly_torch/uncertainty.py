@@ -283,7 +283,8 @@ def disagreement(logits: Tensor) -> Tensor:
     num_members, _, num_classes = logits.shape
     votes = torch.nn.functional.one_hot(logits.argmax(-1), num_classes).sum(0)
     differing = num_members**2 - (votes * votes).sum(-1)
-    return differing.to(logits.dtype) / max(1, num_members * (num_members - 1))
+    at_least_float32 = torch.promote_types(logits.dtype, torch.float32)  # the number of pairs may be beyond float16
+    return (differing.to(at_least_float32) / max(1, num_members * (num_members - 1))).to(logits.dtype)
 
 
 def _log_probs(what: str, logits: Tensor) -> Tensor:

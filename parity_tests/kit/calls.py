@@ -16,8 +16,8 @@ import torch
 from flax import nnx
 from torch import Tensor, nn
 
-from parity_tests.kit.runs import FlaxModel, Layout, TorchModel
-from parity_tests.kit.trees import leaves, mapped
+from parity_tests.kit.runs import FlaxModel, TorchModel
+from parity_tests.kit.trees import Layout, leaves, mapped
 from probly_flax.weights import Inventory
 
 
@@ -105,20 +105,16 @@ def flax_calls(
     Calls inside of jax.vmap, scans and other transformations of their own are left out.
     """
     recorder = _Recorder()
-    graph, *state = nnx.split(model.module)
     given = dict(leaves(model.given(inputs, layout)))
 
     def forward(state: Any, given: dict[str, Any], key: Any) -> list[Any]:
         recorder.clear()
-        module = nnx.merge(graph, *state, copy=True)
         values = iter(given.values())
-        args, kwargs = mapped(inputs, lambda _: next(values))
-        with recorder.recording(module), model.masked(key):
-            module(*args, **kwargs)
+        model.called(state, mapped(inputs, lambda _: next(values)), key, recorder.recording)
         return recorder.arrays
 
     with model.x64():
-        arrays = iter((jax.jit(forward) if model.jit else forward)(state, given, jax.random.key(seed)))
+        arrays = iter((jax.jit(forward) if model.jit else forward)(model.state, given, jax.random.key(seed)))
         calls: list[Call] = []
         for path, index, trees, start in recorder.calls:
             args, kwargs, outputs = mapped(trees, lambda _: next(arrays))

@@ -9,15 +9,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import torch
 from flax import nnx
 from torch import nn
 
 import probly_flax
 import probly_torch
 from parity_tests.kit.calls import Call, flax_calls, torch_calls
-from parity_tests.kit.report import Comparison, Divergence, LayerComparison
-from parity_tests.kit.runs import FlaxModel, Layout, TorchModel
+from parity_tests.kit.judge import Comparison, Divergence, LayerComparison
+from parity_tests.kit.pair import Pair
+from parity_tests.kit.runs import Cotangent, FlaxModel, TorchModel
 from parity_tests.kit.suspects import (
     Gap,
     LayerPair,
@@ -26,21 +26,9 @@ from parity_tests.kit.suspects import (
     cause_in_precision,
     cause_in_statistics,
 )
-from parity_tests.kit.trees import is_floating, jax_of, leaves, mapped, numpy_of
-from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, Errors, Verdict, error
+from parity_tests.kit.trees import is_floating, leaves, mapped, numpy_of
+from parity_tests.standard import UNIT_ROUNDOFF, Errors, Verdict, error, meaning_limit
 from probly_flax.weights import Inventory
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The two models in the lower dtype and in float64, and how the names of their layers go together."""
-
-    torch: Mapping[str, TorchModel]
-    flax: Mapping[str, FlaxModel]
-    layout: Layout
-    low: str
-    torch_path: Callable[[str], str]
-    train: bool
 
 
 @dataclass(frozen=True)
@@ -56,6 +44,16 @@ class Match:
     def path(self) -> str:
         return self.torch["float64"].path
 
+    @property
+    def given(self) -> list[tuple[Any, Any]]:
+        """The inputs in float64, torch's and Flax's."""
+        return list(zip(self.torch["float64"].inputs, self.flax["float64"].inputs, strict=False))
+
+    @property
+    def results(self) -> list[tuple[Any, Any]]:
+        """The outputs in float64, torch's and Flax's."""
+        return list(zip(self.torch["float64"].results, self.flax["float64"].results, strict=False))
+
 
 class Calls:
     """All calls of both models on the same inputs, matched by layer."""
@@ -67,18 +65,14 @@ class Calls:
         for dtype, parts in paths.items():
             for path, part in parts.items():
                 self.parts[dtype].setdefault(pair.torch_path(path), (path, part))
-        of_flax = {
-            dtype: {(call.path, call.index): call for call in flax_calls(model, inputs, pair.layout, pair.torch_path)}
-            for dtype, model in pair.flax.items()
-        }
-        of_torch = {dtype: torch_calls(model, inputs, seed=0) for dtype, model in pair.torch.items()}
-        of_low = {(call.path, call.index): call for call in of_torch[pair.low]}
-        self.matches = []
-        for call in of_torch["float64"]:
-            key = call.path, call.index
-            if key in of_low and all(key in calls for calls in of_flax.values()):
-                both = {"float64": call, pair.low: of_low[key]}
-                self.matches.append(self._match(both, {dtype: calls[key] for dtype, calls in of_flax.items()}))
+        of_flax = {d: flax_calls(m, inputs, pair.layout, pair.torch_path) for d, m in pair.flax.items()}
+        of_torch = {d: torch_calls(m, inputs, seed=0) for d, m in pair.torch.items()}
+        both = [
+            {d: {(call.path, call.index): call for call in calls} for d, calls in each.items()}
+            for each in (of_torch, of_flax)
+        ]
+        shared = [key for key in both[0]["float64"] if all(key in calls for each in both for calls in each.values())]
+        self.matches = [self._match(*(_each(each, key) for each in both)) for key in shared]
 
     def _match(self, of_torch: Mapping[str, Call], of_flax: Mapping[str, Call]) -> Match:
         t, f = ({dtype: call.inputs for dtype, call in calls.items()} for calls in (of_torch, of_flax))
@@ -215,49 +209,31 @@ class Calls:
         return LayerPair(match.path, *copies, *both, bool(self.pair.layout.ranks), self.pair.train)
 
     def _of_function(self, match: Match, module: nn.Module) -> str | None:
-        t, f = match.torch["float64"], match.flax["float64"]
-        before = list(zip(["its input"], t.inputs, f.inputs, strict=False))
-        model = self.pair.flax["float64"].module
-        last = bool(self.pair.layout.ranks)
-        gap = Gap(match.path, module, model, None, before, t.results[0], f.results[0], None, last)
-        return _cause(cause_between, gap)
+        before = [("its input", *pair) for pair in match.given[:1]]
+        model, last = self.pair.flax["float64"].module, bool(self.pair.layout.ranks)
+        return _cause(cause_between, Gap(match.path, module, model, None, before, *match.results[0], None, last))
 
     def _between(self, outer: Match, inner: list[Match], inputs_agree: Callable[[Match], bool]) -> Divergence:
-        t, f = outer.torch["float64"], outer.flax["float64"]
         inner = sorted(inner, key=lambda match: match.torch["float64"].start)
         until = next((match for match in inner if match.inputs and not inputs_agree(match)), None)
         if until is None:
-            ended = inner
-            pairs = [(a, b) for a, b in zip(t.results, f.results, strict=False)]
+            ended, pairs = inner, outer.results
         else:
             start = until.torch["float64"].start
             ended = [m for m in inner if m.torch["float64"].start < start and not _inside(until, m)]
-            u = until.torch["float64"], until.flax["float64"]
-            pairs = [(a, b) for a, b in zip(u[0].inputs, u[1].inputs, strict=False)]
+            pairs = until.given
         ended = sorted(ended, key=lambda match: -match.torch["float64"].end)
-        before = [
-            (match.path, a, b)
-            for match in ended
-            for a, b in zip(match.torch["float64"].results, match.flax["float64"].results, strict=False)
-        ]
-        before += [  # such as what a residual connection adds
-            (f"the input of {match.path}", a, b)
-            for match in ended
-            for a, b in zip(match.torch["float64"].inputs, match.flax["float64"].inputs, strict=False)
-            if inputs_agree(match)
-        ]
-        before += [("its input", a, b) for a, b in zip(t.inputs, f.inputs, strict=False)]
+        before = [(match.path, *pair) for match in ended for pair in match.results]
+        agreeing = [match for match in ended if inputs_agree(match)]  # such as what a residual connection adds
+        before += [(f"the input of {match.path}", *pair) for match in agreeing for pair in match.given]
+        before += [("its input", *pair) for pair in outer.given]
         differing = next((pair for pair in pairs if not self._equal(*pair)), pairs[0] if pairs else None)
         module, flax = self._layer(outer, "float64")
-        after = ended[0].path if ended else None
+        after, next_path = ended[0].path if ended else None, until.path if until else None
         divergence = Divergence(outer.path, type(module).__name__, _name(flax), after=after or "its input")
         if differing is None:
             return divergence
-        torch_value, flax_value = differing
-        gap = Gap(
-            outer.path, module, flax, after, before, torch_value, flax_value,
-            until.path if until else None, bool(self.pair.layout.ranks),
-        )  # fmt: skip
+        gap = Gap(outer.path, module, flax, after, before, *differing, next_path, bool(self.pair.layout.ranks))
         return replace(divergence, cause=_cause(cause_between, gap))
 
     def _equal(self, tensor: Any, array: Any) -> bool:
@@ -284,79 +260,50 @@ class Calls:
         They differ on equal inputs and gradients of its outputs.
         """
         for match in self.matches:
-            of_torch, of_flax = {}, {}
-            for dtype in match.torch:
-                of_torch[dtype], of_flax[dtype] = self._gradients(match, dtype)
-            for name, expected in of_torch["float64"].items():
-                t, f = ({dtype: run[name] for dtype, run in runs.items()} for runs in (of_torch, of_flax))
+            gradients = {dtype: self._gradients(match, dtype) for dtype in match.torch}
+            for name, (expected, flax_value) in gradients["float64"].items():
+                t, f = ({dtype: pairs[name][side] for dtype, pairs in gradients.items()} for side in (0, 1))
                 if not Errors.of(t, f, expected, self.pair.low).verdicts(name, self.pair.low)[2].holds:
                     module, flax = self._layer(match, "float64")
-                    cause = _cause_in_gradients(module, expected, f["float64"])
+                    cause = _cause_in_gradients(module, expected, flax_value)
                     return Divergence(match.path, type(module).__name__, _name(flax), "gradients", cause=cause)
         return None
 
-    def _gradients(self, match: Match, dtype: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Computes the gradients of the layer alone, by floating inputs and parameters.
+    def _gradients(self, match: Match, dtype: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Computes the gradients of the layer's first output alone, by floating inputs and parameters.
 
-        They are empty where they cannot be told apart.
+        There are none where they cannot be told apart.
         """
-        t, f = match.torch[dtype], match.flax[dtype]
+        t, f, layout, train = match.torch[dtype], match.flax[dtype], self.pair.layout, self.pair.train
         if not (t.results and f.results and is_floating(t.results[0]) and self._fits(t.results[0], f.results[0])):
-            return {}, {}
-        g = np.random.default_rng(0).standard_normal(tuple(t.results[0].shape)).astype(np.float32).astype(np.float64)
-        args, kwargs = mapped((t.args, t.kwargs), lambda tensor: tensor.clone())
-        sources = {str(i): v for i, (_, v) in enumerate(leaves((args, kwargs))) if v.is_floating_point()}
-        floating = {str(i): v for i, v in enumerate(f.inputs) if is_floating(v)}
-        module, flax = self._layer(match, dtype)
-        module = copy.deepcopy(module)
-        into = {**{name: v.requires_grad_() for name, v in sources.items()}, **dict(module.named_parameters())}
-        if not into or len(sources) != len(floating):
-            return {}, {}
-        with torch.enable_grad():
-            output = next(leaves(module(*mapped(args, torch.clone), **mapped(kwargs, torch.clone))))[1]
-            grads = torch.autograd.grad(
-                output, list(into.values()), torch.tensor(g, dtype=output.dtype), allow_unused=True
-            )
-        of_torch = {
-            name: numpy_of(torch.zeros_like(v) if grad is None else grad)
-            for (name, v), grad in zip(into.items(), grads, strict=True)
-        }
-        given = dict(zip(sources, floating.values(), strict=True))
-        of_flax = self._flax_gradients(f, flax, list(floating), given, g)
-        shared = [name for name in of_torch if name in of_flax]
-        laid = {
-            name: self.pair.layout.to_torch(of_flax[name], of_torch[name].shape) if name in sources else of_flax[name]
-            for name in shared
-        }
-        fitting = {name: array for name, array in laid.items() if array is not None}
-        return {name: of_torch[name] for name in fitting}, fitting
+            return {}
+        first = np.random.default_rng(0).standard_normal(tuple(t.results[0].shape)).astype(np.float32)
+        module, layer = self._layer(match, dtype)
+        layer = layer if isinstance(layer, nnx.Module) else nnx.Sequential(layer)
+        given = mapped((f.args, f.kwargs), lambda array: layout.to_torch_input(numpy_of(array)))
+        shapes = {name: array.shape for name, array in leaves(f.outputs, "output")}
+        shapes |= dict.fromkeys(list(shapes)[:1], first.shape)
+        ours = TorchModel(module, dtype, train).run(mapped((t.args, t.kwargs), numpy_of), _of_first(t, first))
+        theirs = FlaxModel(layer, dtype, train, jit=False).run(given, layout, shapes, _of_first(f, first))
+        a, b = ([array for (kind, _), array in run.items() if kind == "input gradient"] for run in (ours, theirs))
+        if len(a) != len(b):
+            return {}
+        laid = [(x, layout.to_torch(layout.to_flax(y), x.shape)) for x, y in zip(a, b, strict=True)]
+        inputs = {str(i): (x, y) for i, (x, y) in enumerate(laid) if y is not None}
+        parameters = [key for key in ours if key[0] == "parameter gradient"]
+        untrained = {key: 0 * ours[key] for key in parameters if ("statistic", key[1]) in theirs}  # no nnx.Param
+        theirs = untrained | theirs
+        return inputs | {key[1]: (ours[key], theirs[key]) for key in parameters if key in theirs}
 
     def _layer(self, match: Match, dtype: str) -> tuple[nn.Module, Any]:
         """Returns the layer of both models."""
         return self.pair.torch[dtype].module.get_submodule(match.path), self.parts[dtype][match.path][1]
 
-    def _flax_gradients(
-        self, call: Call, flax: Any, places: list[str], given: Mapping[str, Any], g: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        layer = nnx.clone(flax) if isinstance(flax, nnx.Module) else nnx.Sequential(flax)
-        graph, *states = nnx.split(layer, nnx.Param, ...)
-        parameters, rest = states
 
-        def run(parameters: Any, given: Mapping[str, Any]) -> Any:
-            values = dict(zip(places, given.values(), strict=True))
-            arrays = iter([values.get(str(i), array) for i, array in enumerate(call.inputs)])
-            args, kwargs = mapped((call.args, call.kwargs), lambda _: next(arrays))
-            return next(leaves(nnx.merge(graph, parameters, rest, copy=True)(*args, **kwargs)))[1]
-
-        with jax.enable_x64(True):
-            output, pull = jax.vjp(run, parameters, given)
-            of_parameters, of_inputs = pull(jax_of(self.pair.layout.to_flax_output(g, output.shape), output.dtype))
-            nnx.update(layer, of_parameters)
-            weights = Inventory(layer).weights("compare")
-            summands = {n: weight.also for n, weight in weights.items() if weight.variables}
-            arrays = probly_flax.to_arrays(layer)
-            named = {each: arrays[name] for name, also in summands.items() for each in (name, *also)}
-            return {name: numpy_of(array) for name, array in (named | of_inputs).items()}
+def _of_first(call: Call, gradient: np.ndarray) -> Cotangent:
+    """Gives the gradient to the first output, and none to the others."""
+    first = next(leaves(call.outputs, "output"))[0]
+    return lambda name, shape: gradient if name == first else np.zeros(shape)
 
 
 def _cause_in_gradients(module: nn.Module, of_torch: np.ndarray, of_flax: np.ndarray) -> str | None:
@@ -367,7 +314,7 @@ def _cause_in_gradients(module: nn.Module, of_torch: np.ndarray, of_flax: np.nda
     without = np.array(of_flax)
     without[..., padding, :] = 0
     off = error(without, of_torch, of_torch, "float64")
-    if off > MEANING_LIMIT * NOISE_FLOOR:
+    if off > meaning_limit():
         return None
     return (
         f"torch padding_idx is {padding}, and the gradient of that row is 0; nnx has no such row; with its gradient "
@@ -375,8 +322,8 @@ def _cause_in_gradients(module: nn.Module, of_torch: np.ndarray, of_flax: np.nda
     )
 
 
-def _each(arrays: Mapping[str, Sequence[Any]], i: int) -> dict[str, Any]:
-    return {dtype: own[i] for dtype, own in arrays.items()}
+def _each(of_dtypes: Mapping[str, Any], key: Any) -> dict[str, Any]:
+    return {dtype: own[key] for dtype, own in of_dtypes.items()}
 
 
 def flax_parts(model: nnx.Module) -> dict[str, Any]:

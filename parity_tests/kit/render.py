@@ -1,10 +1,9 @@
-"""Reports as people and programs read them: a table for a terminal or a log, JSON, a plot, a page."""
+"""Findings as people and programs read them: lines and tables for a terminal or a log, JSON, plots, a page."""
 
 from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,15 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from parity_tests.kit.report import KINDS, Comparison, Divergence, LayerComparison, ParityReport
+from parity_tests.kit.judge import (
+    KINDS,
+    KINDS_OF_TRAINING,
+    Comparison,
+    Departure,
+    Divergence,
+    LayerComparison,
+    TrainingStep,
+)
 from parity_tests.standard import UNIT_ROUNDOFF, Verdict
 
 if TYPE_CHECKING:
@@ -29,7 +36,7 @@ FEW_LAYERS, FEW_TENSORS = 10, 4  # of a short report
 FLOOR = 0.1  # roundings: where a plot shows no error at all, which a logarithmic axis has no place for
 MAX_LABELS, LONGEST_LABEL = 40, 30
 SERIES = (("#0b3d91", "o"), ("#e08a00", "s"), ("#5a5a5a", "D"))  # told apart in greyscale too
-COMPUTED = ("passed", "holds", "ratio")  # what JSON has beside the fields
+COMPUTED = ("passed", "holds", "ratio", "verdict")  # what JSON has beside the fields
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 80em; margin: 2em auto;
   padding: 0 1em; }
@@ -84,59 +91,34 @@ def show(report: RenderableType) -> None:
         print(text(report))
 
 
-def lines(report: ParityReport, short: bool = False) -> Iterator[RenderableType]:
-    """Yields what a terminal shows.
-
-    These are layers, kinds of tensors, every tensor that differs, the first divergence and the verdict.
-    """
-    yield Text(title(report), "bold")
-    layers = _few(report.layers, FEW_LAYERS) if short else report.layers
+def layers_and_tensors(
+    layers: Sequence[LayerComparison], comparisons: Sequence[Comparison], short: bool
+) -> Iterator[RenderableType]:
+    """Yields layers, kinds of tensors and every tensor that differs; few of them where it is to be short."""
     if layers:
+        shown = _few(layers, FEW_LAYERS) if short else layers
         yield Text()
-        yield _table(LAYERS, [_layer(layer) for layer in layers])
-        yield from _left_out("layer", report.layers, layers)
-    if report.comparisons:
+        yield _table(LAYERS, [_layer(layer) for layer in shown])
+        yield from _left_out("layer", layers, shown)
+    if comparisons:
         yield Text()
-        yield _table(KINDS_OF_TENSORS, _kinds(report))
+        yield _table(KINDS_OF_TENSORS, _kinds(comparisons))
         yield Text("error and limit in roundings of the dtype at the tensor's scale; ratio is error / limit", "dim")
-    broken = [comparison for comparison in report.comparisons if not comparison.holds]
-    shown = _few(broken, FEW_TENSORS) if short else broken
-    if shown:
+    broken = [comparison for comparison in comparisons if not comparison.holds]
+    if broken:
+        shown_tensors = _few(broken, FEW_TENSORS) if short else broken
         yield Text()
-        yield from (Text(sentence(comparison), "red") for comparison in shown)
-        yield from _left_out("tensor", broken, shown)
-    yield Text()
-    if report.first_divergence is not None:
-        yield Text(f"First divergence: {report.first_divergence}", "bold")
-    yield from (Text(f"Note: {note}") for note in all_notes(report))
-    yield Text(verdict(report), "bold green" if report.passed else "bold red")
+        yield from (Text(sentence(comparison), "red") for comparison in shown_tensors)
+        yield from _left_out("tensor", broken, shown_tensors)
 
 
-def title(report: ParityReport) -> str:
-    how = "under jax.jit" if report.jit else "op by op"
-    return f"{report.torch_name} in torch and {report.flax_name} in Flax, {report.mode} mode, {report.dtype}, {how}"
-
-
-def verdict(report: ParityReport) -> str:
-    """Writes the last line."""
-    count, known = len(report.comparisons), sum(_is_known(each) for each in report.comparisons)
-    if report.passed:
-        but = f"; {known} {'is' if known == 1 else 'are'} known to differ" if known else ""
-        return f"Parity: {count - known} of {count} tensors agree{but}."
-    if not count:
-        return "No parity: nothing was compared."
-    return f"No parity: {sum(not each.holds for each in report.comparisons)} of {count} tensors differ."
-
-
-def all_notes(report: ParityReport) -> list[str]:
-    """Returns the notes, and the tensors that are known to differ, by their reasons."""
-    notes = list(report.notes)
-    known = [each for each in report.comparisons if _is_known(each)]
+def known_gaps(comparisons: Sequence[Comparison]) -> Iterator[str]:
+    """Yields the tensors that are known to differ, by their reasons."""
+    known = [each for each in comparisons if is_known(each)]
     for reason in dict.fromkeys(each.gap for each in known):
         names = [_name(each) for each in known if each.gap == reason]
         more = f" and {len(names) - FEW_TENSORS} more" if len(names) > FEW_TENSORS else ""
-        notes.append(f"known to differ: {', '.join(names[:FEW_TENSORS])}{more}: {reason}")
-    return notes
+        yield f"known to differ: {', '.join(names[:FEW_TENSORS])}{more}: {reason}"
 
 
 def sentence(comparison: Comparison) -> str:
@@ -163,7 +145,8 @@ def data(value: Any) -> Any:
     """Returns a report as JSON holds it. What is infinite or NaN is a string that Python's float() reads."""
     if is_dataclass(value):
         items = {field.name: getattr(value, field.name) for field in fields(value)}
-        return data(items | {name: getattr(value, name) for name in COMPUTED if hasattr(value, name)})
+        items |= {name: getattr(value, name) for name in COMPUTED if hasattr(value, name)}
+        return data(items | ({"sentence": str(value)} if isinstance(value, Divergence | Departure) else {}))
     if isinstance(value, Mapping):
         return {str(name): data(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -173,40 +156,34 @@ def data(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def to_json(report: ParityReport) -> str:
-    first = report.first_divergence
-    content = data(report) | {"first_divergence": first and data(first) | {"sentence": str(first)}}
-    return json.dumps(content | {"verdict": verdict(report)}, indent=1, allow_nan=False)
-
-
-def to_html(report: ParityReport) -> str:
-    """Makes a page that needs no other file."""
-    image = base64.b64encode(to_png(figure(report))).decode()
-    first = report.first_divergence
-    parts = [
-        f'<p class="verdict">{escape(verdict(report))}</p>',
-        f"<p>First divergence: <strong>{escape(str(first))}</strong></p>" if first else "",
-        *(f"<p>Note: {escape(note)}</p>" for note in all_notes(report)),
-        f'<img src="data:image/png;base64,{image}" alt="error by depth">',
+def html_tables(layers: Sequence[LayerComparison], comparisons: Sequence[Comparison]) -> list[str]:
+    """Makes the tables of a page: of kinds, layers and tensors."""
+    return [
         "<p>Errors and limits are in roundings of the dtype at the tensor's scale; the ratio is error over limit.</p>",
-        _html_table("Kinds of tensors", KINDS_OF_TENSORS, _kinds(report)),
-        _html_table("Layers, in forward order", LAYERS, [_layer(layer) for layer in report.layers]),
-        _html_table("Tensors", TENSORS, [_tensor(comparison) for comparison in report.comparisons]),
+        _html_table("Kinds of tensors", KINDS_OF_TENSORS, _kinds(comparisons)),
+        _html_table("Layers, in forward order", LAYERS, [_layer(layer) for layer in layers]),
+        _html_table("Tensors", TENSORS, [_tensor(comparison) for comparison in comparisons]),
     ]
-    return html_page(title(report), parts)
+
+
+def html_image(drawing: Figure, words: str) -> str:
+    """Makes an image that is in the page itself."""
+    return f'<img src="data:image/png;base64,{base64.b64encode(to_png(drawing)).decode()}" alt="{words}">'
 
 
 def html_page(heading: str, parts: Sequence[str]) -> str:
-    """Makes a page of parts that are HTML already."""
+    """Makes a page of parts that are HTML already. It needs no other file."""
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{escape(heading)}</title>'
         f"<style>{CSS}</style></head>\n<body>\n<h1>{escape(heading)}</h1>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
     )
 
 
-def figure(report: ParityReport) -> Figure:
+def errors_by_depth(
+    title: str, layers: Sequence[LayerComparison], comparisons: Sequence[Comparison], first: Divergence | None
+) -> Figure:
     """Plots the error by depth: the innermost layers in forward order, or the tensors where there are no layers."""
-    points: Sequence[Any] = _innermost(report.layers) or report.comparisons
+    points: Sequence[Any] = _innermost(layers) or comparisons
     labels = [_layer_name(p) if isinstance(p, LayerComparison) else _name(p) for p in points]
     drawing = new_figure()
     axes = drawing.add_subplot()
@@ -229,7 +206,6 @@ def figure(report: ParityReport) -> Figure:
     beyond = [i for i, p in enumerate(points) if any(not math.isfinite(v.measured) for v in p.verdicts)]
     if beyond:
         axes.plot(beyond, [0.88] * len(beyond), "^", ms=8, c="#a33000", label="infinite or NaN", transform=across)
-    first = report.first_divergence
     place = None if first is None else _place(first, points)
     if first is not None and place is not None:
         where = first.path or "the whole model"
@@ -243,10 +219,43 @@ def figure(report: ParityReport) -> Figure:
     axes.set_xticks(ticks, [_shortened(labels[i]) for i in ticks], rotation=90, fontsize=7, parse_math=False)
     axes.set_xlim(-0.5, max(len(points), 1) - 0.5)
     axes.set_ylabel(f"error in roundings (0 is drawn at {FLOOR})")
-    axes.set_title(f"{title(report)}\n{verdict(report)}", fontsize=10, parse_math=False)
+    axes.set_title(title, fontsize=10, parse_math=False)
     axes.grid(axis="y", lw=0.4, c="#cccccc")
     if points:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    return drawing
+
+
+def errors_by_step(title: str, steps: Sequence[TrainingStep], first: Departure | None) -> Figure:
+    """Plots, step by step, how far free runs are apart, and the worst errors from equal state."""
+    drawing = new_figure()
+    distances = drawing.add_subplot(1, 2, 1)
+    errors = drawing.add_subplot(1, 2, 2)
+    numbers = [step.number for step in steps]
+    floor = UNIT_ROUNDOFF["float64"] / 10
+    for name, style, colour, values in (
+        ("torch and Flax", "o-", "#0b3d91", [step.distance for step in steps]),
+        ("torch, moved by one ULP", "s--", "#e08a00", [step.twin_distance for step in steps]),
+    ):
+        distances.plot(numbers, [max(value, floor) for value in values], style, ms=4, c=colour, label=name)
+    distances.set_title("free runs in float64: distance of weights", fontsize=10)
+    distances.set_ylabel(f"largest distance over the tensor's scale (0 is drawn at {floor:.0e})")
+    for kind, style in zip(KINDS_OF_TRAINING, ("o-", "s--", "^:", "d-."), strict=True):
+        of_kind = [(step.number, c.worst) for step in steps for c in step.worst if c.kind == kind]
+        finite = [(number, max(v.ratio, 1e-3)) for number, v in of_kind if math.isfinite(v.ratio)]
+        if finite:
+            errors.plot(*zip(*finite, strict=True), style, ms=4, label=kind)
+    errors.axhline(1.0, c="#1a1a1a", lw=1.2, label="limit")
+    errors.set_title("from equal state: the worst error over its limit (0.001 or less at the foot)", fontsize=10)
+    if first is not None:
+        errors.axvline(first.step, c="#1a1a1a", lw=1, ls=":")
+    for axes in (distances, errors):
+        axes.set_yscale("log")
+        axes.set_xlabel("step")
+        axes.set_xticks(sorted({*numbers[:: 1 + len(numbers) // 10], *numbers[-1:]}))
+        axes.grid(axis="y", lw=0.4, c="#cccccc")
+        axes.legend()
+    drawing.suptitle(title, fontsize=10, parse_math=False)
     return drawing
 
 
@@ -267,15 +276,6 @@ def to_png(drawing: Figure) -> bytes:
     content = io.BytesIO()
     drawing.savefig(content, format="png", dpi=110)
     return content.getvalue()
-
-
-def writers(report: ParityReport) -> dict[str, Callable[[], bytes]]:
-    """Returns what makes a file of each suffix."""
-    return {
-        ".json": lambda: to_json(report).encode(),
-        ".html": lambda: to_html(report).encode(),
-        ".png": lambda: to_png(figure(report)),
-    }
 
 
 SUFFIXES = (".json", ".html", ".png")
@@ -334,7 +334,7 @@ def _name(comparison: Comparison) -> str:
     return comparison.name if comparison.name.startswith(comparison.kind) else f"{comparison.kind} {comparison.name}"
 
 
-def _is_known(comparison: Comparison) -> bool:
+def is_known(comparison: Comparison) -> bool:
     """Tells whether it differs, as it is known to."""
     return comparison.gap is not None and comparison.holds
 
@@ -360,10 +360,10 @@ def _layer(layer: LayerComparison) -> Row:
     return Row((_layer_name(layer), types, _dtype(layer.worst), *_numbers(layer.worst), mark), layer.holds)
 
 
-def _kinds(report: ParityReport) -> list[Row]:
+def _kinds(comparisons: Sequence[Comparison]) -> list[Row]:
     rows = []
-    for kind in dict.fromkeys((*KINDS, *(c.kind for c in report.comparisons))):
-        group = [c for c in report.comparisons if c.kind == kind]
+    for kind in dict.fromkeys((*KINDS, *(c.kind for c in comparisons))):
+        group = [c for c in comparisons if c.kind == kind]
         if group:
             agree = sum(c.holds and c.gap is None for c in group)
             worst = max(group, key=lambda c: (not c.holds, c.gap is None, c.worst.ratio))

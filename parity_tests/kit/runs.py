@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 import probly_flax
 import probly_torch
-from parity_tests.kit.layout import Layout
 from parity_tests.kit.masks import Masks
-from parity_tests.kit.trees import is_floating, jax_of, leaves, mapped, numpy_of
+from parity_tests.kit.trees import Arrays, Key, Layout, Run, is_floating, jax_of, leaves, mapped, numpy_of
 from probly_flax.weights import Inventory
 
-Key = tuple[str, str]  # kind of tensor, name
-Run = dict[Key, np.ndarray]
-Arrays = Mapping[str, np.ndarray]
+Cotangent = Callable[[str, Sequence[int]], np.ndarray]  # the gradient of an output, by its name and shape
+STATISTICS = nnx.Not(nnx.Any(nnx.Param, nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation))
 
 
 @contextmanager
@@ -76,12 +74,7 @@ class TorchModel:
         """Wraps a forward: masks of dropout are those of Flax with this seed, which ran before."""
         return nullcontext() if self.masks is None or seed is None else self.masks.torch(seed, self.module)
 
-    def run(
-        self,
-        inputs: Any,
-        cotangent: Callable[[str, Sequence[int]], np.ndarray] | None = None,
-        seed: int | None = None,
-    ) -> Run:
+    def run(self, inputs: Any, cotangent: Cotangent | None = None, seed: int | None = None) -> Run:
         """Returns outputs and statistics.
 
         With a gradient of the outputs, by their names and shapes, it returns the other gradients too.
@@ -99,29 +92,31 @@ class TorchModel:
                 run |= self._gradients(outputs, sources, cotangent)
         return run
 
-    def _gradients(
-        self,
-        outputs: Mapping[str, Tensor],
-        sources: Mapping[str, Tensor],
-        cotangent: Callable[[str, Sequence[int]], np.ndarray],
-    ) -> Run:
+    def _gradients(self, outputs: Mapping[str, Tensor], sources: Mapping[str, Tensor], cotangent: Cotangent) -> Run:
         of = {name: t for name, t in outputs.items() if t.is_floating_point() and t.requires_grad}
         into = {("input gradient", _input_name(name)): t for name, t in sources.items()}
         into |= {("parameter gradient", name): parameter for name, parameter in self.module.named_parameters()}
-        grads: tuple[Tensor | None, ...] = (None,) * len(into)
-        if of:
-            g = [self._tensor(cotangent(name, t.shape)) for name, t in of.items()]
-            grads = torch.autograd.grad(list(of.values()), list(into.values()), g, allow_unused=True)
-        pairs = zip(into.items(), grads, strict=True)
-        return {key: numpy_of(torch.zeros_like(t) if grad is None else grad) for (key, t), grad in pairs}
+        return gradients_of(of.values(), into, [self._tensor(cotangent(name, t.shape)) for name, t in of.items()])
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         floating = np.issubdtype(array.dtype, np.floating)
         return torch.tensor(array, dtype=self.dtype if floating else None, device=self.device)
 
 
+def gradients_of(outputs: Iterable[Tensor], into: Mapping[Key, Tensor], g: list[Tensor] | None = None) -> Run:
+    """Returns the gradients of the outputs by these tensors: 0 by those on which none depends."""
+    grads: tuple[Tensor | None, ...] = (None,) * len(into)
+    if outputs := list(outputs):
+        grads = torch.autograd.grad(outputs, list(into.values()), g, allow_unused=True)
+    pairs = zip(into.items(), grads, strict=True)
+    return {key: numpy_of(torch.zeros_like(t) if grad is None else grad) for (key, t), grad in pairs}
+
+
 class FlaxModel:
-    """A copy of a Flax model in another dtype. It is left as it was by every run."""
+    """A copy of a Flax model in another dtype. It is left as it was by every run.
+
+    Its arrays have torch's names: `names` are those that both have, with what the twin calls them.
+    """
 
     def __init__(
         self,
@@ -131,15 +126,17 @@ class FlaxModel:
         jit: bool = True,
         flatten: Mapping[str, Sequence[int]] | None = None,
         masks: Masks | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> None:
-        self.dtype, self.jit, self.flatten, self.masks = dtype, jit, flatten, masks
+        self.dtype, self.jit, self.flatten, self.masks, self.names = dtype, jit, flatten, masks, names or {}
         self.module = _cast(module, dtype)
         self.module.train() if train else self.module.eval()
+        self._graph = nnx.split(self.module, nnx.Param, ...)[0]
         self._compiled: dict[str, Any] = {}
         weights = Inventory(self.module).weights("compare")
-        self.parameters = {n: weight.also for n, weight in weights.items() if _all(weight.variables, nnx.Param)}
-        self.statistics = [
-            n for n, each in weights.items() if n not in self.parameters and _all(each.variables, nnx.Variable)
+        self._parameters = {n: weight.also for n, weight in weights.items() if _all(weight.variables, nnx.Param)}
+        self._statistics = [
+            n for n, each in weights.items() if n not in self._parameters and _all(each.variables, nnx.Variable)
         ]
 
     @contextmanager
@@ -151,18 +148,53 @@ class FlaxModel:
         else:
             yield
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """Returns its weights and statistics by torch's names."""
-        with self.x64():
-            return probly_flax.to_arrays(self.module, flatten=self.flatten)
+    def copy(self) -> Self:
+        """Copies the model, with weights of its own. What is compiled is shared."""
+        new = copy.copy(self)
+        new.module = nnx.clone(self.module)
+        return new
 
-    def set_arrays(self, arrays: Arrays) -> None:
-        """Sets weights and statistics of the twin. Those that are not named stay."""
-        if not arrays:
+    def parameters(self) -> list[tuple[str, ...]]:
+        """Returns the names of the parameters. Those of a sum, which is one parameter here, are together."""
+        back = self._torch_names()
+        own = ((name, *others) for name, others in self._parameters.items())
+        return [tuple(back.get(each, each) for each in names) for names in own]
+
+    def statistics(self) -> list[str]:
+        """Returns the names of the statistics."""
+        back = self._torch_names()
+        return [back.get(name, name) for name in self._statistics]
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Returns its weights and statistics."""
+        with self.x64():
+            arrays = probly_flax.to_arrays(self.module, flatten=self.flatten)
+        back = self._torch_names()
+        own = {name: array for name, array in arrays.items() if name not in back}
+        return own | {back[name]: array for name, array in arrays.items() if name in back}
+
+    def set_arrays(self, arrays: Arrays, strict: bool = False) -> None:
+        """Sets weights and statistics that both have. Under strict a name that only one side has is a ValueError."""
+        own = {self.names[name]: array for name, array in arrays.items() if name in self.names}
+        if not own and not strict:
             return
         with self.x64(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            probly_flax.load_arrays(self.module, arrays, strict=False, cast=True, flatten=self.flatten)
+            probly_flax.load_arrays(self.module, own, strict=strict, cast=True, flatten=self.flatten)
+
+    def arrays_of(self, state: Any) -> dict[str, np.ndarray]:
+        """Returns the arrays of a state, such as gradients, under the names of the weights that they belong to."""
+        holder = self.copy()
+        nnx.update(holder.module, state)
+        return holder.to_arrays()
+
+    def named(self, gradients: Any, kind: str) -> Run:
+        """Returns the gradients of the parameters: the summands of a sum each have its gradient."""
+        arrays = self.arrays_of(gradients)
+        return {(kind, each): numpy_of(arrays[names[0]]) for names in self.parameters() for each in names}
+
+    def _torch_names(self) -> dict[str, str]:
+        return {own: name for name, own in self.names.items()}
 
     def given(self, inputs: Any, layout: Layout) -> Any:
         """Returns (args, kwargs) of NumPy as JAX arrays in Flax's layout."""
@@ -178,7 +210,7 @@ class FlaxModel:
         inputs: Any,
         layout: Layout,
         shapes: Mapping[str, Sequence[int]],
-        cotangent: Callable[[str, Sequence[int]], np.ndarray] | None = None,
+        cotangent: Cotangent | None = None,
         seed: int = 0,
         jit: bool = True,
     ) -> Run:
@@ -189,7 +221,7 @@ class FlaxModel:
         """
         given = dict(leaves(self.given(inputs, layout)))
         with self.x64():
-            arguments = *self._state, given, jax.random.key(seed)
+            arguments = *self.state, given, jax.random.key(seed)
             if cotangent is None:
                 outputs, statistics = self._called("forward", self._forward, inputs, jit)(*arguments)
                 grads = None
@@ -201,17 +233,14 @@ class FlaxModel:
                 }
                 called = self._called("backward", self._backward, inputs, jit)
                 outputs, statistics, *grads = called(*arguments, g)
-            run = {("output", n): _in_torch(layout, n, array, shapes) for n, array in outputs.items()}
-            arrays = self._named(statistics)
-            run |= {("statistic", name): numpy_of(arrays[name]) for name in self.statistics}
+            run = {("output", n): _in_torch(layout, n, numpy_of(array), shapes) for n, array in outputs.items()}
+            arrays = self.arrays_of(statistics)
+            run |= {("statistic", name): numpy_of(arrays[name]) for name in self.statistics()}
             if grads is not None:
                 of_parameters, of_inputs = grads
                 for name, array in of_inputs.items():
                     run[("input gradient", _input_name(name))] = layout.to_torch_input(numpy_of(array))
-                arrays = self._named(of_parameters)
-                for name, others in self.parameters.items():
-                    for each in (name, *others):  # the summands of a sum each have its gradient
-                        run[("parameter gradient", each)] = numpy_of(arrays[name])
+                run |= self.named(of_parameters, "parameter gradient")
         return run
 
     def outputs(self, inputs: Any, layout: Layout, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -222,22 +251,27 @@ class FlaxModel:
         """
         given = dict(leaves(self.given(inputs, layout)))
         with self.x64():
-            outputs: dict[str, Any] = jax.eval_shape(self._forward(inputs), *self._state, given, jax.random.key(0))[0]
+            outputs: dict[str, Any] = jax.eval_shape(self._forward(inputs), *self.state, given, jax.random.key(0))[0]
         if list(outputs) != list(shapes):
             raise LayoutError(f"outputs at {', '.join(shapes)} in torch and at {', '.join(outputs)} in Flax")
         for name, struct in outputs.items():
-            if layout.to_torch(np.broadcast_to(np.int8(0), struct.shape), shapes[name]) is None:
-                raise LayoutError(f"{name} of shape {tuple(shapes[name])} in torch and {struct.shape} in Flax")
+            _in_torch(layout, name, np.broadcast_to(np.int8(0), struct.shape), shapes)
         return outputs
 
     @property
-    def _state(self) -> tuple[Any, Any]:
+    def state(self) -> tuple[Any, Any]:
+        """Its parameters, and the rest of what it holds."""
         _, *states = nnx.split(self.module, nnx.Param, ...)
         return states[0], states[1]
 
-    def masked(self, key: Any) -> AbstractContextManager[Any]:
-        """Wraps a forward: masks of dropout come from the key."""
-        return nullcontext() if self.masks is None else self.masks.flax(key)
+    def called(
+        self, state: tuple[Any, Any], inputs: Any, key: Any, around: Callable[[Any], Any] = nullcontext
+    ) -> tuple[Any, nnx.Module]:
+        """Calls a copy of this state, whose masks of dropout come from the key. Returns the outputs, and the copy."""
+        args, kwargs = inputs
+        model: Any = nnx.merge(self._graph, *state, copy=True)
+        with around(model), nullcontext() if self.masks is None else self.masks.flax(key):
+            return model(*args, **kwargs), model
 
     def _called(self, what: str, make: Callable[[Any], Any], inputs: Any, jit: bool) -> Any:
         """Returns the call, compiled once, for inputs of one structure."""
@@ -248,15 +282,10 @@ class FlaxModel:
         return self._compiled[what]
 
     def _forward(self, inputs: Any) -> Any:
-        graph = nnx.split(self.module, nnx.Param, ...)[0]
-
         def forward(parameters: Any, rest: Any, given: dict[str, Any], key: Any) -> tuple[dict[str, Any], Any]:
-            model = nnx.merge(graph, parameters, rest, copy=True)
             values = iter(given.values())
-            args, kwargs = mapped(inputs, lambda _: next(values))
-            with self.masked(key):
-                outputs = dict(leaves(model(*args, **kwargs), "output"))
-            return outputs, nnx.state(model, _STATISTICS)
+            outputs, model = self.called((parameters, rest), mapped(inputs, lambda _: next(values)), key)
+            return dict(leaves(outputs, "output")), nnx.state(model, STATISTICS)
 
         return forward
 
@@ -276,12 +305,6 @@ class FlaxModel:
 
         return backward
 
-    def _named(self, state: Any) -> dict[str, np.ndarray]:
-        """Returns the arrays of a state under the names of the weights that they belong to."""
-        model = nnx.clone(self.module)
-        nnx.update(model, state)
-        return probly_flax.to_arrays(model, flatten=self.flatten)
-
 
 def _all(variables: Sequence[Any], kind: type) -> bool:
     return bool(variables) and all(isinstance(variable, kind) for variable in variables)
@@ -291,14 +314,10 @@ class LayoutError(ValueError):
     """Outputs that do not fit those of torch."""
 
 
-_STATISTICS = nnx.Not(nnx.Any(nnx.Param, nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation))
-
-
-def _in_torch(layout: Layout, name: str, array: Any, shapes: Mapping[str, Sequence[int]]) -> np.ndarray:
-    values = numpy_of(array)
-    found = layout.to_torch(values, shapes[name]) if name in shapes else None
+def _in_torch(layout: Layout, name: str, array: np.ndarray, shapes: Mapping[str, Sequence[int]]) -> np.ndarray:
+    found = layout.to_torch(array, shapes[name]) if name in shapes else None
     if found is None:
-        raise LayoutError(f"{name} of shape {shapes.get(name)} in torch and {values.shape} in Flax")
+        raise LayoutError(f"{name} of shape {shapes.get(name)} in torch and {array.shape} in Flax")
     return found
 
 

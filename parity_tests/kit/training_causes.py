@@ -12,13 +12,12 @@ import numpy as np
 import optax  # type: ignore[import-untyped]
 import torch
 
-from parity_tests.kit.trees import jax_of
-from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, error
+from parity_tests.kit.trees import Arrays, jax_of
+from parity_tests.standard import UNIT_ROUNDOFF, error, meaning_limit
 
 KEPT = 2**28  # bytes of weights and gradients, for steps that are tried again
 CLIP_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
 OPTIONS = ("lr", "betas", "eps", "alpha", "momentum", "dampening", "nesterov", "weight_decay", "centered", "amsgrad")
-Arrays = Mapping[str, np.ndarray]
 Choice = tuple[str, optax.GradientTransformation]  # how it is written, and the transformation
 
 
@@ -165,25 +164,21 @@ def _choices(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> Iterat
         (b1, b2), eps = first["betas"], first["eps"]
         decoupled = optimizer.defaults.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
 
-        def adam(eps: float, root: float = 0.0) -> Choice:
-            text = f", eps_root={root!r}" if root else ""
-            return (
-                f"optax.adam({lr}, b1={b1!r}, b2={b2!r}, eps={eps!r}{text})",
-                optax.adam(rate, b1, b2, eps, root),
-            )
+        def adam(eps: float, root: float = 0.0, w: float | None = None) -> Choice:
+            text = (f", eps_root={root!r}" if root else "") + ("" if w is None else f", weight_decay={w!r}")
+            text = f"{lr}, b1={b1!r}, b2={b2!r}, eps={eps!r}{text}"
+            if w is None:
+                return f"optax.adam({text})", optax.adam(rate, b1, b2, eps, root)
+            return f"optax.adamw({text})", optax.adamw(rate, b1, b2, eps, root, weight_decay=w)
 
-        def adamw(w: float, eps: float = eps, root: float = 0.0) -> Choice:
-            text = f", eps_root={root!r}" if root else ""
-            return (
-                f"optax.adamw({lr}, b1={b1!r}, b2={b2!r}, eps={eps!r}{text}, weight_decay={w!r})",
-                optax.adamw(rate, b1, b2, eps, root, weight_decay=w),
-            )
+        def decayed(eps: float, root: float = 0.0) -> Choice:
+            return adam(eps, root, decay) if decoupled and decay else coupled(adam(eps, root), decay)
 
-        yield adamw(decay) if decoupled and decay else coupled(adam(eps), decay)
+        yield decayed(eps)
         for other_eps, root in ((0.0, eps), (0.0, eps**2), (eps, eps), (1e-8, 0.0)):
-            yield adamw(decay, other_eps, root) if decoupled and decay else coupled(adam(other_eps, root), decay)
-        yield coupled(adam(eps), decay) if decoupled and decay else adamw(decay)
-        yield adamw(1e-4)  # optax's own
+            yield decayed(other_eps, root)
+        yield coupled(adam(eps), decay) if decoupled and decay else adam(eps, w=decay)
+        yield adam(eps, w=1e-4)  # optax's own
         yield adam(eps)
     elif isinstance(optimizer, torch.optim.RMSprop):
         eps, momentum, centered = first["eps"], first["momentum"], first["centered"]
@@ -210,7 +205,7 @@ def _step(transform: optax.GradientTransformation, name: str, history: History, 
 
 
 def _agree(a: np.ndarray, b: np.ndarray) -> bool:
-    return error(a, b, b, "float64") <= MEANING_LIMIT * NOISE_FLOOR
+    return error(a, b, b, "float64") <= meaning_limit()
 
 
 def _norm(gradients: Arrays) -> float:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +16,14 @@ import torch
 from flax import nnx
 from torch import Tensor, nn
 
-import probly_flax
 from parity_tests.kit.masks import Masks
-from parity_tests.kit.runs import _STATISTICS, FlaxModel, Layout, TorchModel
-from parity_tests.kit.trees import is_array, is_floating, jax_of, leaves, mapped, numpy_of, rounded
+from parity_tests.kit.pair import fitting_layouts, layouts
+from parity_tests.kit.runs import STATISTICS, FlaxModel, TorchModel, gradients_of
+from parity_tests.kit.trees import Arrays, Layout, Run, is_array, is_floating, jax_of, leaves, mapped, numpy_of, rounded
 from probly_common.checks.values import type_name
 
 WHAT = "compare_training"
-Key = tuple[str, str]  # loss, gradient, statistic or update; torch's name
-Run = dict[Key, np.ndarray]
-Arrays = dict[str, np.ndarray]
+LOSS = ("loss", "loss")
 MakeOptimizer = torch.optim.Optimizer | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -105,22 +102,23 @@ def _check_shapes(outputs: Any, targets: Any, floating: bool, class_axis: int) -
     )
 
 
-class TorchRun:
+class TorchTraining(TorchModel):
     """A copy of a torch model with its optimizer, in another dtype."""
 
     def __init__(
         self,
         module: nn.Module,
+        dtype: str,
+        masks: Masks,
         optimizer: MakeOptimizer,
         scheduler: Callable[[torch.optim.Optimizer], Any] | None,
-        dtype: str,
         loss: Callable[[Any, Any], Tensor],
-        masks: Masks,
     ) -> None:
-        self.model, self.loss, self.masks = TorchModel(module, dtype, train=True), loss, masks
-        self.parameters = dict(self.model.module.named_parameters())
+        super().__init__(module, dtype, train=True, masks=masks)
+        self.loss = loss
+        self.parameters = dict(self.module.named_parameters())
         self.trained = {name for name, p in module.named_parameters() if p.requires_grad}
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.parameters.items():  # as the optimizer may ask
             parameter.requires_grad_(name in self.trained)
         own = list(self.parameters.values())
         if isinstance(optimizer, torch.optim.Optimizer):
@@ -132,32 +130,24 @@ class TorchRun:
         _check_optimizer(self.optimizer, own)
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
 
-    def to_arrays(self) -> Arrays:
-        return self.model.to_arrays()
-
-    def set_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        self.model.set_arrays(arrays)
-
     def gradients(self, batch: Batch) -> Run:
         """Returns the gradients of every parameter, also of those that are not trained.
 
         The loss and the statistics of the forward come with them.
         """
-        args, kwargs = self.model.given(batch.inputs)
-        targets = self.model.given(batch.targets)
+        args, kwargs = self.given(batch.inputs)
+        targets = self.given(batch.targets)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        with self.masks.torch(batch.seed, self.model.module):
-            value = self.loss(self.model.module(*args, **kwargs), targets)
-            grads = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True)
+        with self.masked(batch.seed):
+            value = self.loss(self.module(*args, **kwargs), targets)
+            run = gradients_of([value], {("gradient", name): p for name, p in self.parameters.items()})
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in self.trained)
-        run: Run = {("loss", "loss"): numpy_of(value)}
-        for (name, parameter), grad in zip(self.parameters.items(), grads, strict=True):
-            run["gradient", name] = numpy_of(torch.zeros_like(parameter) if grad is None else grad)
         arrays = self.to_arrays()
-        floating = (name for name in arrays.keys() - self._all_names() if is_floating(arrays[name]))
-        return run | {("statistic", name): numpy_of(arrays[name]) for name in floating}
+        names = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}  # tied ones under each name
+        floating = (name for name in arrays if name not in names and is_floating(arrays[name]))
+        return {LOSS: numpy_of(value)} | run | {("statistic", name): numpy_of(arrays[name]) for name in floating}
 
     def step(self, run: Run) -> float:
         """Steps the optimizer, fed the gradients of a run. Returns what its hooks scaled them by."""
@@ -178,72 +168,57 @@ class TorchRun:
         """The learning rate of the next step."""
         return float(self.optimizer.param_groups[0].get("lr", 0.0))
 
-    def weights(self) -> Arrays:
+    def weights(self) -> dict[str, np.ndarray]:
         """Returns the values of the parameters, tied ones once."""
         arrays = self.to_arrays()
         return {name: numpy_of(arrays[name]) for name in self.parameters}
 
-    def _all_names(self) -> set[str]:
-        """Returns the names of parameters, tied ones under each name."""
-        return {name for name, _ in self.model.module.named_parameters(remove_duplicate=False)}
 
+class FlaxTraining(FlaxModel):
+    """A copy of a Flax model with its optimizer, in another dtype.
 
-class FlaxRun:
-    """A copy of a Flax model with its optimizer, in another dtype. Its arrays have torch's names.
-
-    A run that is made of another one shares what that has compiled.
+    A copy of it shares what it has compiled.
     """
 
     layout = Layout()
 
     def __init__(
         self,
-        model: FlaxModel,
+        module: nnx.Module,
+        dtype: str,
+        masks: Masks,
         transform: optax.GradientTransformation,
         loss: Callable[[Any, Any], jax.Array],
-        masks: Masks,
+        jit: bool,
+        flatten: Mapping[str, Sequence[int]] | None,
         names: Mapping[str, str],
     ) -> None:
-        self.model, self.transform, self.loss, self.masks = model, transform, loss, masks
-        self.flax_names, self.torch_names = names, {flax: name for name, flax in names.items()}
+        super().__init__(module, dtype, True, jit, flatten, masks, names)
+        self.transform, self.loss = transform, loss
         with jax.enable_x64(True):
-            self.optimizer = nnx.Optimizer(model.module, transform, wrt=nnx.Param)
-        self.graph = nnx.split(model.module, nnx.Param, ...)[0]
+            self.optimizer = nnx.Optimizer(self.module, transform, wrt=nnx.Param)
         value_and_grad = jax.value_and_grad(self._loss, has_aux=True)
-        self.value_and_grad = jax.jit(value_and_grad) if model.jit else value_and_grad
-        self.update = nnx.jit(_update) if model.jit else _update
+        self.value_and_grad = jax.jit(value_and_grad) if jit else value_and_grad
+        self.update = nnx.jit(_update) if jit else _update
 
-    def copy(self) -> FlaxRun:
+    def copy(self) -> Self:
         """Copies the run, with weights and an optimizer of its own."""
-        new = copy.copy(self)
-        new.model = copy.copy(self.model)
-        new.model.module = nnx.clone(self.model.module)
+        new = super().copy()
         with jax.enable_x64(True):
-            new.optimizer = nnx.Optimizer(new.model.module, self.transform, wrt=nnx.Param)
+            new.optimizer = nnx.Optimizer(new.module, self.transform, wrt=nnx.Param)
         return new
-
-    def to_arrays(self) -> Arrays:
-        return self._arrays(self.model.module)
-
-    def set_arrays(self, arrays: Mapping[str, np.ndarray], strict: bool = False) -> None:
-        """Sets weights and statistics. Under strict a name that only one side has is a ValueError."""
-        self._load(self.model.module, arrays, strict)
 
     def gradients(self, batch: Batch) -> Run:
         """Returns the gradients as torch's run does."""
-        args, kwargs = self.model.given(batch.inputs, self.layout)
-        with self.model.x64():
+        args, kwargs = self.given(batch.inputs, self.layout)
+        with self.x64():
             targets = mapped(batch.targets, self._target)
-            key = jax.random.key(batch.seed)
-            state: Any = nnx.split(self.model.module, nnx.Param, ...)[1:]
-            (value, statistics), grads = self.value_and_grad(*state, key, args, kwargs, targets)
-            nnx.update(self.model.module, statistics)
-            holder = nnx.clone(self.model.module)
-            nnx.update(holder, grads)
-        arrays, named = self.to_arrays(), self._arrays(holder)
-        run: Run = {("loss", "loss"): numpy_of(value)}
-        for name, *others in self.parameters():
-            run |= {("gradient", each): numpy_of(named[name]) for each in (name, *others)}  # of each summand of a sum
+            (value, statistics), grads = self.value_and_grad(
+                *self.state, jax.random.key(batch.seed), args, kwargs, targets
+            )
+            nnx.update(self.module, statistics)
+        arrays = self.to_arrays()
+        run = {LOSS: numpy_of(value)} | self.named(grads, "gradient")
         floating = (name for name in self.statistics() if is_floating(arrays[name]))
         return run | {("statistic", name): numpy_of(arrays[name]) for name in floating}
 
@@ -252,25 +227,17 @@ class FlaxRun:
         arrays = {name: array for (kind, name), array in run.items() if kind == "gradient"}
         for _, *others in self.parameters():
             arrays |= {each: 0 * arrays[each] for each in others}  # whose sum is the gradient of the first
-        holder = nnx.clone(self.model.module)
-        self._load(holder, arrays)
+        holder = FlaxModel.copy(self)
+        holder.set_arrays(arrays)
         with jax.enable_x64(True):  # without it optax takes Adam's bias correction in float32, which is 1e-5 off
-            self.update(self.model.module, self.optimizer, nnx.state(holder, nnx.Param))
+            self.update(self.module, self.optimizer, nnx.state(holder.module, nnx.Param))
 
-    def parameters(self) -> list[tuple[str, ...]]:
-        """Returns the names of the parameters. Those of a sum, which is one parameter here, are together."""
-        own = ((name, *others) for name, others in self.model.parameters.items())
-        return [tuple(self.torch_names.get(each, each) for each in names) for names in own]
-
-    def statistics(self) -> list[str]:
-        return [self.torch_names.get(name, name) for name in self.model.statistics]
-
-    def weights(self, like: Iterable[str]) -> Arrays:
+    def weights(self, like: Iterable[str]) -> dict[str, np.ndarray]:
         """Returns the values of the parameters that torch has under these names."""
         arrays = self.to_arrays()
         return {name: numpy_of(arrays[name]) for name in like}
 
-    def summed(self, weights: Mapping[str, np.ndarray]) -> Arrays:
+    def summed(self, weights: Arrays) -> dict[str, np.ndarray]:
         """Sums parameters of torch whose sum is one of Flax. The sum has the name of the first."""
         summed = dict(weights)
         for name, *others in self.parameters():
@@ -281,50 +248,30 @@ class FlaxRun:
     def _loss(
         self, parameters: Any, rest: Any, key: Any, args: Any, kwargs: Any, targets: Any
     ) -> tuple[jax.Array, Any]:
-        model = nnx.merge(self.graph, parameters, rest, copy=True)
-        with self.masks.flax(key):
-            outputs = model(*args, **kwargs)
-        return self.loss(outputs, targets), nnx.state(model, _STATISTICS)
+        outputs, model = self.called((parameters, rest), (args, kwargs), key)
+        return self.loss(outputs, targets), nnx.state(model, STATISTICS)
 
     def _target(self, array: np.ndarray) -> jax.Array:
-        return jax_of(self.layout.to_flax(array), self.model.dtype) if is_floating(array) else jax_of(array)
-
-    def _arrays(self, module: nnx.Module) -> Arrays:
-        with self.model.x64():
-            arrays = probly_flax.to_arrays(module, flatten=self.model.flatten)
-        return {self.torch_names.get(name, name): array for name, array in arrays.items()}
-
-    def _load(self, module: nnx.Module, arrays: Mapping[str, np.ndarray], strict: bool = False) -> None:
-        own = {self.flax_names.get(name, name): array for name, array in arrays.items()}
-        with self.model.x64(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            probly_flax.load_arrays(module, own, strict=strict, cast=True, flatten=self.model.flatten)
+        return jax_of(self.layout.to_flax(array), self.dtype) if is_floating(array) else jax_of(array)
 
 
 def _update(model: nnx.Module, optimizer: nnx.Optimizer[Any], grads: Any) -> None:
     optimizer.update(model, grads)
 
 
-def layout_of(torch_run: TorchRun, flax_run: FlaxRun, inputs: Any, channels_last: bool | None) -> Layout:
+def layout_of(ours: TorchTraining, theirs: FlaxTraining, inputs: Any, channels_last: bool | None) -> Layout:
     """Finds the layout in which Flax takes the inputs: the first one in which its outputs have torch's shapes."""
-    ranks = {array.ndim for _, array in leaves(inputs) if is_floating(array)}
-    last = [frozenset(each) for each in ({4, 5}, {3, 4, 5})]
-    if channels_last is not None:
-        return Layout(last[1] & ranks if channels_last else frozenset())
-    choices = [frozenset[int](), last[1]] if max(ranks, default=0) < 4 else [last[0], last[1], frozenset[int]()]
-    if max(ranks, default=0) < 3:
-        return Layout()
-    args, kwargs = torch_run.model.given(inputs)
-    module = copy.deepcopy(torch_run.model.module).eval()
+    choices = layouts((array.ndim for _, array in leaves(inputs) if is_floating(array)), channels_last)
+    if len(choices) == 1:
+        return choices[0]
+    args, kwargs = ours.given(inputs)
+    module = copy.deepcopy(ours.module).eval()
     with torch.no_grad():
         shapes = {name: tuple(t.shape) for name, t in leaves(module(*args, **kwargs), "output")}
-    failure: Exception | None = None
-    for choice in choices:
-        try:
-            flax_run.model.outputs(inputs, Layout(choice), shapes)
-            return Layout(choice)
-        except Exception as error:  # whatever a model raises for inputs in another layout
-            failure = failure or error
+    fitting, failures = fitting_layouts(theirs, inputs, choices, shapes)
+    if fitting:
+        return fitting[0]
+    failure = failures[0][1]
     raise ValueError(
         f"{WHAT} expects a Flax model that takes torch's inputs, images as (N, ..., C) or as torch has them, and "
         f"returns outputs of torch's shapes {list(shapes.values())}; got {type(failure).__name__}: {failure}. Pass "

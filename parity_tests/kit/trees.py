@@ -1,15 +1,20 @@
-"""Inputs and outputs of models: arrays in lists, tuples, dicts and dataclasses, by name and in one order."""
+"""Inputs and outputs of models: arrays in lists, tuples, dicts and dataclasses, by name, in one order and layout."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+
+Key = tuple[str, str]  # the kind of a tensor, and its name in torch
+Run = dict[Key, np.ndarray]
+Arrays = Mapping[str, np.ndarray]
 
 
 def is_array(value: Any) -> bool:
@@ -90,3 +95,45 @@ def jax_of(array: np.ndarray, dtype: Any = None) -> jax.Array:
     """
     dtype = jax.dtypes.canonicalize_dtype(array.dtype if dtype is None else dtype)
     return jnp.asarray(np.asarray(array, dtype), dtype)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which arrays torch has as (N, C, ...) and Flax as (N, ..., C): those with one of these numbers of axes."""
+
+    ranks: frozenset[int] = frozenset()
+
+    def to_flax(self, array: np.ndarray) -> np.ndarray:
+        """Converts an input."""
+        return np.moveaxis(array, 1, -1) if array.ndim in self.ranks else array
+
+    def to_torch(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray | None:
+        """Converts an output that has this shape in torch, or returns None."""
+        forms = (np.moveaxis(array, -1, axis) if axis else array for axis in self._channels(array.ndim))
+        return next((each for each in forms if each.shape == tuple(shape)), None)
+
+    def to_flax_output(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+        """Converts the gradient of an output that has this shape in Flax."""
+        forms = (np.moveaxis(array, axis, -1) if axis else array for axis in self._channels(array.ndim))
+        return next(each for each in forms if each.shape == tuple(shape))
+
+    def _channels(self, rank: int) -> list[int]:
+        """Lists where torch may have the channels that are last in Flax, the likely place first; 0 is the same layout.
+
+        Member outputs of images, (E, N, C, ...), have them one axis later.
+        """
+        likely = 1 if rank in self.ranks else 2 if rank - 1 in self.ranks else 0
+        return [likely, *(axis for axis in (0, 1, 2) if axis != likely and (axis == 0 or rank > axis + 1))]
+
+    def to_torch_input(self, array: np.ndarray) -> np.ndarray:
+        """Converts the gradient of an input."""
+        return np.moveaxis(array, -1, 1) if array.ndim in self.ranks else array
+
+    def __str__(self) -> str:
+        """Returns what a report says."""
+        return "channels last, (N, ..., C)" if self.ranks else "in torch's layout"
+
+
+def image_layout(channels_last: bool) -> Layout:
+    """Makes the layout of images. Sequences (B, T, C) are the same in both."""
+    return Layout(frozenset((4, 5) if channels_last else ()))

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from parity_tests.kit import render
-from parity_tests.kit.report import Comparison, Divergence, LayerComparison, ParityReport
+from parity_tests.kit.judge import Comparison, Divergence, LayerComparison
+from parity_tests.kit.report import ParityReport
 from parity_tests.standard import Verdict
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -56,6 +57,10 @@ def tensor(name, high=2.5, kind="parameter gradient", gap=None):
 
 def report(layers=(), comparisons=(), **options):
     return ParityReport("Net", "Twin", "eval", "float32", True, tuple(comparisons), tuple(layers), **options)
+
+
+def plot(report):
+    return render.errors_by_depth("title", report.layers, report.comparisons, report.first_divergence)
 
 
 @pytest.fixture
@@ -150,8 +155,9 @@ def test_json_is_valid_where_values_are_not_finite(parted):
     assert json.loads(report().to_json())["first_divergence"] is None
 
 
-def test_page_needs_no_other_file_and_escapes_names(parted):
-    page = render.to_html(parted)
+def test_page_needs_no_other_file_and_escapes_names(parted, tmp_path):
+    parted.save(tmp_path / "parity.html")
+    page = (tmp_path / "parity.html").read_text()
     tags = []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
@@ -165,7 +171,7 @@ def test_page_needs_no_other_file_and_escapes_names(parted):
 
 
 def test_plot_shows_errors_limits_and_the_first_divergence(parted):
-    axes = render.figure(parted).axes[0]
+    axes = plot(parted).axes[0]
     series = {line.get_label(): line for line in axes.get_lines()}
     assert list(series["float64 error"].get_ydata()) == [render.FLOOR, 6.4e8]
     assert list(series["float32 error"].get_ydata()) == [1.5, 1.5, 1.5]
@@ -179,7 +185,7 @@ def test_plot_shows_errors_limits_and_the_first_divergence(parted):
 def test_plot_is_of_the_innermost_layers_and_marks_what_is_between_them():
     layers = [layer(name) for name in ("", "block", "block.conv", "block.norm", "fc")]
     first = Divergence("block", "Block", "Block", after="block.conv", cause="relu in torch, gelu in Flax")
-    axes = render.figure(report(layers, [tensor("output")], first_divergence=first)).axes[0]
+    axes = plot(report(layers, [tensor("output")], first_divergence=first)).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["block.conv", "block.norm", "fc"]
     assert [(text.get_text().strip(), text.get_position()[0]) for text in axes.texts] == [
         ("first divergence: block, after block.conv", 0.5)
@@ -187,14 +193,14 @@ def test_plot_is_of_the_innermost_layers_and_marks_what_is_between_them():
 
 
 def test_plot_of_many_layers_thins_its_labels(tmp_path):
-    drawing = render.figure(report([layer(f"layers.{i}.{'x' * 50}") for i in range(211)], [tensor("a")]))
+    drawing = plot(report([layer(f"layers.{i}.{'x' * 50}") for i in range(211)], [tensor("a")]))
     labels = [label.get_text() for label in drawing.axes[0].get_xticklabels()]
     assert 20 <= len(labels) <= 40
     assert max(map(len, labels)) <= 30
 
 
 def test_plot_without_layers_shows_tensors():
-    drawing = render.figure(report(comparisons=[tensor("output", kind="output"), tensor("x", kind="input gradient")]))
+    drawing = plot(report(comparisons=[tensor("output", kind="output"), tensor("x", kind="input gradient")]))
     labels = [label.get_text() for label in drawing.axes[0].get_xticklabels()]
     assert labels == ["output", "input gradient x"]
 

@@ -14,7 +14,6 @@ from torch.nn import functional
 
 import probly_flax as pf
 import probly_torch as pt
-from parity_tests.kit.layout import to_flax_layout, to_torch_layout
 from parity_tests.kit.suspects import (
     Gap,
     LayerPair,
@@ -24,7 +23,7 @@ from parity_tests.kit.suspects import (
     cause_in_statistics,
 )
 from parity_tests.kit.suspects.trial import run_flax, run_torch
-from parity_tests.kit.trees import jax_of, mapped
+from parity_tests.kit.trees import image_layout, jax_of, mapped
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +66,7 @@ def loaded(flax_layer, torch_layer):
 
 def pair(torch_layer, flax_layer, *inputs, last=False, flax_inputs=None, flax_kwargs=None, **kwargs):
     """Makes a pair of the two layers and their calls on the same inputs."""
-    given = flax_inputs or tuple(jax_of(to_flax_layout(x.numpy(), last)) for x in inputs)
+    given = flax_inputs or tuple(jax_of(image_layout(last).to_flax(x.numpy())) for x in inputs)
     given_kwargs = mapped(kwargs, lambda v: jax_of(v.numpy())) if flax_kwargs is None else flax_kwargs
     outputs = run_torch(torch_layer, inputs, kwargs)
     flax_outputs = run_flax(flax_layer, given, given_kwargs)
@@ -540,7 +539,7 @@ def test_no_false_cause(shape):
 
 def gap(values, torch_function, flax_function, last=False):
     """Makes a gap of values in torch's layout, by name, the last first."""
-    theirs = [jax_of(to_flax_layout(value.numpy(), last)) for value in values.values()]
+    theirs = [jax_of(image_layout(last).to_flax(value.numpy())) for value in values.values()]
     before = [(name, value, their) for (name, value), their in zip(values.items(), theirs, strict=True)]
     ours = torch_function(*values.values())
     return Gap("block", nn.Identity(), nnx.Module(), "fc1", before, ours, flax_function(*theirs), "fc2", last)
@@ -662,12 +661,12 @@ def test_attention_between_layers():
 
 def test_layouts():
     images, sequence = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5), np.arange(30).reshape(2, 3, 5)
-    np.testing.assert_array_equal(to_torch_layout(to_flax_layout(images, True), images.shape, True), images)
-    np.testing.assert_array_equal(to_torch_layout(images, images.shape, True), images)  # of no channels: as it is
-    np.testing.assert_array_equal(to_torch_layout(sequence, sequence.shape, True), sequence)
-    np.testing.assert_array_equal(to_torch_layout(np.moveaxis(sequence, 1, -1), sequence.shape, True), sequence)
+    np.testing.assert_array_equal(image_layout(True).to_torch(image_layout(True).to_flax(images), images.shape), images)
+    np.testing.assert_array_equal(image_layout(True).to_torch(images, images.shape), images)  # of no channels: as it is
+    np.testing.assert_array_equal(image_layout(True).to_torch(sequence, sequence.shape), sequence)
+    np.testing.assert_array_equal(image_layout(True).to_torch(np.moveaxis(sequence, 1, -1), sequence.shape), sequence)
     cube = np.arange(2 * 27).reshape(2, 3, 3, 3)
-    np.testing.assert_array_equal(to_torch_layout(cube, cube.shape, True), np.moveaxis(cube, -1, 1))
-    np.testing.assert_array_equal(to_torch_layout(cube, cube.shape, False), cube)
-    assert to_torch_layout(images, (2, 5, 4, 3), False) is None
-    assert to_flax_layout(sequence, True).shape == (2, 3, 5)
+    np.testing.assert_array_equal(image_layout(True).to_torch(cube, cube.shape), np.moveaxis(cube, -1, 1))
+    np.testing.assert_array_equal(image_layout(False).to_torch(cube, cube.shape), cube)
+    assert image_layout(False).to_torch(images, (2, 5, 4, 3)) is None
+    assert image_layout(True).to_flax(sequence).shape == (2, 3, 5)

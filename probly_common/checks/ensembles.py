@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import zip_longest
 from typing import Any
 
 from probly_common.checks.values import index, type_name
+from probly_common.structure import HELD_BY_FUNCTION, Difference
 
 
 def common_num_members(counts: Iterable[int]) -> int:
@@ -85,14 +85,27 @@ def check_list_of_members(what: str, members: Any, lists: tuple[Any, ...]) -> No
         raise ValueError(f"{what} expects at least one member; got none. Pass a list of modules, {what}([network]).")
 
 
-def check_same_structure(what: str, first: Sequence[str], i: int, other: Sequence[str], num_members: int) -> None:
-    """Raises unless members have one structure. Structures are described line by line."""
-    for line, other_line in zip_longest(first, other):
-        if line != other_line:
+def check_same_structure(what: str, difference: Difference | None, i: int, num_members: int) -> None:
+    """Raises if member i differs from member 0 in what is not stacked."""
+    if difference is not None:
+        path, first, other = difference
+        if first is HELD_BY_FUNCTION:
             raise ValueError(
-                f"{what} expects members of one structure; got member 0 with {line or 'nothing'} where member {i} "
-                f"has {other_line or 'nothing'}. Build them all alike: ensemble(network, num_members={num_members})."
+                f"{what} expects functions that hold no part of the network, since a copy would call the original's; "
+                f"got {path}. Make it a method: class Network(...): def forward(self, x): ..."
             )
+        raise ValueError(
+            f"{what} expects members of one structure; got member 0, where {path or 'the network'} is {first}, and "
+            f"member {i}, where it is {other}. Build them all alike: ensemble(network, num_members={num_members})."
+        )
+
+
+def check_stackable(what: str, packed: Sequence[str]) -> None:
+    if packed:
+        raise ValueError(
+            f"{what} expects members whose weights are parameters and buffers, which can be stacked; got {packed[0]}, "
+            f"which packs its own. Run the members one by one: torch.stack([member(x) for member in members])."
+        )
 
 
 def check_initialized(what: str, names: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from probly_common.commands import (
     plain_warnings,
     steps,
 )
-from probly_common.standard import NOISE_FLOOR, PRECISION_LIMIT, TRAJECTORY_LIMIT
+from probly_common.standard import TRAJECTORY_LIMIT, precision_limit
 from probly_torch.port import _twin
 from probly_torch.port._proof import Twin, _leaves, _tensors, _values, prove
 from probly_torch.weights import load_weights, save_weights, view_of
@@ -215,11 +215,7 @@ def _compare(
         dtype = ours[0][i].dtype
         unit = torch.finfo(dtype).eps / 2 if dtype.is_floating_point else 0.0
         noise, off = (max(map(_distance, runs, reference)) / (unit or 1) for runs in (torchs, flaxs))
-        limit = (
-            TRAJECTORY_LIMIT / unit
-            if dtype == torch.float64
-            else PRECISION_LIMIT * max(NOISE_FLOOR if unit else 0, noise)
-        )
+        limit = TRAJECTORY_LIMIT / unit if dtype == torch.float64 else precision_limit(noise) if unit else 0.0
         rows.append(Row(flaxs[0].shape, str(dtype).removeprefix("torch."), noise, off, limit))
     return rows, bool(streams)
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import jax
 
-from parity_tests.kit.suspects import between, formulas, inputs, options, precision, statistics, weights
+from parity_tests.kit.suspects import between, formulas, inputs, options, precision, weights
 from parity_tests.kit.suspects.between import Gap
 from parity_tests.kit.suspects.trial import Court, LayerPair, Suspect, attentions
 
@@ -54,7 +54,7 @@ def _suspects(pair: LayerPair) -> Iterator[Suspect]:
 def cause_in_statistics(pair: LayerPair) -> str | None:
     """Explains why the statistics of a layer differ after an update, given both layers before it."""
     with _settings():
-        return statistics.cause(pair)
+        return formulas.cause_in_statistics(pair)
 
 
 def cause_in_precision(pair: LayerPair) -> str | None:

@@ -17,12 +17,11 @@ from flax import nnx
 from torch import Tensor, nn
 from torch.nn import functional
 
-from parity_tests.kit.layout import to_torch_layout
 from parity_tests.kit.suspects.trial import LayerPair, explains, sentence
-from parity_tests.kit.trees import is_floating, leaves, numpy_of
-from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, error
+from parity_tests.kit.trees import image_layout, is_floating, leaves, numpy_of
+from parity_tests.standard import error, meaning_limit
 
-_LIMIT = MEANING_LIMIT * NOISE_FLOOR
+_LIMIT = meaning_limit()
 _MOST_HEADS = 32
 _ROWS, _LARGE = 2, 2**16
 _COMMON = 5  # activations that are tried before and after a reduction
@@ -85,43 +84,35 @@ class Step:
     apply: Callable[[Tensor], Tensor]
 
 
-def _step(torch_code: str, flax_code: str, apply: Callable[[Tensor], Tensor]) -> Step:
-    return Step(torch_code, flax_code, apply)
-
-
-_IDENTITY = _step("x", "x", lambda x: x)
+_IDENTITY = Step("x", "x", lambda x: x)
 _ACTIVATIONS = (
-    _step("relu(x)", "nnx.relu(x)", functional.relu),
-    _step("gelu(x)", "nnx.gelu(x, approximate=False)", functional.gelu),
-    _step("gelu(x, approximate='tanh')", "nnx.gelu(x)", lambda x: functional.gelu(x, approximate="tanh")),
-    _step("silu(x)", "nnx.silu(x)", functional.silu),
-    _step("tanh(x)", "nnx.tanh(x)", torch.tanh),
-    _step("sigmoid(x)", "nnx.sigmoid(x)", torch.sigmoid),
+    Step("relu(x)", "nnx.relu(x)", functional.relu),
+    Step("gelu(x)", "nnx.gelu(x, approximate=False)", functional.gelu),
+    Step("gelu(x, approximate='tanh')", "nnx.gelu(x)", lambda x: functional.gelu(x, approximate="tanh")),
+    Step("silu(x)", "nnx.silu(x)", functional.silu),
+    Step("tanh(x)", "nnx.tanh(x)", torch.tanh),
+    Step("sigmoid(x)", "nnx.sigmoid(x)", torch.sigmoid),
     *(
-        _step(
-            f"leaky_relu(x, {slope})",
-            f"nnx.leaky_relu(x, {slope})",
-            partial(functional.leaky_relu, negative_slope=slope),
-        )
-        for slope in (0.01, 0.1, 0.2, 0.3, 0.25, 0.05)
+        Step(f"leaky_relu(x, {s})", f"nnx.leaky_relu(x, {s})", partial(functional.leaky_relu, negative_slope=s))
+        for s in (0.01, 0.1, 0.2, 0.3, 0.25, 0.05)
     ),
-    _step("elu(x)", "nnx.elu(x)", functional.elu),
-    _step("relu6(x)", "nnx.relu6(x)", functional.relu6),
-    _step("softplus(x)", "nnx.softplus(x) where x <= 20, x beyond", functional.softplus),
-    _step("logaddexp(x, 0)", "nnx.softplus(x)", lambda x: torch.logaddexp(x, torch.zeros_like(x))),
-    _step("hardswish(x)", "nnx.hard_swish(x)", functional.hardswish),
-    _step("hardsigmoid(x)", "nnx.hard_sigmoid(x)", functional.hardsigmoid),
-    _step("hardtanh(x)", "nnx.hard_tanh(x)", functional.hardtanh),
-    _step("mish(x)", "jax.nn.mish(x)", functional.mish),
-    _step("selu(x)", "nnx.selu(x)", functional.selu),
-    _step("celu(x, 1)", "nnx.celu(x)", functional.celu),
-    _step("softsign(x)", "nnx.soft_sign(x)", functional.softsign),
-    _step("logsigmoid(x)", "nnx.log_sigmoid(x)", functional.logsigmoid),
-    _step("sigmoid(1.702 * x) * x", "nnx.sigmoid(1.702 * x) * x", lambda x: torch.sigmoid(1.702 * x) * x),
-    _step("relu(x) ** 2", "nnx.relu(x) ** 2", lambda x: functional.relu(x).square()),
-    _step("x ** 2", "x ** 2", torch.square),
-    _step("exp(x)", "jnp.exp(x)", torch.exp),
-    _step("abs(x)", "jnp.abs(x)", torch.abs),
+    Step("elu(x)", "nnx.elu(x)", functional.elu),
+    Step("relu6(x)", "nnx.relu6(x)", functional.relu6),
+    Step("softplus(x)", "nnx.softplus(x) where x <= 20, x beyond", functional.softplus),
+    Step("logaddexp(x, 0)", "nnx.softplus(x)", lambda x: torch.logaddexp(x, torch.zeros_like(x))),
+    Step("hardswish(x)", "nnx.hard_swish(x)", functional.hardswish),
+    Step("hardsigmoid(x)", "nnx.hard_sigmoid(x)", functional.hardsigmoid),
+    Step("hardtanh(x)", "nnx.hard_tanh(x)", functional.hardtanh),
+    Step("mish(x)", "jax.nn.mish(x)", functional.mish),
+    Step("selu(x)", "nnx.selu(x)", functional.selu),
+    Step("celu(x, 1)", "nnx.celu(x)", functional.celu),
+    Step("softsign(x)", "nnx.soft_sign(x)", functional.softsign),
+    Step("logsigmoid(x)", "nnx.log_sigmoid(x)", functional.logsigmoid),
+    Step("sigmoid(1.702 * x) * x", "nnx.sigmoid(1.702 * x) * x", lambda x: torch.sigmoid(1.702 * x) * x),
+    Step("relu(x) ** 2", "nnx.relu(x) ** 2", lambda x: functional.relu(x).square()),
+    Step("x ** 2", "x ** 2", torch.square),
+    Step("exp(x)", "jnp.exp(x)", torch.exp),
+    Step("abs(x)", "jnp.abs(x)", torch.abs),
 )
 
 
@@ -174,8 +165,8 @@ class _Values:
     def flax(self, shape: Any) -> Tensor | None:
         """Returns Flax's value in torch's layout, if it has such a shape there."""
         if tuple(shape) not in self._laid:
-            values = to_torch_layout(self._flax, shape, self._channels_last)
-            self._laid[tuple(shape)] = None if values is None else torch.from_numpy(numpy_of(values))
+            values = image_layout(self._channels_last).to_torch(numpy_of(self._flax), shape)
+            self._laid[tuple(shape)] = None if values is None else torch.from_numpy(values.copy())
         return self._laid[tuple(shape)]
 
     def off_torch(self, result: Tensor) -> float:
@@ -272,17 +263,12 @@ def _along_axes(x: Tensor, channels_last: bool) -> Iterator[Step]:
     for axis in reversed(range(x.ndim)):
         theirs = (x.ndim - 1 if axis == 1 else max(axis - 1, 0)) if channels_last and x.ndim >= 4 else axis
         yield Step(f"softmax(x, {axis})", f"nnx.softmax(x, axis={theirs})", partial(torch.softmax, dim=axis))
-        yield Step(
-            f"log_softmax(x, {axis})",
-            f"nnx.log_softmax(x, axis={theirs})",
-            partial(torch.log_softmax, dim=axis),
-        )
+        logarithm = partial(torch.log_softmax, dim=axis)
+        yield Step(f"log_softmax(x, {axis})", f"nnx.log_softmax(x, axis={theirs})", logarithm)
     for size in sorted({*x.shape[1:]}):
-        for power in (0.5, -0.5):
-            sign = "*" if power > 0 else "/"
-            yield Step(
-                f"x {sign} sqrt({size})", f"x {sign} sqrt({size})", partial(torch.mul, other=float(size) ** power)
-            )
+        for power, sign in ((0.5, "*"), (-0.5, "/")):
+            code = f"x {sign} sqrt({size})"
+            yield Step(code, code, partial(torch.mul, other=float(size) ** power))
 
 
 def _reductions(x: Tensor, shapes: set[tuple[int, ...]]) -> Iterator[Step]:
@@ -297,7 +283,7 @@ def _reductions(x: Tensor, shapes: set[tuple[int, ...]]) -> Iterator[Step]:
         for code, index in (("x[:, 0]", 0), ("x[:, -1]", -1)):
             yield Step(code, code, partial(torch.select, dim=1, index=index))
     if x.ndim in (3, 4):
-        yield from (step for step in _resized(x, shapes))
+        yield from _resized(x, shapes)
 
 
 def _reshapes(x: Tensor, shapes: set[tuple[int, ...]], channels_last: bool) -> Iterator[Step]:
@@ -331,13 +317,7 @@ def _resized(x: Tensor, shapes: set[tuple[int, ...]]) -> Iterator[Step]:
         if size in sizes and max(pads) < kernel:
             yield from _pools(kernel, stride, pads, rank)
     for size in sizes:
-        for mode, aligned in (
-            ("nearest", None),
-            ("linear", False),
-            ("linear", True),
-            ("bicubic", False),
-            ("bicubic", True),
-        ):
+        for mode, aligned in (("nearest", None), *product(("linear", "bicubic"), (False, True))):
             if (mode == "bicubic" and rank != 2) or size == tuple(x.shape[2:]):
                 continue
             mode = "bilinear" if mode == "linear" and rank == 2 else mode
@@ -487,9 +467,7 @@ def _relations(values: _Values, before: list[tuple[str, Tensor]]) -> Iterator[tu
             yield f"nnx adds {name} (a residual connection), torch does not", f"- {name}", theirs - x
     if ours.ndim == 2:
         features = ours.shape[-1]
-        for channels in {x.shape[1] for _, x in before if x.ndim >= 3} | {
-            x.shape[-1] for _, x in before if x.ndim >= 3
-        }:
+        for channels in {x.shape[axis] for _, x in before if x.ndim >= 3 for axis in (1, -1)}:
             if 1 < channels < features and features % channels == 0:
                 shape = (len(ours), features // channels, channels)
                 yield (
@@ -510,11 +488,8 @@ def _relations(values: _Values, before: list[tuple[str, Tensor]]) -> Iterator[tu
     if ours.numel() > 3:
         factor = float((ours * theirs).sum() / theirs.square().sum())
         if abs(factor) > 0:
-            yield (
-                f"torch's values are {_factor(factor, ours.shape)} times nnx's",
-                f"y * {_factor(factor, ours.shape)}",
-                (factor * theirs),
-            )
+            shown = _factor(factor, ours.shape)
+            yield f"torch's values are {shown} times nnx's", f"y * {shown}", factor * theirs
             shift = float((ours - theirs).mean())
             yield f"torch's values are nnx's {shift:+.6g}", f"y {shift:+.6g}", theirs + shift
 

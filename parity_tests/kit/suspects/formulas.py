@@ -1,26 +1,35 @@
-"""Suspects in the equation of a layer: each side is recognised among its variants, computed with torch's weights."""
+"""Suspects in the equation of a layer, and in that by which it updates its statistics.
+
+Each side of the former is recognised among its variants, computed with torch's weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from math import prod
 from typing import Any
 
 import torch
+from flax import nnx
 from torch import Tensor, nn
 
-from parity_tests.kit.layout import to_torch_layout
-from parity_tests.kit.suspects.trial import LayerPair, sentence
-from parity_tests.kit.trees import is_floating, leaves, numpy_of
-from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, error
+from parity_tests.kit.suspects.trial import LayerPair, explains, sentence
+from parity_tests.kit.trees import Arrays, image_layout, is_floating, leaves, mapped, numpy_of
+from parity_tests.standard import error, meaning_limit
+from probly_flax import to_arrays as flax_arrays
+from probly_torch import to_arrays as torch_arrays
 
 Variant = tuple[str, Tensor]
+# What differs, the remedy, and the edits: of a layer, and of its statistics after, given those before and the layer.
+Edit = tuple[str, str, Callable[[Any], Any], Callable[[Arrays, Arrays, Any], Arrays]]
 
 
 def cause(pair: LayerPair, ours: Tensor, theirs: Any) -> str | None:
     """Tells which variant torch computes, and which Flax."""
-    values = to_torch_layout(theirs, ours.shape, pair.channels_last)
+    values = image_layout(pair.channels_last).to_torch(numpy_of(theirs), ours.shape)
     if values is None:
         return None
     found: dict[str, tuple[str, float]] = {}
@@ -29,7 +38,7 @@ def cause(pair: LayerPair, ours: Tensor, theirs: Any) -> str | None:
             for side, value in (("torch", ours), ("flax", values)):
                 reference = numpy_of(value)
                 off = error(numpy_of(result), reference, reference, "float64")
-                if side not in found and off <= MEANING_LIMIT * NOISE_FLOOR:
+                if side not in found and off <= meaning_limit():
                     found[side] = words, off
     if len(found) < 2 or found["torch"][0] == found["flax"][0]:
         return None
@@ -126,3 +135,79 @@ def _lstm(
     h = torch.sigmoid(o) * (c if plain else torch.tanh(c))
     words = f"sigmoid({'f + 1' if more else 'f'}) * c and o * {'c' if plain else 'tanh(c)'}"
     return ([c, h] if swapped else [h, c]), words + (", the state taken as (c, h)" if swapped else "")
+
+
+def cause_in_statistics(pair: LayerPair) -> str | None:
+    """Finds the suspect that explains the updates, or two of them."""
+    names = [name for name, value in pair.torch.named_buffers() if value.is_floating_point()]
+    before = flax_arrays(pair.flax)
+    module = copy.deepcopy(pair.torch)
+    args, kwargs = mapped((pair.torch_args, pair.torch_kwargs), lambda v: v.clone())
+    with torch.no_grad():
+        module(*args, **kwargs)
+    expected = {name: value for name, value in torch_arrays(module).items() if name in names}
+
+    def left(*edits: Edit) -> float:
+        layer = nnx.clone(pair.flax)
+        try:
+            for _, _, of_layer, _ in edits:
+                of_layer(layer)
+            layer(*pair.flax_args, **pair.flax_kwargs)
+            got: Arrays = flax_arrays(layer)
+            for _, _, _, of_arrays in edits:
+                got = of_arrays(got, before, layer)
+        except Exception:  # of the user's layer: it is not this suspect
+            return float("inf")
+        return max((error(got[n], v, v, "float64") for n, v in expected.items() if n in got), default=float("inf"))
+
+    original = left()
+    weights, variances = list(_weights(pair)), list(_variances(pair, module))
+    for edits in [*((each,) for each in (*weights, *variances)), *product(weights, variances)]:
+        remaining = left(*edits)
+        if explains(remaining, original):
+            said, remedies = " and ".join(each[0] for each in edits), " and ".join(each[1] for each in edits)
+            return sentence(said, remedies, remaining, "the statistics")
+    return None
+
+
+def _weights(pair: LayerPair) -> Iterator[Edit]:
+    """Yields edits of whether, and how much, new statistics count."""
+
+    def keep(after: Arrays, before: Arrays, layer: Any) -> Arrays:
+        return after
+
+    own, momentum = getattr(pair.flax, "momentum", None), getattr(pair.torch, "momentum", None)
+    if getattr(pair.flax, "use_running_average", False):
+        said = "nnx leaves its statistics as they are (use_running_average=True), torch updates them"
+        yield said, "use_running_average=False", lambda layer: setattr(layer, "use_running_average", False), keep
+    if own is None:
+        return
+    if momentum is None:  # torch averages over all batches
+        momentum = 1 / (int(getattr(pair.torch, "num_batches_tracked", torch.tensor(0))) + 1)
+        said = f"nnx momentum is {own!r}, torch momentum is None, the average over all batches"
+    else:
+        said = f"nnx momentum is {own!r}, the weight of the old, torch momentum is {momentum!r}, that of the new"
+    wanted = float(f"{1 - momentum:.12g}")  # 0.1 is 1 - 0.9 in decimals only
+    if own != wanted:
+        yield said, f"momentum={wanted!r}", lambda layer: setattr(layer, "momentum", wanted), keep
+
+
+def _variances(pair: LayerPair, module: Any) -> Iterator[Edit]:
+    """Yields unbiased and biased variances, n/(n-1) apart."""
+    x = next((leaf for _, leaf in leaves((pair.torch_args, pair.torch_kwargs)) if is_floating(leaf)), None)
+    channels = getattr(module, "num_features", None)
+    if x is None or not channels:
+        return
+    n = x.numel() // channels // getattr(module, "num_members", 1)
+    if n < 2:
+        return
+    kinds = "unbiased", "biased"
+    for ours, theirs, factor in ((*kinds, n / (n - 1)), (*kinds[::-1], (n - 1) / n)):
+        said = f"torch's running variance is the {ours} one, nnx's the {theirs} one, of n = {n}"
+        remedy = f"the batch's variance times {'n/(n-1)' if factor > 1 else '(n-1)/n'}"
+        yield said, remedy, lambda layer: None, partial(_rescaled, factor=factor)
+
+
+def _rescaled(after: Arrays, before: Arrays, layer: Any, factor: float) -> Arrays:
+    kept = {name: layer.momentum * before[name] for name in after if name.endswith("running_var")}
+    return {**after, **{name: old + factor * (after[name] - old) for name, old in kept.items()}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -29,50 +30,41 @@ def _arrays(pair: LayerPair) -> list[Any]:
     return [leaf for _, leaf in leaves((pair.flax_args, pair.flax_kwargs))]
 
 
-def _edit_inputs(trial: Trial, applies: Callable[[Any], bool], function: Function) -> None:
+def _edit_inputs(trial: Trial, applies: Callable[[Any], Any], function: Function) -> None:
     trial.args, trial.kwargs = mapped(
         (trial.args, trial.kwargs), lambda leaf: jax_of(function(np.asarray(leaf))) if applies(leaf) else leaf
     )
 
 
-def _is_mask(array: Any) -> bool:
-    return is_array(array) and array.dtype == bool
+def _is_mask(value: Any) -> bool:
+    return is_array(value) and numpy_of(value).dtype == bool
 
 
 def _masks(pair: LayerPair) -> Iterator[Suspect]:
     masks = [leaf for leaf in _arrays(pair) if _is_mask(leaf)]
-    hides = isinstance(pair.torch, nn.MultiheadAttention)
-    polarity = (
-        "torch's boolean mask is True where a key is hidden, nnx's where it is seen"
-        if hides
-        else "the two take the boolean mask in opposite ways"
-    )
+    polarity = "the two take the boolean mask in opposite ways"
+    if isinstance(pair.torch, nn.MultiheadAttention):
+        polarity = "torch's boolean mask is True where a key is hidden, nnx's where it is seen"
     for mask in masks:
-        same = partial(_is_same, mask)
-        yield Suspect(polarity, "~mask in Flax", partial(_edit_inputs, applies=same, function=np.logical_not))
+        edit = partial(_edit_inputs, applies=partial(operator.is_, mask), function=np.logical_not)
+        yield Suspect(polarity, "~mask in Flax", edit)
     if len(masks) > 1:
         yield Suspect(polarity, "~mask in Flax", partial(_edit_inputs, applies=_is_mask, function=np.logical_not))
     if not isinstance(pair.flax, nnx.MultiHeadAttention):
         return
     shape: tuple[int, ...] = pair.flax_args[0].shape if pair.flax_args else ()
     if len(shape) >= 2:
-        causal = jax_of(np.tri(shape[-2])[None, None] > 0)
-        yield Suspect(
-            "torch attends to the past only, nnx to all",
-            "mask=nnx.make_causal_mask(x[..., 0])",
-            partial(_set_mask, mask=causal),
-        )
+        edit = partial(_set_mask, mask=jax_of(np.tri(shape[-2])[None, None] > 0))
+        yield Suspect("torch attends to the past only, nnx to all", "mask=nnx.make_causal_mask(x[..., 0])", edit)
     own = pair.flax_kwargs.get("mask")
     if own is not None:
         yield Suspect("nnx takes a mask and torch none", "mask=None", partial(_set_mask, mask=None))
     if pair.flax_kwargs.get("is_causal"):
         yield Suspect("nnx attends to the past only, torch to all", "is_causal=False", partial(_set_mask, mask=own))
     if is_array(own) and is_floating(own):
-        yield Suspect(
-            "the mask is of numbers to add in torch, and nnx takes it for a boolean one",
-            "attention_fn=partial(nnx.dot_product_attention, bias=mask)",
-            partial(_set_bias, bias=own),
-        )
+        said = "the mask is of numbers to add in torch, and nnx takes it for a boolean one"
+        code = "attention_fn=partial(nnx.dot_product_attention, bias=mask)"
+        yield Suspect(said, code, partial(_set_bias, bias=own))
     yield from _masks_of_torch(pair)
 
 
@@ -83,19 +75,9 @@ def _masks_of_torch(pair: LayerPair) -> Iterator[Suspect]:
         ("attn_mask", (None, None), "mask=~attn_mask[None, None]"),
     ):
         mask = pair.torch_kwargs.get(name)
-        if _is_numpy_bool(mask):
-            seen = jax_of(~numpy_of(mask)[axes])
-            yield Suspect(
-                f"nnx does not take torch's {name} (True where a key is hidden)", code, partial(_set_mask, mask=seen)
-            )
-
-
-def _is_numpy_bool(mask: Any) -> bool:
-    return mask is not None and is_array(mask) and numpy_of(mask).dtype == bool
-
-
-def _is_same(mask: Any, leaf: Any) -> bool:
-    return leaf is mask
+        if _is_mask(mask):
+            said = f"nnx does not take torch's {name} (True where a key is hidden)"
+            yield Suspect(said, code, partial(_set_mask, mask=jax_of(~numpy_of(mask)[axes])))
 
 
 def _set_mask(trial: Trial, mask: Any) -> None:
@@ -115,18 +97,10 @@ def _axes(pair: LayerPair) -> Iterator[Suspect]:
     for source, target in ((1, -1), (-1, 1)):
         into, out = partial(_moved, source=source, target=target), partial(_moved, source=target, target=source)
         ours, theirs = ("axis 1", "the last axis") if source == 1 else ("the last axis", "axis 1")
-        yield Suspect(
-            f"torch takes {ours} for the channels, nnx {theirs}",
-            f"jnp.moveaxis(x, {source}, {target})",
-            partial(_around, into=into, out=out),
-            joins=True,
-        )
-    yield Suspect(
-        "torch's axis of time and of batch are nnx's of batch and of time (batch_first)",
-        "jnp.swapaxes(x, 0, 1)",
-        partial(_around, into=_swapped, out=_swapped),
-        joins=True,
-    )
+        said, code = f"torch takes {ours} for the channels, nnx {theirs}", f"jnp.moveaxis(x, {source}, {target})"
+        yield Suspect(said, code, partial(_around, into=into, out=out), joins=True)
+    said = "torch's axis of time and of batch are nnx's of batch and of time (batch_first)"
+    yield Suspect(said, "jnp.swapaxes(x, 0, 1)", partial(_around, into=_swapped, out=_swapped), joins=True)
 
 
 def _moved(array: Any, source: int, target: int) -> Any:
@@ -137,9 +111,9 @@ def _swapped(array: Any) -> Any:
     return np.swapaxes(array, 0, 1) if array.ndim >= 3 else array
 
 
-def _around(trial: Trial, into: Function, out: Function) -> None:
+def _around(trial: Trial, into: Function, out: Function, applies: Callable[[Any], Any] = is_floating) -> None:
     """Edits the inputs, and puts the outputs back."""
-    _edit_inputs(trial, is_floating, into)
+    _edit_inputs(trial, applies, into)
     finish = trial.finish
     trial.finish = lambda outputs: mapped(finish(outputs), lambda leaf: out(np.asarray(leaf)))
 
@@ -158,14 +132,8 @@ def _members(pair: LayerPair) -> Iterator[Suspect]:
         ("torch's rows belong to members one block after another, [E, B], nnx's in turns, [B, E]", order, back),
         ("torch's rows belong to members in turns, [B, E], nnx's one block after another, [E, B]", back, order),
     ):
-        edit = partial(_around_rows, into=partial(_rows, order=into), out=partial(_rows, order=out))
+        edit = partial(_around, into=partial(_rows, order=into), out=partial(_rows, order=out), applies=np.ndim)
         yield Suspect(said, "rows in one order (jnp.tile, not jnp.repeat)", edit)
-
-
-def _around_rows(trial: Trial, into: Function, out: Function) -> None:
-    _edit_inputs(trial, lambda leaf: leaf.ndim > 0, into)
-    finish = trial.finish
-    trial.finish = lambda outputs: mapped(finish(outputs), lambda leaf: out(np.asarray(leaf)))
 
 
 def _rows(array: Any, order: np.ndarray) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,9 +15,9 @@ import numpy as np
 from flax import nnx
 
 from parity_tests.kit.suspects.options import fast_variance
-from parity_tests.kit.suspects.trial import Court, LayerPair, Suspect, Trial, run_torch, sentence
-from parity_tests.kit.trees import is_array, is_floating, mapped
-from parity_tests.standard import NOISE_FLOOR, PRECISION_LIMIT, UNIT_ROUNDOFF
+from parity_tests.kit.suspects.trial import Court, LayerPair, Suspect, Trial, forward, run_torch, sentence, split_call
+from parity_tests.kit.trees import is_floating, mapped
+from parity_tests.standard import UNIT_ROUNDOFF, precision_limit
 
 _UNITS = UNIT_ROUNDOFF["float64"] / UNIT_ROUNDOFF["float32"]
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -24,7 +25,8 @@ _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 def suspects(pair: LayerPair, wide: str) -> Iterator[Suspect]:
     """Yields what the program of Flax's layer casts down to, below the wide dtype."""
-    narrow, options = _narrow(pair, wide), _options(pair.flax, wide)
+    narrow = _narrow(pair, wide)
+    options = {name: jnp.dtype(dtype).name for _, name, dtype in _options(pair.flax, wide)}
     if options:
         shown = ", ".join(f"{name}={value}" for name, value in options.items())
         remedy = ", ".join(f"{name}={wide}" for name in options)
@@ -42,7 +44,7 @@ def cause(pair: LayerPair) -> str | None:
         court.distance(court.pair.torch_outputs, outputs) * _UNITS
         for outputs in (pair.torch_outputs, pair.flax_outputs)
     )
-    limit = PRECISION_LIMIT * max(NOISE_FLOOR, noise)
+    limit = precision_limit(noise)
     for suspect in (*fast_variance(pair), *suspects(pair, "float32")):
         left = court.left(suspect) * _UNITS
         if left <= limit < original:
@@ -58,39 +60,28 @@ def _name(dtype: Any) -> str:
     return str(getattr(dtype, "name", getattr(dtype, "__name__", dtype)))
 
 
-def _options(layer: nnx.Module, wide: str) -> dict[str, str]:
+def _options(layer: nnx.Module, wide: str) -> list[tuple[Any, str, Any]]:
+    """Returns the options that ask for less: the module, the name and the dtype."""
     names = ("dtype", "preferred_element_type")
-    modules = [module for _, module in nnx.iter_modules(layer)]
-    given = [(name, getattr(module, name, None)) for module in modules for name in names]
-    return {name: jnp.dtype(value).name for name, value in given if value is not None and _is_below(value, wide)}
+    given = [(module, name, getattr(module, name, None)) for _, module in nnx.iter_modules(layer) for name in names]
+    return [each for each in given if each[2] is not None and _is_below(each[2], wide)]
 
 
 def _widen_options(layer: nnx.Module, wide: str) -> None:
-    for _, module in nnx.iter_modules(layer):
-        for name in ("dtype", "preferred_element_type"):
-            value = getattr(module, name, None)
-            if value is not None and _is_below(value, wide):
-                setattr(module, name, jnp.dtype(wide))
+    for module, name, _ in _options(layer, wide):
+        setattr(module, name, jnp.dtype(wide))
 
 
-def _program(trial: Trial | LayerPair, layer: nnx.Module, args: Any, kwargs: Any) -> tuple[Any, list[Any], Any]:
+def _program(layer: nnx.Module, args: Any, kwargs: Any) -> tuple[Any, list[Any], Any]:
     """Returns the jaxpr of a call, the arrays that it takes, and the tree that it gives."""
-    flat, tree = jax.tree.flatten((args, kwargs))
-    graph, state = nnx.split(layer)
-
-    def forward(state: Any, arrays: list[Any]) -> Any:
-        given = [other if array is None else array for array, other in zip(arrays, flat, strict=True)]
-        args, kwargs = jax.tree.unflatten(tree, given)
-        return nnx.merge(graph, state, copy=True)(*args, **kwargs)
-
-    taken = (state, [leaf if is_array(leaf) else None for leaf in flat])
-    jaxpr, shape = jax.make_jaxpr(forward, return_shape=True)(*taken)
-    return jaxpr, jax.tree.leaves(taken), jax.tree.structure(shape)
+    fixed, arrays = split_call(layer, args, kwargs)
+    jaxpr, shape = jax.make_jaxpr(partial(forward, fixed), return_shape=True)(*arrays)
+    return jaxpr, jax.tree.leaves(arrays), jax.tree.structure(shape)
 
 
 def _narrow(pair: LayerPair, wide: str) -> list[str]:
     try:
-        jaxpr, _, _ = _program(pair, nnx.clone(pair.flax), pair.flax_args, pair.flax_kwargs)
+        jaxpr, _, _ = _program(nnx.clone(pair.flax), pair.flax_args, pair.flax_kwargs)
     except Exception:  # of the user's layer, under a trace
         return []
     found = {str(v.aval.dtype) for each in _jaxprs(jaxpr.jaxpr) for eqn in each.eqns for v in eqn.outvars}
@@ -110,7 +101,7 @@ def _inner(eqn: Any) -> list[Any]:
 
 def _widen(trial: Trial, wide: str) -> None:
     """Replaces the layer by its program with every floating number in the wide dtype."""
-    jaxpr, arrays, tree = _program(trial, trial.layer, trial.args, trial.kwargs)
+    jaxpr, arrays, tree = _program(trial.layer, trial.args, trial.kwargs)
     outputs = jax.tree.unflatten(tree, _evaluate(jaxpr.jaxpr, jaxpr.consts, arrays, wide))
     trial.layer, trial.args, trial.kwargs = _Constant(outputs), (), {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -15,9 +15,8 @@ import torch
 from flax import nnx
 from torch import Tensor, nn
 
-from parity_tests.kit.layout import to_torch_layout
-from parity_tests.kit.trees import is_array, is_floating, leaves, mapped, numpy_of
-from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, error
+from parity_tests.kit.trees import image_layout, is_array, is_floating, leaves, mapped, numpy_of
+from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, UNIT_ROUNDOFF, error, meaning_limit
 
 _MOST_JOINING = 8
 _ROUNDING = UNIT_ROUNDOFF["float64"] / UNIT_ROUNDOFF["float32"]
@@ -141,7 +140,7 @@ class Court:
         worst = []
         for ours, theirs in self.matched(expected, got):
             last = self.pair.channels_last and not isinstance(theirs, Tensor)
-            values = to_torch_layout(numpy_of(theirs), ours.shape, last)
+            values = image_layout(last).to_torch(numpy_of(theirs), ours.shape)
             reference = numpy_of(ours)
             worst.append(float("inf") if values is None else error(values, reference, reference, "float64"))
         return max(worst, default=float("inf"))
@@ -159,21 +158,30 @@ class Court:
 
 def run_flax(layer: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Returns the outputs of a copy, compiled once for all values of its weights and inputs."""
-    flat, tree = jax.tree.flatten((args, kwargs))
-    fixed = tuple(None if is_array(leaf) else leaf for leaf in flat)
-    graph, state = nnx.split(layer)
+    fixed, arrays = split_call(layer, args, kwargs)
     try:
-        return _forward(graph, state, [leaf if is_array(leaf) else None for leaf in flat], (tree, fixed))
+        return _compiled(fixed, *arrays)
     except TypeError:  # it looks at values, or keeps what has no hash
         return nnx.clone(layer)(*args, **kwargs)
 
 
-@partial(jax.jit, static_argnums=(0, 3))
-def _forward(graph: Any, state: Any, arrays: list[Any], fixed: tuple[Any, tuple[Any, ...]]) -> Any:
-    tree, others = fixed
+def split_call(layer: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, list[Any]]]:
+    """Splits a call into what is fixed and what is arrays, both of which `forward` takes."""
+    flat, tree = jax.tree.flatten((args, kwargs))
+    graph, state = nnx.split(layer)
+    others = tuple(None if is_array(leaf) else leaf for leaf in flat)
+    return (graph, tree, others), (state, [leaf if is_array(leaf) else None for leaf in flat])
+
+
+def forward(fixed: Any, state: Any, arrays: list[Any]) -> Any:
+    """Calls a copy of the layer."""
+    graph, tree, others = fixed
     flat = [other if array is None else array for array, other in zip(arrays, others, strict=True)]
     args, kwargs = jax.tree.unflatten(tree, flat)
     return nnx.merge(graph, state, copy=True)(*args, **kwargs)
+
+
+_compiled = jax.jit(forward, static_argnums=0)
 
 
 def explains(left: float, original: float, noise: float = NOISE_FLOOR) -> bool:
@@ -182,7 +190,7 @@ def explains(left: float, original: float, noise: float = NOISE_FLOOR) -> bool:
     It is then within the limit of meaning, and well below the difference; or it is as small beside the difference as
     the rounding of float64 is beside that of float32.
     """
-    limit = MEANING_LIMIT * max(NOISE_FLOOR, noise)
+    limit = meaning_limit(noise)
     return left <= (max(min(limit, original / MEANING_LIMIT), original * _ROUNDING) if np.isfinite(original) else limit)
 
 

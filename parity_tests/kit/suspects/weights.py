@@ -16,7 +16,7 @@ from torch import nn
 
 from parity_tests.kit.suspects.trial import Court, LayerPair, Suspect, Trial, run_torch
 from parity_tests.kit.trees import jax_of
-from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR
+from parity_tests.standard import meaning_limit
 from probly_flax import load_arrays
 from probly_flax import to_arrays as flax_arrays
 from probly_torch import to_arrays as torch_arrays
@@ -52,6 +52,11 @@ def _change(trial: Trial, names: Sequence[str], function: Function) -> None:
         variables[name].set_value(jax_of(function(np.asarray(variables[name].get_value()))))
 
 
+def _changed(said: str, remedy: str, names: Sequence[str], function: Function, joins: bool = False) -> Suspect:
+    """Makes the suspect that these weights are a function of what they should be."""
+    return Suspect(said, remedy, partial(_change, names=names, function=function), joins)
+
+
 def _exchange(trial: Trial, names: Sequence[str], others: Sequence[str]) -> None:
     """Gives each of the names the value of another."""
     variables = _weights(trial.layer)
@@ -69,28 +74,21 @@ def _transposed(pair: LayerPair) -> Iterator[Suspect]:
         for a in range(len(shape)):
             for b in range(a + 1, len(shape)):
                 if shape[a] == shape[b] > 1:
-                    what = "square" if len(shape) == 2 else "axes of the"
-                    axes = "" if len(shape) == 2 else f"{a} and {b} of "
-                    said = (
-                        f"the {what} {name} {shape} is not transposed as torch's is"
-                        if not axes
-                        else f"axes {axes}{name} {shape} lie the other way round in torch"
-                    )
-                    code = f"{name}.T" if not axes else f"jnp.swapaxes({name}, {a}, {b})"
-                    function = partial(np.swapaxes, axis1=a, axis2=b)
-                    yield Suspect(said, code, partial(_change, names=[name], function=function), joins=True)
+                    said = f"axes {a} and {b} of {name} {shape} lie the other way round in torch"
+                    code = f"jnp.swapaxes({name}, {a}, {b})"
+                    if len(shape) == 2:
+                        said, code = f"the square {name} {shape} is not transposed as torch's is", f"{name}.T"
+                    yield _changed(said, code, [name], partial(np.swapaxes, axis1=a, axis2=b), joins=True)
         if isinstance(pair.flax, nnx.Conv | nnx.ConvTranspose) and name == "kernel":
             spatial = tuple(range(len(shape) - 2))
             flip = partial(np.flip, axis=spatial)
             said = f"the kernel {shape} is flipped in space, against torch's"
-            yield Suspect(
-                said, f"jnp.flip(kernel, {spatial})", partial(_change, names=[name], function=flip), joins=True
-            )
+            yield _changed(said, f"jnp.flip(kernel, {spatial})", [name], flip, joins=True)
             if shape[-1] == shape[-2]:
                 both = partial(_flipped_and_swapped, axes=spatial)
                 said = f"the kernel {shape} is flipped in space and has its channels swapped, against torch's"
                 code = f"jnp.flip(kernel, {spatial}).swapaxes(-1, -2)"
-                yield Suspect(said, code, partial(_change, names=[name], function=both))
+                yield _changed(said, code, [name], both)
 
 
 def _flipped_and_swapped(kernel: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
@@ -109,28 +107,20 @@ def _heads(pair: LayerPair) -> Iterator[Suspect]:
         if order != _PROJECTIONS:
             names = [n for n in weights if n.split(".")[0] in _PROJECTIONS]
             others = [f"{order[_PROJECTIONS.index(n.split('.')[0])]}.{n.split('.', 1)[1]}" for n in names]
-            held = ", ".join(order)
-            yield Suspect(
-                f"nnx's query, key, value hold what is in torch's order of {_inverse(order)}",
-                f"the weights of {held} for query, key, value",
-                partial(_exchange, names=names, others=others),
-            )
+            said = f"nnx's query, key, value hold what is in torch's order of {_inverse(order)}"
+            remedy = f"the weights of {', '.join(order)} for query, key, value"
+            yield Suspect(said, remedy, partial(_exchange, names=names, others=others))
     groups = [list(_PROJECTIONS), ["out"], [*_PROJECTIONS, "out"], *([each] for each in _PROJECTIONS)]
     for group in groups:
-        kernels = [f"{each}.kernel" for each in group]
-        shown = ", ".join(group)
-        yield Suspect(
-            f"the kernels of {shown} are reshaped from torch's weight, not from its transpose",
-            "weight.T.reshape(kernel.shape)",
-            partial(_change, names=kernels, function=_transposed_flat),
-        )
+        said = f"the kernels of {', '.join(group)} are reshaped from torch's weight, not from its transpose"
+        yield _changed(said, "weight.T.reshape(kernel.shape)", [f"{each}.kernel" for each in group], _transposed_flat)
     inner = [n for n in weights if n.split(".")[0] in _PROJECTIONS]
     for split, said, code in (
         (_features_first, "(features, heads)", "reshape(..., heads, features)"),
         (_heads_first, "(heads, features), then swapped,", "no swap of heads and features"),
     ):
-        edit = partial(_change, names=inner, function=split)
-        yield Suspect(f"nnx splits query, key and value as {said}, torch as (heads, features)", code, edit)
+        said = f"nnx splits query, key and value as {said}, torch as (heads, features)"
+        yield _changed(said, code, inner, split)
 
 
 def _inverse(order: Sequence[str]) -> str:
@@ -161,9 +151,8 @@ def _thirds(pair: LayerPair) -> Iterator[Suspect]:
         if order != (0, 1, 2):
             columns = np.concatenate([np.arange(width) + width * i for i in order])
             names = ", ".join(("q", "k", "v")[i] for i in np.argsort(order))
-            yield _columns(
-                weights, columns, f"nnx packs {names} where torch packs q, k, v", "the thirds in torch's order"
-            )
+            said = f"nnx packs {names} where torch packs q, k, v"
+            yield _columns(weights, columns, said, "the thirds in torch's order")
     for heads in (h for h in range(2, width + 1) if width % h == 0):
         lie = np.arange(3 * width)
         for columns, ours, theirs in (
@@ -176,8 +165,7 @@ def _thirds(pair: LayerPair) -> Iterator[Suspect]:
 
 def _columns(weights: dict[str, Any], columns: np.ndarray, said: str, remedy: str) -> Suspect:
     names = [name for name, variable in weights.items() if variable.shape[-1] == len(columns)]
-    function = partial(np.take, indices=columns, axis=-1)
-    return Suspect(said, remedy, partial(_change, names=names, function=function))
+    return _changed(said, remedy, names, partial(np.take, indices=columns, axis=-1))
 
 
 _APART = (("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho"))  # of an nnx.LSTMCell
@@ -185,12 +173,8 @@ _APART = (("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho"))  # of an nnx.LSTM
 
 def _gates(pair: LayerPair) -> Iterator[Suspect]:
     """Yields blocks of torch's recurrent layers, in another order."""
-    letters = ""
     mode = getattr(pair.torch, "mode", type(pair.torch).__name__)
-    if "LSTM" in mode:
-        letters = "ifgo"
-    elif "GRU" in mode:
-        letters = "rzn"
+    letters = "ifgo" if "LSTM" in mode else "rzn" if "GRU" in mode else ""
     hidden = getattr(pair.torch, "hidden_size", None)
     if not letters or not isinstance(hidden, int):
         return
@@ -200,16 +184,14 @@ def _gates(pair: LayerPair) -> Iterator[Suspect]:
     for order in permutations(range(len(letters))):
         if order == tuple(range(len(letters))):
             continue
+        ours, own = ", ".join(letters), ", ".join(letters[i] for i in np.argsort(order))
+        said, remedy = f"the gates of nnx lie as ({own}), torch's as ({ours})", f"the gates as ({ours})"
         if blocks:
             columns = np.concatenate([np.arange(hidden) + hidden * i for i in order])
-            function = partial(np.take, indices=columns, axis=-1)
-            edit: Any = partial(_change, names=blocks, function=function)
+            yield _changed(said, remedy, blocks, partial(np.take, indices=columns, axis=-1))
         elif single:
-            edit = partial(_exchange, names=single, others=[_other(n, order) for n in single])
-        else:
-            return
-        ours, own = ", ".join(letters), ", ".join(letters[i] for i in np.argsort(order))
-        yield Suspect(f"the gates of nnx lie as ({own}), torch's as ({ours})", f"the gates as ({ours})", edit)
+            others = [_other(n, order) for n in single]
+            yield Suspect(said, remedy, partial(_exchange, names=single, others=others))
 
 
 def _other(name: str, order: Sequence[int]) -> str:
@@ -238,7 +220,7 @@ def _fast_weights(pair: LayerPair) -> Iterator[Suspect]:
         if s not in weights:
             continue
         if weights[r].shape == weights[s].shape:
-            edit: Any = partial(_exchange, names=[r, s], others=[s, r])
+            edit = partial(_exchange, names=[r, s], others=[s, r])
             yield Suspect("r and s are swapped, against torch's", f"{r} for {s} and {s} for {r}", edit)
         if bias in weights and weights[bias].shape == weights[s].shape:
             for said, power in (
@@ -246,8 +228,7 @@ def _fast_weights(pair: LayerPair) -> Iterator[Suspect]:
                 ("torch adds the bias before it multiplies by s, nnx after", 1.0),
             ):
                 remedy = f"the bias {'after' if power < 0 else 'before'} s"
-                edit = partial(_scale_bias, bias=bias, s=s, power=power)
-                yield Suspect(said, remedy, edit)
+                yield Suspect(said, remedy, partial(_scale_bias, bias=bias, s=s, power=power))
         count = weights[r].shape[0]
         named = [name for name in (r, s, bias) if name in weights and weights[name].shape[0] == count]
         orders = (
@@ -257,10 +238,8 @@ def _fast_weights(pair: LayerPair) -> Iterator[Suspect]:
         )
         for order in orders:
             if tuple(order) != tuple(range(count)):
-                function = partial(np.take, indices=order, axis=0)
-                shown = tuple(int(i) for i in np.argsort(order))
-                edit = partial(_change, names=named, function=function)
-                yield Suspect(f"nnx's members are torch's in the order {shown}", "members in torch's order", edit)
+                said = f"nnx's members are torch's in the order {tuple(int(i) for i in np.argsort(order))}"
+                yield _changed(said, "members in torch's order", named, partial(np.take, indices=order, axis=0))
 
 
 def _scale_bias(trial: Trial, bias: str, s: str, power: float) -> None:
@@ -319,9 +298,8 @@ def _lacking(pair: LayerPair) -> Iterator[Suspect]:
     for last, exists in (("bias", biases), ("scale", [name for (name,) in names if name not in biases])):
         chosen = [name for name in _weights(pair.flax) if name.split(".")[-1] == last]
         if chosen and not exists:
-            function = np.zeros_like if last == "bias" else np.ones_like
-            edit = partial(_change, names=chosen, function=function)
-            yield Suspect(f"nnx has a {' and '.join(chosen)}, and torch none", f"use_{last}=False", edit, joins=True)
+            said, neutral = f"nnx has a {' and '.join(chosen)}, and torch none", (np.zeros_like, np.ones_like)
+            yield _changed(said, f"use_{last}=False", chosen, neutral[last != "bias"], joins=True)
 
 
 def _is_neutral(name: str, value: torch.Tensor) -> bool:
@@ -335,7 +313,7 @@ def _without(trial: Trial, pair: LayerPair, names: Sequence[str]) -> None:
             if name in names:
                 parameter.fill_(0 if "bias" in name else 1)
     again, trial.expected = (run_torch(each, pair.torch_args, pair.torch_kwargs) for each in (pair.torch, module))
-    if Court(pair).distance(pair.torch_outputs, again) > MEANING_LIMIT * NOISE_FLOOR:
+    if Court(pair).distance(pair.torch_outputs, again) > meaning_limit():
         raise ValueError("the layer gives something else each time, so that the weights are not what differs")
 
 
@@ -344,20 +322,17 @@ def _offsets(pair: LayerPair) -> Iterator[Suspect]:
     for name, variable in _weights(pair.flax).items():
         if len(variable.shape) == 1 and "bias" not in name:
             for step in (1.0, -1.0):
-                edit = partial(_change, names=[name], function=partial(np.add, step))
                 here, there = ("weight", "1 + weight") if step > 0 else ("1 + weight", "weight")
-                yield Suspect(f"torch multiplies by {there}, nnx by {here}", f"{name} {step:+g}", edit, joins=True)
+                said = f"torch multiplies by {there}, nnx by {here}"
+                yield _changed(said, f"{name} {step:+g}", [name], partial(np.add, step), joins=True)
 
 
 def _padding_row(pair: LayerPair) -> Iterator[Suspect]:
     if isinstance(pair.torch, nn.Embedding) and pair.torch.padding_idx is not None:
         row = pair.torch.padding_idx
-        yield Suspect(
-            f"torch's padding_idx is {row}, whose row is zero, and nnx has none",
-            f"embedding[{row}] = 0",
-            partial(
-                _change,
-                names=list(_weights(pair.flax)),
-                function=lambda table: np.where(np.arange(len(table))[:, None] == row, 0, table),
-            ),
-        )
+        said = f"torch's padding_idx is {row}, whose row is zero, and nnx has none"
+        yield _changed(said, f"embedding[{row}] = 0", list(_weights(pair.flax)), partial(_without_row, row=row))
+
+
+def _without_row(table: np.ndarray, row: int) -> np.ndarray:
+    return np.where(np.arange(len(table))[:, None] == row, 0, table)
