@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ from probly_flax._kinds import KINDS
 from probly_flax._members import is_stateful
 from probly_flax.ensemble import Ensemble
 from probly_flax.functional import split_members, tile_members
-from probly_flax.layers import BatchEnsembleConv, BatchEnsembleLinear
+from probly_flax.layers._base import BatchEnsembleLayer, takes_shared_batch
 from probly_flax.random import Rngs
 
 __all__ = ["BatchEnsemble", "batchensemble", "register_batchensemble"]
@@ -47,19 +47,6 @@ _CONVERTERS: dict[type[nnx.Module], Callable[..., nnx.Module]]
 _CONVERTERS = {each: row.members for each, row in _MEMBERS if not row.is_norm}
 _OF_RNNS = {each: row.members_of_rnn for each, row in _MEMBERS if row.members_of_rnn}  # by the type of their cell
 _NORMS = {each: row.members for each, row in _MEMBERS if row.is_norm}
-
-
-@runtime_checkable
-class BatchEnsembleLayer(Protocol):
-    """The interface of a layer of members. register_batchensemble takes any layer that offers it."""
-
-    num_members: int
-
-    def member(self, i: int) -> nnx.Module:
-        """Returns member i as an ordinary layer."""
-
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
 
 
 class BatchEnsemble(nnx.Module):
@@ -281,7 +268,7 @@ def _of_shared_batch(network: Any, x: Array, num_members: int) -> Any:
     if type(network) is nnx.Sequential and len(network.layers):
         first, *others = network.layers
         return nnx.Sequential(lambda x: _of_shared_batch(first, x, num_members), *others)(x)
-    if (type(network) is BatchEnsembleLinear or type(network) is BatchEnsembleConv) and x.shape[0]:
+    if x.shape[0] and takes_shared_batch(network):
         return network.shared_batch(x)
     return network(tile_members(x, num_members))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.functional import gelu, relu
@@ -35,7 +35,7 @@ from probly_torch._kinds import KINDS
 from probly_torch._members import has_hooks, lazy_names
 from probly_torch.ensemble import Ensemble
 from probly_torch.functional import split_members, tile_members
-from probly_torch.layers import BatchEnsembleConv, BatchEnsembleLinear
+from probly_torch.layers._base import BatchEnsembleLayer, takes_shared_batch
 from probly_torch.random import Rngs
 
 __all__ = ["BatchEnsemble", "batchensemble", "register_batchensemble"]
@@ -45,19 +45,6 @@ _MEMBERS = [(each, row) for row in KINDS.rows if row.members for each in row.typ
 _CONVERTERS: dict[type[nn.Module], Callable[..., nn.Module]]
 _CONVERTERS = {each: row.members for each, row in _MEMBERS if not row.is_norm}
 _NORMS = {each: row.members for each, row in _MEMBERS if row.is_norm}
-
-
-@runtime_checkable
-class BatchEnsembleLayer(Protocol):
-    """The interface of a layer of members. register_batchensemble takes any layer that offers it."""
-
-    num_members: int
-
-    def member(self, i: int) -> nn.Module:
-        """Returns member i as an ordinary layer."""
-
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
 
 
 class BatchEnsemble(nn.Module):
@@ -290,7 +277,7 @@ def _of_shared_batch(network: nn.Module, x: Tensor, num_members: int) -> Any:
             for layer in others:
                 y = layer(y)
             return y
-        if (type(network) is BatchEnsembleLinear or type(network) is BatchEnsembleConv) and x.shape[0]:
+        if x.shape[0] and takes_shared_batch(network):
             return network.shared_batch(x)
     return network(tile_members(x, num_members))
 

@@ -48,7 +48,7 @@ from probly_flax.layers import norm as flax_norm
 from probly_torch import _members as torch_members
 from probly_torch.functional import conv as torch_conv
 from probly_torch.functional import linear as torch_linear
-from probly_torch.layers import _common as torch_common
+from probly_torch.layers import _base as torch_base
 from probly_torch.layers import attention as torch_attention
 from probly_torch.layers import embed as torch_embed
 from probly_torch.layers import linear as torch_linear_layer
@@ -145,7 +145,7 @@ backward = torch_linear._ScaledWeights.backward
 LINEAR = [
     Fault(
         "r and s swapped",
-        pf.functional.batch_ensemble_linear,
+        flax_linear.members_linear,
         "_scale_activations(members, kernel, r, s, bias",
         "_scale_activations(members, kernel, s, r, bias",
         SQUARE,
@@ -159,7 +159,7 @@ LINEAR = [
     ),
     Fault(
         "[B, E] rows",
-        pf.functional.batch_ensemble_linear,
+        flax_linear.members_linear,
         "x.reshape(batches, x.shape[0] // batches, *x.shape[1:])",
         "x.reshape(-1, batches, *x.shape[1:]).swapaxes(0, 1)",
         SQUARE,
@@ -390,14 +390,14 @@ UNCERTAINTY = [
 CONV = [
     Fault(
         "r and s swapped",
-        torch_conv._batch_ensemble,
-        "x, weight, r, s, bias = autocast",
-        "x, weight, s, r, bias = autocast",
+        torch_conv.members_conv,
+        "weight, s, r, groups), x, weight, r, s, bias",
+        "weight, r, s, groups), x, weight, s, r, bias",
         "batch_ensemble_conv-2d-square",
     ),
     Fault(
         "bias before s",
-        torch_conv._batch_ensemble,
+        torch_conv._members_conv,
         "torch.addcmul(_rows(bias, y), members, _rows(s, y))",
         "(members + _rows(bias, y)) * _rows(s, y)",
         "batch_ensemble_conv-2d-square",
@@ -418,7 +418,7 @@ CONV = [
     ),
     Fault(
         "groups ignored, all read the first",
-        torch_conv._batch_ensemble,
+        torch_conv._members_conv,
         "_members(x, batches) * _rows(r, x)",
         "(_members(x, batches) * _rows(r, x))[:, :, [0, 1, 0, 1]]",
         "batch_ensemble_conv-2d-groups",
@@ -433,13 +433,13 @@ CONV = [
     Fault(
         "kernel not flipped",
         pf.functional.batch_ensemble_conv_transpose,
-        "features = kernel.shape[in_axis], kernel.shape[out_axis]",
-        "features, kernel = (kernel.shape[in_axis], kernel.shape[out_axis]), kernel[::-1]",
+        "        kernel,\n",
+        "        kernel[::-1],\n",
         "batch_ensemble_conv_transpose-1d-stride",
     ),
     Fault(
         "r of the first member for all",
-        torch_conv._batch_ensemble,
+        torch_conv._members_conv,
         "* _rows(r, x)",
         "* _rows(r[:1], x)",
         "batch_ensemble_conv_transpose-1d-stride",
@@ -477,8 +477,8 @@ EMBED_AND_NORM = [
     Fault(
         "epsilon of the default",
         flax_norm._ordinary,
-        "for name in _OPTIONS[base_type]",
-        "for name in _OPTIONS[base_type][1:]",
+        "_OPTIONS[base_type]",
+        "_OPTIONS[base_type][1:]",
         "BatchEnsembleGroupNorm-3-4x6x3x5",
     ),
     Fault(
@@ -554,7 +554,7 @@ ATTENTION = [
         "r and s of the output swapped",
         attention.forward,
         "self.out_proj(y.transpose(1, 2).flatten(2))",
-        "batch_ensemble_linear(y.transpose(1, 2).flatten(2), "
+        "members_linear(y.transpose(1, 2).flatten(2), "
         "*(getattr(self.out_proj, n) for n in ('weight', 's', 'r', 'bias')))",
         self_attention,
     ),
@@ -723,7 +723,7 @@ BY_A_TEST: list[tuple[str, Any, str, str, Callable[[], None]]] = [
     ),
     (
         "a missing contiguous copy",
-        torch_common.copied,
+        torch_base.copied,
         "memory_format=torch.contiguous_format",
         "memory_format=torch.preserve_format",
         contiguous,
@@ -943,7 +943,7 @@ BY_A_TEST: list[tuple[str, Any, str, str, Callable[[], None]]] = [
     ),
     (
         "the order of many rows for few",
-        pf.functional.batch_ensemble_linear,
+        flax_linear.members_linear,
         ">= 4 *",
         ">= 3 *",
         test_orders.test_the_rule_is_that_of_the_docstring_in_both,

@@ -247,3 +247,40 @@ def test_a_batch_that_members_share_is_not_tiled(kind, rows):
     first.register_forward_hook(lambda layer, inputs, y: seen.append(len(inputs[0])))
     model(x)
     assert seen == [3 * rows]  # a hook sees what it saw without this
+
+
+@pytest.mark.parametrize("package", [pt, pf], ids=["torch", "flax"])
+def test_a_users_layer_may_take_a_batch_that_members_share(package):
+    seen = []
+
+    class Layer(torch.nn.Module if package is pt else nnx.Module):
+        num_members = 3
+
+        def member(self, i):
+            return self
+
+        def keep_members(self, indices):
+            self.num_members = len(indices)
+
+        def shared_batch(self, x):
+            seen.append(tuple(x.shape))
+            return package.tile_members(x, self.num_members)
+
+    x = np.ones((4, 2), "float32")
+    y = package.BatchEnsemble(Layer())(torch.tensor(x) if package is pt else jax_of(x))
+    assert (seen, tuple(y.shape)) == ([(4, 2)], (3, 4, 2))
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("package", [pt, pf], ids=["torch", "flax"])
+def test_a_subclass_with_a_forward_of_its_own_needs_a_shared_batch_of_its_own(package, own):
+    base, call = package.BatchEnsembleLinear, "forward" if package is pt else "__call__"
+    methods = {call: lambda self, x: 2 * getattr(base, call)(self, x)}
+    if own:
+        methods["shared_batch"] = lambda self, x: 2 * base.shared_batch(self, x)
+    plain = torch.nn.Linear(2, 3) if package is pt else nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    layer = type("Doubled", (base,), methods)(plain, num_members=3)
+    x = np.ones((4, 2), "float32")
+    x = torch.tensor(x) if package is pt else jax_of(x)
+    y, expected = package.BatchEnsemble(layer)(x), package.split_members(layer(package.tile_members(x, 3)), 3)
+    assert_close(*(a.detach() if package is pt else a for a in (y, expected)), "float32")

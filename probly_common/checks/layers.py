@@ -43,11 +43,11 @@ def check_base_layer(what: str, base_layer: Any, expected: type, call: str) -> N
 
 def seed_is_not_num_members(init: F) -> F:
     """Refuses `Layer(base, 4)`, which would make 4 the seed and leave one member."""
-    what = init.__qualname__.split(".")[0]
 
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         if len(args) == 2 and "num_members" not in kwargs and index(args[1]) is not None:
+            what = type(self).__name__
             raise TypeError(
                 f"{what} expects rngs, a seed, as its second positional argument and num_members by name; got "
                 f"{what}(base_layer, {args[1]}). For {args[1]} members call {what}(base_layer, num_members={args[1]}); "

@@ -60,26 +60,26 @@ def batch_ensemble_conv(
         Array([[  6.,   6.,   6.],
                [120., 120., 120.]], dtype=float32)
     """
-    check_conv_kernel("batch_ensemble_conv", kernel.shape)
-    features = kernel.shape[-2] * feature_group_count, kernel.shape[-1]
-
-    def conv(x: Array, kernel: Array) -> Array:
-        layer = _layer(
-            kernel,
-            in_features=features[0],
-            strides=strides,
-            padding=padding,
-            kernel_dilation=kernel_dilation,
-            feature_group_count=feature_group_count,
-            input_dilation=input_dilation,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-            conv_general_dilated=conv_general_dilated,
-        )
-        return nnx.Conv.__call__(layer, x, out_sharding)
-
-    kernels = partial(scaled_kernels, groups=feature_group_count)
-    return _batch_ensemble("batch_ensemble_conv", conv, features, x, kernel, r, s, bias, shared, kernels, out_sharding)
+    what = "batch_ensemble_conv"
+    check_conv_kernel(what, kernel.shape)
+    _check(what, (kernel.shape[-2] * feature_group_count, kernel.shape[-1]), x, kernel, r, s, bias, shared)
+    return members_conv(
+        x,
+        kernel,
+        r,
+        s,
+        bias,
+        shared,
+        strides=strides,
+        padding=padding,
+        kernel_dilation=kernel_dilation,
+        feature_group_count=feature_group_count,
+        input_dilation=input_dilation,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        conv_general_dilated=conv_general_dilated,
+        out_sharding=out_sharding,
+    )
 
 
 def batch_ensemble_conv_transpose(
@@ -122,26 +122,64 @@ def batch_ensemble_conv_transpose(
         Array([[  3.,   6.,   3.],
                [ 60., 120.,  60.]], dtype=float32)
     """
-    check_conv_kernel("batch_ensemble_conv_transpose", kernel.shape)
+    what = "batch_ensemble_conv_transpose"
+    check_conv_kernel(what, kernel.shape)
     in_axis, out_axis = (-1, -2) if transpose_kernel else (-2, -1)
-    features = kernel.shape[in_axis], kernel.shape[out_axis]
+    _check(what, (kernel.shape[in_axis], kernel.shape[out_axis]), x, kernel, r, s, bias, shared)
+    return members_conv_transpose(
+        x,
+        kernel,
+        r,
+        s,
+        bias,
+        shared,
+        strides=strides,
+        padding=padding,
+        kernel_dilation=kernel_dilation,
+        transpose_kernel=transpose_kernel,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+
+
+def members_conv(
+    x: Array,
+    kernel: Array,
+    r: Array,
+    s: Array,
+    bias: Array | None,
+    shared: bool,
+    feature_group_count: int,
+    out_sharding: Any,
+    **options: Any,
+) -> Array:
+    """Computes batch_ensemble_conv for arguments that are checked and promoted, as a layer does at its door."""
+
+    def conv(x: Array, kernel: Array) -> Array:
+        groups = {"in_features": r.shape[1], "feature_group_count": feature_group_count}
+        return nnx.Conv.__call__(_layer(kernel, **groups, **options), x, out_sharding)
+
+    kernels = partial(scaled_kernels, kernel, r, s, groups=feature_group_count)
+    return _members_conv(conv, kernels, x, kernel, r, s, bias, shared, out_sharding)
+
+
+def members_conv_transpose(
+    x: Array,
+    kernel: Array,
+    r: Array,
+    s: Array,
+    bias: Array | None,
+    shared: bool,
+    transpose_kernel: bool,
+    **options: Any,
+) -> Array:
+    """Computes batch_ensemble_conv_transpose for arguments that are checked and promoted."""
 
     def conv_transpose(x: Array, kernel: Array) -> Array:
-        layer = _layer(
-            kernel,
-            strides=strides,
-            padding=padding,
-            kernel_dilation=kernel_dilation,
-            transpose_kernel=transpose_kernel,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-        )
-        return nnx.ConvTranspose.__call__(layer, x)
+        return nnx.ConvTranspose.__call__(_layer(kernel, transpose_kernel=transpose_kernel, **options), x)
 
-    kernels = partial(scaled_kernels, transpose_kernel=transpose_kernel)
-    return _batch_ensemble(
-        "batch_ensemble_conv_transpose", conv_transpose, features, x, kernel, r, s, bias, shared, kernels
-    )
+    kernels = partial(scaled_kernels, kernel, r, s, transpose_kernel=transpose_kernel)
+    return _members_conv(conv_transpose, kernels, x, kernel, r, s, bias, shared)
 
 
 def scaled_kernels(kernel: Array, r: Array, s: Array, groups: int = 1, transpose_kernel: bool = False) -> Array:
@@ -175,9 +213,8 @@ def _layer(kernel: Array, **options: Any) -> Any:
     )
 
 
-def _batch_ensemble(
+def _check(
     what: str,
-    conv: Callable[[Array, Array], Array],
     features: tuple[int, int],
     x: Array,
     kernel: Array,
@@ -185,23 +222,34 @@ def _batch_ensemble(
     s: Array,
     bias: Array | None,
     shared: bool,
-    kernels: Callable[[Array, Array, Array], Array],
+) -> None:
+    check_fast_weights(what, *features, r.shape, s.shape, None if bias is None else bias.shape)
+    shape = tiled(x.shape, r.shape[0]) if shared else x.shape
+    check_conv_rows(what, shape, r.shape[0], features[0], kernel.ndim - 2, channels_first=False)
+
+
+def _members_conv(
+    conv: Callable[[Array, Array], Array],
+    member_kernels: Callable[[], Array],
+    x: Array,
+    kernel: Array,
+    r: Array,
+    s: Array,
+    bias: Array | None,
+    shared: bool,
     out_sharding: Any = None,
 ) -> Array:
-    check_fast_weights(what, *features, r.shape, s.shape, None if bias is None else bias.shape)
     num_members, batches = r.shape[0], 1 if shared else r.shape[0]
-    shape = tiled(x.shape, num_members) if shared else x.shape
-    check_conv_rows(what, shape, num_members, features[0], kernel.ndim - 2, channels_first=False)
     members = x.reshape(batches, x.shape[0] // batches, *x.shape[1:])
     # On a CPU, members with many activations are faster one by one, each with a kernel of its own: no pass over the
     # activations but one that joins them. Elsewhere, and for few, E convolutions would cost more than they save.
     many = num_members <= 16 and jax.default_backend() == "cpu" and x.size >= 4 * batches * kernel.size
     if many and out_sharding is None:  # which is one of rows, which are one axis
         inputs = [x] * num_members if shared else members
-        y = jnp.concatenate([conv(*each) for each in zip(inputs, kernels(kernel, r, s), strict=True)])
+        y = jnp.concatenate([conv(*each) for each in zip(inputs, member_kernels(), strict=True)])
         y = y.reshape(num_members, members.shape[1], *y.shape[1:])
     else:
-        y = conv((members * rows(r, members)).reshape(shape), kernel)
+        y = conv(lax.collapse(members * rows(r, members), 0, 2), kernel)
         y = y.reshape(num_members, members.shape[1], *y.shape[1:])
         y = y * rows(s, y).astype(y.dtype)
-    return (y if bias is None else y + rows(bias, y)).reshape(shape[0], *y.shape[2:])
+    return lax.collapse(y if bias is None else y + rows(bias, y), 0, 2)

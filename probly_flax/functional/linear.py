@@ -55,22 +55,40 @@ def batch_ensemble_linear(
                [ 6., 60.],
                [ 6., 60.]], dtype=float32)
     """
-    check_weight("batch_ensemble_linear", kernel.shape)
+    what = "batch_ensemble_linear"
+    check_weight(what, kernel.shape)
     in_features, out_features = kernel.shape
-    check_fast_weights(
-        "batch_ensemble_linear", in_features, out_features, r.shape, s.shape, None if bias is None else bias.shape
+    check_fast_weights(what, in_features, out_features, r.shape, s.shape, None if bias is None else bias.shape)
+    check_member_rows(what, tiled(x.shape, r.shape[0]) if shared else x.shape, r.shape[0], in_features)
+    return members_linear(
+        x, kernel, r, s, bias, shared, dot_general=dot_general, precision=precision, **dot_general_kwargs
     )
+
+
+def members_linear(
+    x: Array,
+    kernel: Array,
+    r: Array,
+    s: Array,
+    bias: Array | None,
+    shared: bool = False,
+    dot_general: Callable[..., Array] = lax.dot_general,
+    **options: Any,
+) -> Array:
+    """Computes batch_ensemble_linear for arguments that are checked and promoted, as a layer does at its door.
+
+    If shared, x (B, ..., in_features) is the batch of every member.
+    """
     num_members, batches = r.shape[0], 1 if shared else r.shape[0]
-    shape = tiled(x.shape, num_members) if shared else x.shape
-    check_member_rows("batch_ensemble_linear", shape, num_members, in_features)
-    dot_general = partial(dot_general, precision=precision, **dot_general_kwargs)
+    in_features, out_features = kernel.shape
+    dot_general = partial(dot_general, **options)
     members = x.reshape(batches, x.shape[0] // batches, *x.shape[1:])
     many = math.prod(members.shape[1:-1]) * (in_features + out_features) >= 4 * in_features * out_features
-    if not many or dot_general_kwargs.get("out_sharding") is not None:  # a sharding of rows, which are one axis
+    if not many or options.get("out_sharding") is not None:  # a sharding of rows, which are one axis
         y = _scale_activations(members, kernel, r, s, bias, dot_general)
     else:  # keeps nothing but x for the backward pass, and scales the weights once more in it
         y = jax.checkpoint(partial(_scale_weights, dot_general=dot_general))(members, kernel, r, s, bias)
-    return y.reshape(*shape[:-1], out_features)
+    return y.reshape(num_members // batches * x.shape[0], *x.shape[1:-1], out_features)
 
 
 def _scale_activations(

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from probly_common.checks.ensembles import member_index, member_indices
-from probly_common.checks.layers import check_base_layer, check_init, seed_is_not_num_members
+from probly_common.checks.ensembles import member_indices
+from probly_common.checks.layers import check_base_layer
 from probly_common.checks.rows import check_attention_inputs, check_mask_rows
-from probly_common.checks.values import check_num_members
-from probly_flax import random
-from probly_flax.layers._common import axes, draw_fast_weights, draw_kernel, keep_rows, param
+from probly_flax.layers._base import (
+    Draws,
+    FastWeightLayer,
+    MemberLayer,
+    axes,
+    copy_options,
+    draw_kernel,
+    member_of,
+    param,
+)
 from probly_flax.random import Rngs
 
 __all__ = ["BatchEnsembleMultiHeadAttention"]
@@ -65,7 +72,7 @@ _NORMS = ("query_ln", "key_ln")
 _CACHES = ("cached_key", "cached_value", "cache_index")
 
 
-class BatchEnsembleMultiHeadAttention(nnx.MultiHeadAttention):
+class BatchEnsembleMultiHeadAttention(FastWeightLayer[nnx.MultiHeadAttention], nnx.MultiHeadAttention):
     r"""E attention layers whose four projections share their kernels and differ by rank-one scalings.
 
     Member i projects queries, keys, values and outputs each by  ((x_i * r_i) W) * s_i + b_i
@@ -83,14 +90,8 @@ class BatchEnsembleMultiHeadAttention(nnx.MultiHeadAttention):
         base_layer: the MultiHeadAttention layer to start from. It is copied, never changed or shared; a cache is not.
         rngs: a seed or an Rngs; keys come from `rngs.params()` for the kernel (if drawn), r and s of the query's
             projection, then the key's, the value's and the output's.
-        num_members: the number of members E.
         use_base_weights: share copies of the base layer's kernels; otherwise draw them, lecun_normal.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
-        r_mean: mean of r under init="normal".
-        r_std: standard deviation of r under init="normal".
-        s_mean: mean of s under init="normal".
-        s_std: standard deviation of s under init="normal".
+        num_members, init, r_mean, r_std, s_mean, s_std: see `__init__`.
     Raises:
         TypeError: if base_layer is not a MultiHeadAttention layer, or rngs neither a seed nor an Rngs.
         ValueError: if the rows do not divide by num_members, or inputs or masks have other shapes.
@@ -103,33 +104,15 @@ class BatchEnsembleMultiHeadAttention(nnx.MultiHeadAttention):
         [(6, 2, 3), (4, 6), (4, 6), (4, 2, 3)]
     """
 
-    @seed_is_not_num_members
-    def __init__(
-        self,
-        base_layer: nnx.MultiHeadAttention,
-        rngs: Rngs | int = 1,
-        num_members: int = 1,
-        use_base_weights: bool = False,
-        init: str = "normal",
-        r_mean: float = 1.0,
-        r_std: float = 0.5,
-        s_mean: float = 1.0,
-        s_std: float = 0.5,
-    ) -> None:
-        what = "BatchEnsembleMultiHeadAttention"
+    def _check_base(self, what: str, base_layer: nnx.MultiHeadAttention) -> None:
         check_base_layer(what, base_layer, nnx.MultiHeadAttention, "__call__")
         for name in _PROJECTIONS:
             check_base_layer(what, getattr(base_layer, name), nnx.LinearGeneral, "__call__")
-        check_init(what, init, r_mean, r_std, s_mean, s_std)
-        self.num_members = check_num_members(what, num_members)
-        rngs = random.as_rngs(what, rngs)
-        for name in _OPTIONS:
-            setattr(self, name, getattr(base_layer, name))
+
+    def _convert(self, base_layer: nnx.MultiHeadAttention, draws: Draws) -> None:
+        copy_options(self, base_layer, _OPTIONS)
         for name in _PROJECTIONS:
-            projection = _Projection(
-                getattr(base_layer, name), rngs, self.num_members, use_base_weights, init, r_mean, r_std, s_mean, s_std
-            )
-            setattr(self, name, projection)
+            setattr(self, name, _Projection(getattr(base_layer, name), draws))
         _copy_norms_and_rngs(self, base_layer)
         for name in _CACHES:
             setattr(self, name, nnx.data(None))
@@ -186,10 +169,9 @@ class BatchEnsembleMultiHeadAttention(nnx.MultiHeadAttention):
             >>> bool(jnp.allclose(layer.member(1)(x), layer(jnp.tile(x, (4, 1, 1)))[3:6], atol=1e-6))
             True
         """
-        i = member_index("BatchEnsembleMultiHeadAttention", i, self.num_members)
+        i = self._index(i)
         attention = nnx.eval_shape(lambda: nnx.MultiHeadAttention(1, 1, decode=False, rngs=nnx.Rngs(0)))
-        for name in _OPTIONS:
-            setattr(attention, name, getattr(self, name))
+        copy_options(attention, self, _OPTIONS)
         for name in _PROJECTIONS:
             setattr(attention, name, getattr(self, name).member(i))
         _copy_norms_and_rngs(attention, self)
@@ -200,11 +182,12 @@ class BatchEnsembleMultiHeadAttention(nnx.MultiHeadAttention):
     def keep_members(self, indices: Sequence[int]) -> None:
         """Drops every other member, in place."""
         indices = member_indices("BatchEnsembleMultiHeadAttention", indices, self.num_members)
-        for name in _PROJECTIONS:
-            getattr(self, name).keep_members(indices)
         for name in _CACHES:
             setattr(self, name, self._cache_of(name, indices))
-        self.num_members = len(indices)
+        super().keep_members(indices)
+
+    def _of_members(self) -> Iterable[str]:
+        return _PROJECTIONS
 
     def _cache_of(self, name: str, indices: Sequence[int]) -> Any:
         """Returns the cached rows of some members.
@@ -220,36 +203,22 @@ class BatchEnsembleMultiHeadAttention(nnx.MultiHeadAttention):
         return cache.copy(rows.reshape(-1, *cache.shape[1:]))
 
 
-class _Projection(nnx.LinearGeneral):
+class _Projection(MemberLayer[nnx.LinearGeneral], nnx.LinearGeneral):
     """E LinearGeneral layers on the last axes, with one kernel and rank-one scalings."""
 
-    def __init__(
-        self,
-        base_layer: nnx.LinearGeneral,
-        rngs: Rngs,
-        num_members: int,
-        use_base_weights: bool,
-        init: str,
-        r_mean: float,
-        r_std: float,
-        s_mean: float,
-        s_std: float,
-    ) -> None:
-        self.num_members = num_members
-        for name in _PROJECTION_OPTIONS:
-            setattr(self, name, getattr(base_layer, name))
-        base, bias = base_layer.kernel, base_layer.bias
-        matrix = base[...].reshape(math.prod(self.in_features), math.prod(self.out_features))
-        kernel = jnp.copy(base[...]) if use_base_weights else draw_kernel(rngs, matrix).reshape(base.shape)
-        r = draw_fast_weights(rngs, (num_members, matrix.shape[0]), init, r_mean, r_std, base.dtype)
-        s = draw_fast_weights(rngs, (num_members, matrix.shape[1]), init, s_mean, s_std, base.dtype)
+    def __init__(self, base_layer: nnx.LinearGeneral, draws: Draws) -> None:
+        self.num_members = draws.num_members
+        copy_options(self, base_layer, _PROJECTION_OPTIONS)
+        base, in_features, out_features = base_layer.kernel, math.prod(self.in_features), math.prod(self.out_features)
+
+        def drawn(rngs: Rngs, like: Array) -> Array:
+            return draw_kernel(rngs, like.reshape(in_features, out_features)).reshape(like.shape)
+
+        self.kernel = draws.weight(base, drawn)
         # Heads are the slower of the flattened axes, and the one that is sharded.
         in_axis, out_axis = axes(base)[0], axes(base)[len(self.in_features)]
-        self.kernel = param(kernel, base, *axes(base))
-        self.r, self.s = param(r, base, None, in_axis), param(s, base, None, out_axis)
-        self.bias = nnx.data(None)
-        if bias is not None:
-            self.bias = param(jnp.stack([bias[...]] * num_members), bias, None, *axes(bias))
+        self.r, self.s = draws.fast_weights(in_features, out_features, base, in_axis, out_axis)
+        self.bias = draws.rows(base_layer.bias)
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         bias = None if self.bias is None else self.bias[...]
@@ -276,16 +245,11 @@ class _Projection(nnx.LinearGeneral):
 
     def member(self, i: int) -> nnx.LinearGeneral:
         linear = nnx.eval_shape(lambda: nnx.LinearGeneral(1, 1, rngs=nnx.Rngs(0)))
-        for name in _PROJECTION_OPTIONS:
-            setattr(linear, name, getattr(self, name))
+        copy_options(linear, self, _PROJECTION_OPTIONS)
         scaling = (self.r[i][:, None] * self.s[i][None]).reshape(self.kernel.shape)
         linear.kernel = param(self.kernel[...] * scaling, self.kernel, *axes(self.kernel))
-        linear.bias = nnx.data(None) if self.bias is None else param(self.bias[i], self.bias, *axes(self.bias)[1:])
+        linear.bias = member_of(self.bias, i)
         return linear
-
-    def keep_members(self, indices: Sequence[int]) -> None:
-        self.num_members = len(indices)
-        keep_rows(self, ("r", "s", "bias"), indices)
 
 
 def _copy_norms_and_rngs(layer: nnx.MultiHeadAttention, source: nnx.MultiHeadAttention) -> None:

@@ -9,19 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from probly_common.checks.ensembles import member_index, member_indices
-from probly_common.checks.layers import (
-    check_conv_base_layer,
-    check_conv_kernel,
-    check_init,
-    check_padding,
-    seed_is_not_num_members,
-)
+from probly_common.checks.layers import check_conv_base_layer, check_conv_kernel, check_padding
 from probly_common.checks.rows import check_conv_rows, tiled
-from probly_common.checks.values import check_num_members
-from probly_flax import random
-from probly_flax.functional.conv import batch_ensemble_conv, batch_ensemble_conv_transpose, scaled_kernels
-from probly_flax.layers._common import axes, draw_fast_weights, draw_kernel, keep_rows, param
+from probly_flax.functional.conv import members_conv, members_conv_transpose, scaled_kernels
+from probly_flax.layers._base import Draws, FastWeightLayer, axes, draw_kernel, member_of, param
 from probly_flax.random import Rngs
 
 __all__ = ["BatchEnsembleConv", "BatchEnsembleConvTranspose"]
@@ -46,7 +37,7 @@ _CONV_OPTIONS = (*_OPTIONS, "input_dilation", "feature_group_count", "conv_gener
 _TRANSPOSE_OPTIONS = (*_OPTIONS, "transpose_kernel")
 
 
-class BatchEnsembleConv(nnx.Conv):
+class BatchEnsembleConv(FastWeightLayer[nnx.Conv], nnx.Conv):
     r"""E convolutions, of 1, 2, 3 or more spatial axes, that share one kernel and differ by rank-one scalings.
 
     Member i computes  y_i = conv(x_i * r_i, W) * s_i + b_i        (Wen et al. 2020, eq. 5)
@@ -59,16 +50,9 @@ class BatchEnsembleConv(nnx.Conv):
             s (E, out_features), bias (E, out_features) or None.
     Args:
         base_layer: the Conv layer to start from. It is copied, never changed or shared.
-        rngs: a seed or an Rngs; keys come from `rngs.params()` for the kernel (if drawn), r and s, in this order.
-        num_members: the number of members E.
         use_base_weights: share a copy of the base layer's kernel; otherwise draw one, lecun_normal, of the kernel's
             shape.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
-        r_mean: mean of r under init="normal".
-        r_std: standard deviation of r under init="normal".
-        s_mean: mean of s under init="normal".
-        s_std: standard deviation of s under init="normal".
+        rngs, num_members, init, r_mean, r_std, s_mean, s_std: see `__init__`.
     Raises:
         TypeError: if base_layer is not a Conv layer, or rngs neither a seed nor an Rngs.
         ValueError: if the rows do not divide by num_members, the last axis is not in_features, or there is no batch
@@ -81,38 +65,17 @@ class BatchEnsembleConv(nnx.Conv):
         [(3, 3, 3, 2), (4, 3), (4, 2), (4, 2)]
     """
 
-    @seed_is_not_num_members
-    def __init__(
-        self,
-        base_layer: nnx.Conv,
-        rngs: Rngs | int = 1,
-        num_members: int = 1,
-        use_base_weights: bool = False,
-        init: str = "normal",
-        r_mean: float = 1.0,
-        r_std: float = 0.5,
-        s_mean: float = 1.0,
-        s_std: float = 0.5,
-    ) -> None:
-        what = "BatchEnsembleConv"
+    def _check_base(self, what: str, base_layer: nnx.Conv) -> None:
         check_conv_base_layer(what, "Conv", base_layer, (nnx.Conv,), "__call__")
         check_padding(what, base_layer.padding, ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL"))
         check_conv_kernel(what, base_layer.kernel.shape)
-        check_init(what, init, r_mean, r_std, s_mean, s_std)
-        self.num_members = check_num_members(what, num_members)
-        rngs = random.as_rngs(what, rngs)
-        _copy_options(self, base_layer, _CONV_OPTIONS)
 
-        base, bias = base_layer.kernel, base_layer.bias
-        kernel = jnp.copy(base[...]) if use_base_weights else draw_kernel(rngs, base[...])
-        r = draw_fast_weights(rngs, (self.num_members, self.in_features), init, r_mean, r_std, base.dtype)
-        s = draw_fast_weights(rngs, (self.num_members, self.out_features), init, s_mean, s_std, base.dtype)
-        *_, in_axis, out_axis = axes(base)
-        self.kernel = param(kernel, base, *axes(base))
-        self.r, self.s = param(r, base, None, in_axis), param(s, base, None, out_axis)
-        self.bias = nnx.data(None)
-        if bias is not None:
-            self.bias = param(jnp.tile(bias[...], (self.num_members, 1)), bias, None, *axes(bias))
+    def _convert(self, base_layer: nnx.Conv, draws: Draws) -> None:
+        _copy_options(self, base_layer, _CONV_OPTIONS)
+        base = base_layer.kernel
+        self.kernel = draws.weight(base)
+        self.r, self.s = draws.fast_weights(self.in_features, self.out_features, base, *axes(base)[-2:])
+        self.bias = draws.rows(base_layer.bias)
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         """Applies each member to its own rows.
@@ -136,14 +99,9 @@ class BatchEnsembleConv(nnx.Conv):
         return self._applied(inputs, None, shared=True)
 
     def _applied(self, inputs: Array, out_sharding: Any, shared: bool) -> Array:
-        x, kernel, r, s, bias = _promoted(self, inputs)
-        return batch_ensemble_conv(
-            x,
-            kernel,
-            r,
-            s,
-            bias,
-            shared=shared,
+        return members_conv(
+            *_promoted(self, inputs),
+            shared,
             strides=self.strides,
             padding=self.padding,
             kernel_dilation=self.kernel_dilation,
@@ -164,22 +122,16 @@ class BatchEnsembleConv(nnx.Conv):
             >>> bool(jnp.allclose(layer.member(1)(x), layer(jnp.tile(x, (4, 1, 1)))[5:10]))
             True
         """
-        i = member_index("BatchEnsembleConv", i, self.num_members)
+        i = self._index(i)
         conv = nnx.eval_shape(lambda: nnx.Conv(1, 1, 1, rngs=nnx.Rngs(0)))
         _copy_options(conv, self, _CONV_OPTIONS)
         kernel = scaled_kernels(self.kernel[...], self.r[i : i + 1], self.s[i : i + 1], self.feature_group_count)[0]
         conv.kernel = param(kernel, self.kernel, *axes(self.kernel))
-        conv.bias = nnx.data(None) if self.bias is None else param(self.bias[i], self.bias, axes(self.bias)[1])
+        conv.bias = member_of(self.bias, i)
         return conv
 
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
-        indices = member_indices("BatchEnsembleConv", indices, self.num_members)
-        self.num_members = len(indices)
-        keep_rows(self, ("r", "s", "bias"), indices)
 
-
-class BatchEnsembleConvTranspose(nnx.ConvTranspose):
+class BatchEnsembleConvTranspose(FastWeightLayer[nnx.ConvTranspose], nnx.ConvTranspose):
     r"""E transposed convolutions, of 1 to 3 spatial axes, that share one kernel and differ by rank-one scalings.
 
     Member i computes  y_i = conv_transpose(x_i * r_i, W) * s_i + b_i        (Wen et al. 2020, eq. 5)
@@ -192,17 +144,10 @@ class BatchEnsembleConvTranspose(nnx.ConvTranspose):
             layer has transpose_kernel; r (E, in_features), s (E, out_features), bias (E, out_features) or None.
     Args:
         base_layer: the ConvTranspose layer to start from. It is copied, never changed or shared.
-        rngs: a seed or an Rngs; keys come from `rngs.params()` for the kernel (if drawn), r and s, in this order.
-        num_members: the number of members E.
         use_base_weights: share a copy of the base layer's kernel; otherwise draw one, lecun_normal, of shape
             (*kernel_size, in_features, out_features). It is laid out so that one seed gives one function with either
             transpose_kernel, which is that of the layer in torch: without it, the draw's mirror image.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
-        r_mean: mean of r under init="normal".
-        r_std: standard deviation of r under init="normal".
-        s_mean: mean of s under init="normal".
-        s_std: standard deviation of s under init="normal".
+        rngs, num_members, init, r_mean, r_std, s_mean, s_std: see `__init__`.
     Raises:
         TypeError: if base_layer is not a ConvTranspose layer, or rngs neither a seed nor an Rngs.
         ValueError: if the rows do not divide by num_members, the last axis is not in_features, or there is no batch
@@ -216,38 +161,18 @@ class BatchEnsembleConvTranspose(nnx.ConvTranspose):
         [(2, 2, 3, 2), (4, 3), (4, 2), (4, 2)]
     """
 
-    @seed_is_not_num_members
-    def __init__(
-        self,
-        base_layer: nnx.ConvTranspose,
-        rngs: Rngs | int = 1,
-        num_members: int = 1,
-        use_base_weights: bool = False,
-        init: str = "normal",
-        r_mean: float = 1.0,
-        r_std: float = 0.5,
-        s_mean: float = 1.0,
-        s_std: float = 0.5,
-    ) -> None:
-        what = "BatchEnsembleConvTranspose"
+    def _check_base(self, what: str, base_layer: nnx.ConvTranspose) -> None:
         check_conv_base_layer(what, "ConvTranspose", base_layer, (nnx.ConvTranspose,), "__call__")
         check_padding(what, base_layer.padding, ("SAME", "VALID", "CIRCULAR"))
         check_conv_kernel(what, base_layer.kernel.shape)
-        check_init(what, init, r_mean, r_std, s_mean, s_std)
-        self.num_members = check_num_members(what, num_members)
-        rngs = random.as_rngs(what, rngs)
-        _copy_options(self, base_layer, _TRANSPOSE_OPTIONS)
 
-        base, bias = base_layer.kernel, base_layer.bias
-        kernel = jnp.copy(base[...]) if use_base_weights else self._drawn(rngs, base[...])
-        r = draw_fast_weights(rngs, (self.num_members, self.in_features), init, r_mean, r_std, base.dtype)
-        s = draw_fast_weights(rngs, (self.num_members, self.out_features), init, s_mean, s_std, base.dtype)
+    def _convert(self, base_layer: nnx.ConvTranspose, draws: Draws) -> None:
+        _copy_options(self, base_layer, _TRANSPOSE_OPTIONS)
+        base = base_layer.kernel
+        self.kernel = draws.weight(base, self._drawn)
         in_axis, out_axis = axes(base)[:-3:-1] if self.transpose_kernel else axes(base)[-2:]
-        self.kernel = param(kernel, base, *axes(base))
-        self.r, self.s = param(r, base, None, in_axis), param(s, base, None, out_axis)
-        self.bias = nnx.data(None)
-        if bias is not None:
-            self.bias = param(jnp.tile(bias[...], (self.num_members, 1)), bias, None, *axes(bias))
+        self.r, self.s = draws.fast_weights(self.in_features, self.out_features, base, in_axis, out_axis)
+        self.bias = draws.rows(base_layer.bias)
 
     def _drawn(self, rngs: Rngs, like: Array) -> Array:
         if self.transpose_kernel:
@@ -262,13 +187,9 @@ class BatchEnsembleConvTranspose(nnx.ConvTranspose):
         """
         what, spatial = "BatchEnsembleConvTranspose", len(self.kernel_size)
         check_conv_rows(what, inputs.shape, self.num_members, self.in_features, spatial, channels_first=False)
-        x, kernel, r, s, bias = _promoted(self, inputs)
-        return batch_ensemble_conv_transpose(
-            x,
-            kernel,
-            r,
-            s,
-            bias,
+        return members_conv_transpose(
+            *_promoted(self, inputs),
+            shared=False,
             strides=self.strides,
             padding=self.padding,
             kernel_dilation=self.kernel_dilation,
@@ -286,21 +207,15 @@ class BatchEnsembleConvTranspose(nnx.ConvTranspose):
             >>> bool(jnp.allclose(layer.member(1)(x), layer(jnp.tile(x, (4, 1, 1)))[5:10]))
             True
         """
-        i = member_index("BatchEnsembleConvTranspose", i, self.num_members)
+        i = self._index(i)
         conv = nnx.eval_shape(lambda: nnx.ConvTranspose(1, 1, 1, rngs=nnx.Rngs(0)))
         _copy_options(conv, self, _TRANSPOSE_OPTIONS)
         kernel = scaled_kernels(
             self.kernel[...], self.r[i : i + 1], self.s[i : i + 1], transpose_kernel=self.transpose_kernel
         )[0]
         conv.kernel = param(kernel, self.kernel, *axes(self.kernel))
-        conv.bias = nnx.data(None) if self.bias is None else param(self.bias[i], self.bias, axes(self.bias)[1])
+        conv.bias = member_of(self.bias, i)
         return conv
-
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
-        indices = member_indices("BatchEnsembleConvTranspose", indices, self.num_members)
-        self.num_members = len(indices)
-        keep_rows(self, ("r", "s", "bias"), indices)
 
 
 def _copy_options(target: nnx.Module, source: nnx.Module, names: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,11 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from probly_common.checks.ensembles import member_index, member_indices
 from probly_common.checks.layers import check_base_type
 from probly_common.checks.rows import check_mask, check_norm_rows
 from probly_common.checks.values import check_num_members
-from probly_flax.layers._common import axes, param
+from probly_flax.layers._base import BaseLayer, MemberLayer, copy_options, member_of, repeated
 
 __all__ = ["BatchEnsembleBatchNorm", "BatchEnsembleGroupNorm", "BatchEnsembleLayerNorm"]
 
@@ -38,7 +37,14 @@ _OPTIONS: dict[Any, tuple[str, ...]] = {
 _VARIABLES = ("scale", "bias", "mean", "var")
 
 
-class BatchEnsembleBatchNorm(nnx.BatchNorm):
+class _Norm(MemberLayer[BaseLayer]):
+    """The base of the layers: a scale and an offset for each member."""
+
+    def _of_members(self) -> Iterable[str]:
+        return _VARIABLES
+
+
+class BatchEnsembleBatchNorm(_Norm[nnx.BatchNorm], nnx.BatchNorm):
     r"""E batch normalisations, each with its own scale, offset and running statistics.
 
     Member i computes  y_i = (x_i - mean_i) / sqrt(var_i + epsilon) * scale_i + bias_i, with the mean and variance of
@@ -92,14 +98,10 @@ class BatchEnsembleBatchNorm(nnx.BatchNorm):
             >>> bool(jnp.allclose(layer.member(1)(x), layer(jnp.tile(x, (4, 1)))[5:10]))
             True
         """
-        return _member(self, "BatchEnsembleBatchNorm", nnx.BatchNorm, i)
-
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
-        _keep(self, member_indices("BatchEnsembleBatchNorm", indices, self.num_members))
+        return _member(self, nnx.BatchNorm, self._index(i))
 
 
-class BatchEnsembleLayerNorm(nnx.LayerNorm):
+class BatchEnsembleLayerNorm(_Norm[nnx.LayerNorm], nnx.LayerNorm):
     r"""E layer normalisations, each with its own scale and offset.
 
     Member i computes  y_i = (x_i - mean) / sqrt(var + epsilon) * scale_i + bias_i, with the mean and variance of the
@@ -146,14 +148,10 @@ class BatchEnsembleLayerNorm(nnx.LayerNorm):
             >>> bool(jnp.allclose(layer.member(1)(x), layer(jnp.tile(x, (4, 1)))[5:10]))
             True
         """
-        return _member(self, "BatchEnsembleLayerNorm", nnx.LayerNorm, i)
-
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
-        _keep(self, member_indices("BatchEnsembleLayerNorm", indices, self.num_members))
+        return _member(self, nnx.LayerNorm, self._index(i))
 
 
-class BatchEnsembleGroupNorm(nnx.GroupNorm):
+class BatchEnsembleGroupNorm(_Norm[nnx.GroupNorm], nnx.GroupNorm):
     r"""E group normalisations, each with its own scale and offset.
 
     Member i computes  y_i = (x_i - mean) / sqrt(var + epsilon) * scale_i + bias_i, with the mean and variance of each
@@ -200,23 +198,18 @@ class BatchEnsembleGroupNorm(nnx.GroupNorm):
             >>> bool(jnp.allclose(layer.member(1)(x), layer(jnp.tile(x, (4, 1)))[5:10]))
             True
         """
-        return _member(self, "BatchEnsembleGroupNorm", nnx.GroupNorm, i)
-
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
-        _keep(self, member_indices("BatchEnsembleGroupNorm", indices, self.num_members))
+        return _member(self, nnx.GroupNorm, self._index(i))
 
 
 def _for_each_member(layer: Any, base_type: Any, base_layer: Any) -> None:
     """Gives the layer the base layer's options, and a copy of its variables for each member."""
-    for name in _OPTIONS[base_type]:
-        setattr(layer, name, getattr(base_layer, name))
+    copy_options(layer, base_layer, _OPTIONS[base_type])
     for name in _VARIABLES:
         if hasattr(base_layer, name):
             base = getattr(base_layer, name)
             setattr(layer, name, nnx.data(None))
             if base is not None:
-                setattr(layer, name, param(jnp.tile(base[...], (layer.num_members, 1)), base, None, *axes(base)))
+                setattr(layer, name, repeated(base, layer.num_members))
 
 
 def _variables(layer: Any) -> dict[str, Any]:
@@ -227,8 +220,7 @@ def _ordinary(layer: Any, base_type: Any, variables: Mapping[str, nnx.Variable])
     """Makes a layer of the base layer's class with the options of ours, and these variables."""
     sizes = {"num_groups": 1} if base_type is nnx.GroupNorm else {}
     ordinary = base_type(1, **sizes, use_scale=False, use_bias=False, rngs=nnx.Rngs())
-    for name in _OPTIONS[base_type]:
-        setattr(ordinary, name, getattr(layer, name))
+    copy_options(ordinary, layer, _OPTIONS[base_type])
     for name, variable in variables.items():
         setattr(ordinary, name, variable)
     return ordinary
@@ -274,16 +266,5 @@ def _check(layer: Any, what: str, x: Array, mask: Array | None, num_features: in
         check_mask(what, mask.shape, x.shape)
 
 
-def _member(layer: Any, what: str, base_type: Any, i: int) -> Any:
-    i = member_index(what, i, layer.num_members)
-    return _ordinary(
-        layer,
-        base_type,
-        {name: param(each[i], each, *axes(each)[1:]) for name, each in _variables(layer).items()},
-    )
-
-
-def _keep(layer: Any, indices: list[int]) -> None:
-    layer.num_members = len(indices)
-    for name, each in _variables(layer).items():
-        setattr(layer, name, each.copy(each[jnp.array(indices)]))
+def _member(layer: Any, base_type: Any, i: int) -> Any:
+    return _ordinary(layer, base_type, {name: member_of(each, i) for name, each in _variables(layer).items()})

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from probly_common.checks.ensembles import member_index, member_indices
-from probly_common.checks.layers import check_base_layer, check_cell, check_init, check_weight, seed_is_not_num_members
+from probly_common.checks.layers import check_base_layer, check_cell, check_weight
 from probly_common.checks.rows import (
     BATCH_MAJOR,
     CELL,
@@ -19,11 +18,8 @@ from probly_common.checks.rows import (
     check_state_shape,
     check_states,
 )
-from probly_common.checks.values import check_num_members
-from probly_flax import random
-from probly_flax.layers._common import axes, param
+from probly_flax.layers._base import BaseLayer, Draws, FastWeightLayer, axes, copy_options, param
 from probly_flax.layers.linear import BatchEnsembleLinear
-from probly_flax.random import Rngs
 
 __all__ = ["BatchEnsembleGRU", "BatchEnsembleGRUCell", "BatchEnsembleLSTM", "BatchEnsembleLSTMCell"]
 
@@ -51,7 +47,92 @@ _LINEAR_OPTIONS = (
 INPUT_GATES, STATE_GATES = ("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho")
 
 
-class BatchEnsembleLSTMCell(nnx.OptimizedLSTMCell):
+class _Cell(FastWeightLayer[BaseLayer]):
+    """The base of the cells: `dense_i` and `dense_h`, and those of one member."""
+
+    dense_i: Any
+    dense_h: Any
+
+    def _convert(self, base_layer: Any, draws: Draws) -> None:
+        what = type(self).__name__
+        copy_options(self, base_layer, _CELL_OPTIONS)
+        self.rngs = _copied(base_layer.rngs)
+        if isinstance(base_layer, nnx.LSTMCell):
+            dense_i, dense_h = _packed(what, base_layer, INPUT_GATES), _packed(what, base_layer, STATE_GATES)
+        else:
+            dense_i, dense_h = base_layer.dense_i, base_layer.dense_h
+        for name, dense in (("dense_i", dense_i), ("dense_h", dense_h)):
+            check_weight(what, dense.kernel.shape)
+            setattr(self, name, BatchEnsembleLinear(dense, *draws))
+
+    def _of_members(self) -> Iterable[str]:
+        return "dense_i", "dense_h"
+
+    def _fill(self, plain: Any, i: int) -> Any:
+        """Gives an ordinary cell the options and the weights of member i."""
+        copy_options(plain, self, _CELL_OPTIONS)
+        plain.rngs = _copied(self.rngs)
+        plain.dense_i, plain.dense_h = self.dense_i.member(i), self.dense_h.member(i)
+        return plain
+
+
+class _Sequence(FastWeightLayer[nnx.RNN], nnx.RNN):
+    """The base of the layers that run a cell over a sequence, as nnx.RNN does."""
+
+    cell: Any
+    _cell_type: Any
+    _base_cells: tuple[type, ...]
+    _states: tuple[str, ...]
+
+    def _check_base(self, what: str, base_layer: nnx.RNN) -> None:
+        check_base_layer(what, base_layer, nnx.RNN, "__call__")
+        check_cell(what, base_layer.cell, *self._base_cells)
+
+    def _convert(self, base_layer: nnx.RNN, draws: Draws) -> None:
+        _copy_rnn(self, base_layer)
+        self.cell = self._cell_type(base_layer.cell, *draws)
+
+    def __call__(
+        self,
+        inputs: Array,
+        *,
+        initial_carry: Any = None,
+        seq_lengths: Array | None = None,
+        return_carry: bool | None = None,
+        time_major: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+    ) -> Any:
+        """Runs each member over its own sequences; arguments are those of nnx.RNN, None for the layer's own.
+
+        Shape:
+            inputs: (E*B, ..., T, in_features), or (T, E*B, ..., in_features) if time_major. seq_lengths: (E*B, ...).
+            Returns outputs, or carry, outputs.
+        """
+        is_time_major = self.time_major if time_major is None else time_major
+        _check_sequence(type(self).__name__, self, inputs, initial_carry, self._states, seq_lengths, is_time_major)
+        return super().__call__(
+            inputs,
+            initial_carry=initial_carry,
+            seq_lengths=seq_lengths,
+            return_carry=return_carry,
+            time_major=time_major,
+            reverse=reverse,
+            keep_order=keep_order,
+            rngs=rngs,
+        )
+
+    def _of_members(self) -> Iterable[str]:
+        return ("cell",)
+
+    def _member(self, i: int) -> nnx.RNN:
+        rnn = nnx.RNN(self.cell.member(self._index(i)), rngs=False)
+        _copy_rnn(rnn, self)
+        return rnn
+
+
+class BatchEnsembleLSTMCell(_Cell[nnx.OptimizedLSTMCell | nnx.LSTMCell], nnx.OptimizedLSTMCell):
     r"""E LSTM cells that share their two kernels and differ by rank-one scalings.
 
     Member i computes  a_i = ((x_i * r_ih,i) W_ih) * s_ih,i + ((h_i * r_hh,i) W_hh) * s_hh,i + b_i
@@ -69,14 +150,8 @@ class BatchEnsembleLSTMCell(nnx.OptimizedLSTMCell):
         base_layer: the OptimizedLSTMCell or LSTMCell to start from. It is copied, never changed or shared.
         rngs: a seed or an Rngs; keys come from `rngs.params()` for the kernel (if drawn), r and s, in this order, of
             the inputs and then of the state.
-        num_members: the number of members E.
         use_base_weights: share copies of the base layer's kernels; otherwise draw them, lecun_normal.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
-        r_mean: mean of r under init="normal".
-        r_std: standard deviation of r under init="normal".
-        s_mean: mean of s under init="normal".
-        s_std: standard deviation of s under init="normal".
+        num_members, init, r_mean, r_std, s_mean, s_std: see `__init__`.
     Raises:
         TypeError: if base_layer is not an LSTM cell, or rngs neither a seed nor an Rngs.
         ValueError: if the rows do not divide by num_members, the last axis is not in_features, or a state has not a
@@ -91,29 +166,9 @@ class BatchEnsembleLSTMCell(nnx.OptimizedLSTMCell):
         [(2, 8), (4, 2), (4, 8), (4, 8)]
     """
 
-    num_members: int
-    dense_i: BatchEnsembleLinear
-    dense_h: BatchEnsembleLinear
-
-    @seed_is_not_num_members
-    def __init__(
-        self,
-        base_layer: nnx.OptimizedLSTMCell | nnx.LSTMCell,
-        rngs: Rngs | int = 1,
-        num_members: int = 1,
-        use_base_weights: bool = False,
-        init: str = "normal",
-        r_mean: float = 1.0,
-        r_std: float = 0.5,
-        s_mean: float = 1.0,
-        s_std: float = 0.5,
-    ) -> None:
-        what = "BatchEnsembleLSTMCell"
-        packed = isinstance(base_layer, nnx.OptimizedLSTMCell)
-        check_base_layer(what, base_layer, nnx.OptimizedLSTMCell if packed else nnx.LSTMCell, "__call__")
-        fast = (init, r_mean, r_std, s_mean, s_std)
-        self.gates_apart = not packed
-        _convert_cell(self, what, base_layer, rngs, num_members, use_base_weights, *fast)
+    def _check_base(self, what: str, base_layer: nnx.OptimizedLSTMCell | nnx.LSTMCell) -> None:
+        self.gates_apart = not isinstance(base_layer, nnx.OptimizedLSTMCell)
+        check_base_layer(what, base_layer, nnx.LSTMCell if self.gates_apart else nnx.OptimizedLSTMCell, "__call__")
 
     def __call__(self, carry: tuple[Array, Array], inputs: Array) -> tuple[tuple[Array, Array], Array]:
         """Takes one step of each member on its own rows.
@@ -138,24 +193,20 @@ class BatchEnsembleLSTMCell(nnx.OptimizedLSTMCell):
             >>> bool(jnp.allclose(own, cell((zeros, zeros), x)[1][5:10]))
             True
         """
-        i = member_index("BatchEnsembleLSTMCell", i, self.num_members)
+        i = self._index(i)
         if not self.gates_apart:
             packed = nnx.eval_shape(lambda: nnx.OptimizedLSTMCell(1, 1, rngs=nnx.Rngs(0)))
-            return _fill_cell(packed, self, i)  # type: ignore[no-any-return]
+            return self._fill(packed, i)  # type: ignore[no-any-return]
         apart = nnx.eval_shape(lambda: nnx.LSTMCell(1, 1, rngs=nnx.Rngs(0)))
-        cell = _fill_cell(apart, self, i)
+        cell = self._fill(apart, i)
         for names, dense in ((INPUT_GATES, cell.dense_i), (STATE_GATES, cell.dense_h)):
             for name, gate in zip(names, _unpacked(dense), strict=True):
                 setattr(cell, name, gate)
         del cell.dense_i, cell.dense_h
         return cell  # type: ignore[no-any-return]
 
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
-        _keep_members(self, "BatchEnsembleLSTMCell", indices)
 
-
-class BatchEnsembleGRUCell(nnx.GRUCell):
+class BatchEnsembleGRUCell(_Cell[nnx.GRUCell], nnx.GRUCell):
     r"""E GRU cells that share their two kernels and differ by rank-one scalings.
 
     Member i computes  a_i = ((x_i * r_ih,i) W_ih) * s_ih,i + b_i  and  d_i = ((h_i * r_hh,i) W_hh) * s_hh,i
@@ -174,14 +225,8 @@ class BatchEnsembleGRUCell(nnx.GRUCell):
         base_layer: the GRUCell to start from. It is copied, never changed or shared.
         rngs: a seed or an Rngs; keys come from `rngs.params()` for the kernel (if drawn), r and s, in this order, of
             the inputs and then of the state.
-        num_members: the number of members E.
         use_base_weights: share copies of the base layer's kernels; otherwise draw them, lecun_normal.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
-        r_mean: mean of r under init="normal".
-        r_std: standard deviation of r under init="normal".
-        s_mean: mean of s under init="normal".
-        s_std: standard deviation of s under init="normal".
+        num_members, init, r_mean, r_std, s_mean, s_std: see `__init__`.
     Raises:
         TypeError: if base_layer is not a GRUCell, or rngs neither a seed nor an Rngs.
         ValueError: if the rows do not divide by num_members, the last axis is not in_features, or a state has not a
@@ -195,27 +240,8 @@ class BatchEnsembleGRUCell(nnx.GRUCell):
         [(3, 6), (4, 3), (4, 6), (4, 6)]
     """
 
-    num_members: int
-    dense_i: BatchEnsembleLinear
-    dense_h: BatchEnsembleLinear
-
-    @seed_is_not_num_members
-    def __init__(
-        self,
-        base_layer: nnx.GRUCell,
-        rngs: Rngs | int = 1,
-        num_members: int = 1,
-        use_base_weights: bool = False,
-        init: str = "normal",
-        r_mean: float = 1.0,
-        r_std: float = 0.5,
-        s_mean: float = 1.0,
-        s_std: float = 0.5,
-    ) -> None:
-        what = "BatchEnsembleGRUCell"
+    def _check_base(self, what: str, base_layer: nnx.GRUCell) -> None:
         check_base_layer(what, base_layer, nnx.GRUCell, "__call__")
-        fast = (init, r_mean, r_std, s_mean, s_std)
-        _convert_cell(self, what, base_layer, rngs, num_members, use_base_weights, *fast)
 
     def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
         """Takes one step of each member on its own rows.
@@ -238,16 +264,11 @@ class BatchEnsembleGRUCell(nnx.GRUCell):
             >>> bool(jnp.allclose(own, cell(zeros, x)[1][5:10]))
             True
         """
-        i = member_index("BatchEnsembleGRUCell", i, self.num_members)
         cell = nnx.eval_shape(lambda: nnx.GRUCell(1, 1, rngs=nnx.Rngs(0)))
-        return _fill_cell(cell, self, i)  # type: ignore[no-any-return]
-
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
-        _keep_members(self, "BatchEnsembleGRUCell", indices)
+        return self._fill(cell, self._index(i))  # type: ignore[no-any-return]
 
 
-class BatchEnsembleLSTM(nnx.RNN):
+class BatchEnsembleLSTM(_Sequence):
     r"""E LSTMs that share their kernels and differ by rank-one scalings.
 
     Member i is an LSTM with the kernels  W_ih * r_ih,i s_ih,i^T  and  W_hh * r_hh,i s_hh,i^T  (Wen et al. 2020,
@@ -265,14 +286,8 @@ class BatchEnsembleLSTM(nnx.RNN):
             shared.
         rngs: a seed or an Rngs; keys come from `rngs.params()` for the kernel (if drawn), r and s, in this order, of
             the inputs and then of the state.
-        num_members: the number of members E.
         use_base_weights: share copies of the base layer's kernels; otherwise draw them, lecun_normal.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
-        r_mean: mean of r under init="normal".
-        r_std: standard deviation of r under init="normal".
-        s_mean: mean of s under init="normal".
-        s_std: standard deviation of s under init="normal".
+        num_members, init, r_mean, r_std, s_mean, s_std: see `__init__`.
     Raises:
         TypeError: if base_layer is not an RNN of an LSTM cell, or rngs neither a seed nor an Rngs.
         ValueError: if the rows do not divide by num_members, the last axis is not in_features, or a state has not a
@@ -287,61 +302,9 @@ class BatchEnsembleLSTM(nnx.RNN):
     """
 
     cell: BatchEnsembleLSTMCell
-
-    @seed_is_not_num_members
-    def __init__(
-        self,
-        base_layer: nnx.RNN,
-        rngs: Rngs | int = 1,
-        num_members: int = 1,
-        use_base_weights: bool = False,
-        init: str = "normal",
-        r_mean: float = 1.0,
-        r_std: float = 0.5,
-        s_mean: float = 1.0,
-        s_std: float = 0.5,
-    ) -> None:
-        what = "BatchEnsembleLSTM"
-        check_base_layer(what, base_layer, nnx.RNN, "__call__")
-        cell: Any = base_layer.cell
-        check_cell(what, cell, nnx.OptimizedLSTMCell, nnx.LSTMCell)
-        check_init(what, init, r_mean, r_std, s_mean, s_std)
-        self.num_members = check_num_members(what, num_members)
-        rngs = random.as_rngs(what, rngs)
-        _copy_rnn(self, base_layer)
-        fast = (init, r_mean, r_std, s_mean, s_std)
-        self.cell = BatchEnsembleLSTMCell(cell, rngs, self.num_members, use_base_weights, *fast)
-
-    def __call__(
-        self,
-        inputs: Array,
-        *,
-        initial_carry: Any = None,
-        seq_lengths: Array | None = None,
-        return_carry: bool | None = None,
-        time_major: bool | None = None,
-        reverse: bool | None = None,
-        keep_order: bool | None = None,
-        rngs: nnx.Rngs | nnx.RngStream | None = None,
-    ) -> Any:
-        """Runs each member over its own sequences; arguments are those of nnx.RNN, None for the layer's own.
-
-        Shape:
-            inputs: (E*B, ..., T, in_features), or (T, E*B, ..., in_features) if time_major. seq_lengths: (E*B, ...).
-            Returns outputs, or carry, outputs.
-        """
-        is_time_major = self.time_major if time_major is None else time_major
-        _check_sequence("BatchEnsembleLSTM", self, inputs, initial_carry, ("c", "h"), seq_lengths, is_time_major)
-        return super().__call__(
-            inputs,
-            initial_carry=initial_carry,
-            seq_lengths=seq_lengths,
-            return_carry=return_carry,
-            time_major=time_major,
-            reverse=reverse,
-            keep_order=keep_order,
-            rngs=rngs,
-        )
+    _cell_type = BatchEnsembleLSTMCell
+    _base_cells = (nnx.OptimizedLSTMCell, nnx.LSTMCell)
+    _states = ("c", "h")
 
     def member(self, i: int) -> nnx.RNN:
         """Returns member i as an ordinary nnx.RNN of an ordinary cell, with the kernels W * r_i s_i^T and the bias b_i.
@@ -352,19 +315,10 @@ class BatchEnsembleLSTM(nnx.RNN):
             >>> bool(jnp.allclose(layer.member(1)(x), layer(jnp.tile(x, (4, 1, 1)))[5:10]))
             True
         """
-        i = member_index("BatchEnsembleLSTM", i, self.num_members)
-        rnn = nnx.RNN(self.cell.member(i), rngs=False)
-        _copy_rnn(rnn, self)
-        return rnn
-
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
-        indices = member_indices("BatchEnsembleLSTM", indices, self.num_members)
-        self.num_members = len(indices)
-        self.cell.keep_members(indices)
+        return self._member(i)
 
 
-class BatchEnsembleGRU(nnx.RNN):
+class BatchEnsembleGRU(_Sequence):
     r"""E GRUs that share their kernels and differ by rank-one scalings.
 
     Member i is a GRU with the kernels  W_ih * r_ih,i s_ih,i^T  and  W_hh * r_hh,i s_hh,i^T  (Wen et al. 2020,
@@ -381,14 +335,8 @@ class BatchEnsembleGRU(nnx.RNN):
         base_layer: the nnx.RNN of a GRUCell to start from. It is copied, never changed or shared.
         rngs: a seed or an Rngs; keys come from `rngs.params()` for the kernel (if drawn), r and s, in this order, of
             the inputs and then of the state.
-        num_members: the number of members E.
         use_base_weights: share copies of the base layer's kernels; otherwise draw them, lecun_normal.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
-        r_mean: mean of r under init="normal".
-        r_std: standard deviation of r under init="normal".
-        s_mean: mean of s under init="normal".
-        s_std: standard deviation of s under init="normal".
+        num_members, init, r_mean, r_std, s_mean, s_std: see `__init__`.
     Raises:
         TypeError: if base_layer is not an RNN of a GRUCell, or rngs neither a seed nor an Rngs.
         ValueError: if the rows do not divide by num_members, the last axis is not in_features, or a state has not a
@@ -403,61 +351,9 @@ class BatchEnsembleGRU(nnx.RNN):
     """
 
     cell: BatchEnsembleGRUCell
-
-    @seed_is_not_num_members
-    def __init__(
-        self,
-        base_layer: nnx.RNN,
-        rngs: Rngs | int = 1,
-        num_members: int = 1,
-        use_base_weights: bool = False,
-        init: str = "normal",
-        r_mean: float = 1.0,
-        r_std: float = 0.5,
-        s_mean: float = 1.0,
-        s_std: float = 0.5,
-    ) -> None:
-        what = "BatchEnsembleGRU"
-        check_base_layer(what, base_layer, nnx.RNN, "__call__")
-        cell: Any = base_layer.cell
-        check_cell(what, cell, nnx.GRUCell)
-        check_init(what, init, r_mean, r_std, s_mean, s_std)
-        self.num_members = check_num_members(what, num_members)
-        rngs = random.as_rngs(what, rngs)
-        _copy_rnn(self, base_layer)
-        fast = (init, r_mean, r_std, s_mean, s_std)
-        self.cell = BatchEnsembleGRUCell(cell, rngs, self.num_members, use_base_weights, *fast)
-
-    def __call__(
-        self,
-        inputs: Array,
-        *,
-        initial_carry: Any = None,
-        seq_lengths: Array | None = None,
-        return_carry: bool | None = None,
-        time_major: bool | None = None,
-        reverse: bool | None = None,
-        keep_order: bool | None = None,
-        rngs: nnx.Rngs | nnx.RngStream | None = None,
-    ) -> Any:
-        """Runs each member over its own sequences; arguments are those of nnx.RNN, None for the layer's own.
-
-        Shape:
-            inputs: (E*B, ..., T, in_features), or (T, E*B, ..., in_features) if time_major. seq_lengths: (E*B, ...).
-            Returns outputs, or carry, outputs.
-        """
-        is_time_major = self.time_major if time_major is None else time_major
-        _check_sequence("BatchEnsembleGRU", self, inputs, initial_carry, ("h",), seq_lengths, is_time_major)
-        return super().__call__(
-            inputs,
-            initial_carry=initial_carry,
-            seq_lengths=seq_lengths,
-            return_carry=return_carry,
-            time_major=time_major,
-            reverse=reverse,
-            keep_order=keep_order,
-            rngs=rngs,
-        )
+    _cell_type = BatchEnsembleGRUCell
+    _base_cells = (nnx.GRUCell,)
+    _states = ("h",)
 
     def member(self, i: int) -> nnx.RNN:
         """Returns member i as an ordinary nnx.RNN of an ordinary cell, with the kernels W * r_i s_i^T and the bias b_i.
@@ -468,65 +364,11 @@ class BatchEnsembleGRU(nnx.RNN):
             >>> bool(jnp.allclose(layer.member(1)(x), layer(jnp.tile(x, (4, 1, 1)))[5:10]))
             True
         """
-        i = member_index("BatchEnsembleGRU", i, self.num_members)
-        rnn = nnx.RNN(self.cell.member(i), rngs=False)
-        _copy_rnn(rnn, self)
-        return rnn
-
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
-        indices = member_indices("BatchEnsembleGRU", indices, self.num_members)
-        self.num_members = len(indices)
-        self.cell.keep_members(indices)
-
-
-def _convert_cell(
-    cell: Any,
-    what: str,
-    base_layer: Any,
-    rngs: Rngs | int,
-    num_members: int,
-    use_base_weights: bool,
-    init: str,
-    r_mean: float,
-    r_std: float,
-    s_mean: float,
-    s_std: float,
-) -> None:
-    check_init(what, init, r_mean, r_std, s_mean, s_std)
-    cell.num_members = check_num_members(what, num_members)
-    rngs = random.as_rngs(what, rngs)
-    for option in _CELL_OPTIONS:
-        setattr(cell, option, getattr(base_layer, option))
-    cell.rngs = _copied(base_layer.rngs)
-    if isinstance(base_layer, nnx.LSTMCell):
-        dense_i, dense_h = _packed(what, base_layer, INPUT_GATES), _packed(what, base_layer, STATE_GATES)
-    else:
-        dense_i, dense_h = base_layer.dense_i, base_layer.dense_h
-    fast = (init, r_mean, r_std, s_mean, s_std)
-    for name, dense in (("dense_i", dense_i), ("dense_h", dense_h)):
-        check_weight(what, dense.kernel.shape)
-        setattr(cell, name, BatchEnsembleLinear(dense, rngs, cell.num_members, use_base_weights, *fast))
-
-
-def _fill_cell(plain: Any, cell: Any, i: int) -> Any:
-    for option in _CELL_OPTIONS:
-        setattr(plain, option, getattr(cell, option))
-    plain.rngs = _copied(cell.rngs)
-    plain.dense_i, plain.dense_h = cell.dense_i.member(i), cell.dense_h.member(i)
-    return plain
-
-
-def _keep_members(cell: Any, what: str, indices: Sequence[int]) -> None:
-    indices = member_indices(what, indices, cell.num_members)
-    cell.num_members = len(indices)
-    cell.dense_i.keep_members(indices)
-    cell.dense_h.keep_members(indices)
+        return self._member(i)
 
 
 def _copy_rnn(rnn: nnx.RNN, base: nnx.RNN) -> None:
-    for option in _RNN_OPTIONS:
-        setattr(rnn, option, getattr(base, option))
+    copy_options(rnn, base, _RNN_OPTIONS)
     rnn.rngs = _copied(base.rngs)
 
 
@@ -562,8 +404,7 @@ def _unpacked(packed: nnx.Linear) -> list[nnx.Linear]:
 
 
 def _copy_linear(linear: nnx.Linear, base: nnx.Linear, out_features: int) -> None:
-    for option in _LINEAR_OPTIONS:
-        setattr(linear, option, getattr(base, option))
+    copy_options(linear, base, _LINEAR_OPTIONS)
     linear.out_features = out_features
 
 

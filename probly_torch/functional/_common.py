@@ -22,9 +22,14 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def check_dtype(what: str, x: Tensor, weight: Tensor) -> None:
+def promoted(
+    what: str, x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Returns the inputs and weights in the dtype that a linear layer computes in: autocast's, or their own."""
+    x, weight, r, s, bias = autocast(x, weight, r, s, bias)
     if x.dtype != weight.dtype:
         raise TypeError(
             f"{what} expects inputs of the weight's dtype, {weight.dtype}; got {x.dtype}. "
             f"Convert them: x.to({weight.dtype})."
         )
+    return x, weight, r, s, bias

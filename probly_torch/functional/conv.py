@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 from probly_common.checks.layers import check_conv_kernel, check_fast_weights
 from probly_common.checks.rows import check_conv_rows, tiled
-from probly_torch.functional._common import autocast, check_dtype
+from probly_torch.functional._common import promoted
 
 __all__ = ["batch_ensemble_conv", "batch_ensemble_conv_transpose"]
 
@@ -60,9 +61,11 @@ def batch_ensemble_conv(
         <BLANKLINE>
                 [[120., 120., 120.]]])
     """
-    check_conv_kernel("batch_ensemble_conv", weight.shape, at_most=3)
-    conv = partial(_CONV[weight.ndim - 2], stride=stride, padding=padding, dilation=dilation, groups=groups)
-    return _batch_ensemble("batch_ensemble_conv", conv, x, weight, r, s, bias, groups, shared)
+    what = "batch_ensemble_conv"
+    check_conv_kernel(what, weight.shape, at_most=3)
+    _check(what, (weight.shape[1] * groups, weight.shape[0]), x, weight, r, s, bias, shared)
+    options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    return members_conv(*promoted(what, x, weight, r, s, bias), shared, **options)
 
 
 def batch_ensemble_conv_transpose(
@@ -103,18 +106,28 @@ def batch_ensemble_conv_transpose(
         <BLANKLINE>
                 [[ 60., 120.,  60.]]])
     """
-    check_conv_kernel("batch_ensemble_conv_transpose", weight.shape, at_most=3)
-    conv = partial(
-        _CONV_TRANSPOSE[weight.ndim - 2],
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        output_padding=output_padding,
-        groups=groups,
-    )
-    return _batch_ensemble(
-        "batch_ensemble_conv_transpose", conv, x, weight, r, s, bias, groups, shared, transposed=True
-    )
+    what = "batch_ensemble_conv_transpose"
+    check_conv_kernel(what, weight.shape, at_most=3)
+    _check(what, (weight.shape[0], weight.shape[1] * groups), x, weight, r, s, bias, shared)
+    options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    options |= {"output_padding": output_padding}
+    return members_conv_transpose(*promoted(what, x, weight, r, s, bias), shared, **options)
+
+
+def members_conv(
+    x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None, shared: bool, groups: int, **options: Any
+) -> Tensor:
+    """Computes batch_ensemble_conv for arguments that are checked and promoted, as a layer does at its door."""
+    conv = partial(_CONV[weight.ndim - 2], groups=groups, **options)
+    return _members_conv(conv, partial(scaled_weights, weight, s, r, groups), x, weight, r, s, bias, shared)
+
+
+def members_conv_transpose(
+    x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None, shared: bool, groups: int, **options: Any
+) -> Tensor:
+    """Computes batch_ensemble_conv_transpose for arguments that are checked and promoted."""
+    conv = partial(_CONV_TRANSPOSE[weight.ndim - 2], groups=groups, **options)
+    return _members_conv(conv, partial(scaled_weights, weight, r, s, groups), x, weight, r, s, bias, shared)
 
 
 def scaled_weights(weight: Tensor, first: Tensor, second: Tensor, groups: int) -> Tensor:
@@ -128,37 +141,42 @@ def scaled_weights(weight: Tensor, first: Tensor, second: Tensor, groups: int) -
     return (weight.unflatten(0, (groups, -1)) * scales).flatten(1, 2)
 
 
-def _batch_ensemble(
+def _check(
     what: str,
-    conv: Callable[..., Tensor],
+    channels: tuple[int, int],
     x: Tensor,
     weight: Tensor,
     r: Tensor,
     s: Tensor,
     bias: Tensor | None,
-    groups: int,
     shared: bool,
-    transposed: bool = False,
+) -> None:
+    check_fast_weights(what, *channels, r.shape, s.shape, None if bias is None else bias.shape)
+    shape = tiled(x.shape, r.shape[0]) if shared else x.shape
+    check_conv_rows(what, shape, r.shape[0], channels[0], weight.ndim - 2, channels_first=True)
+
+
+def _members_conv(
+    conv: Callable[..., Tensor],
+    member_weights: Callable[[], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    r: Tensor,
+    s: Tensor,
+    bias: Tensor | None,
+    shared: bool,
 ) -> Tensor:
-    first, second = weight.shape[0], weight.shape[1] * groups
-    in_channels, out_channels = (first, second) if transposed else (second, first)
-    check_fast_weights(what, in_channels, out_channels, r.shape, s.shape, None if bias is None else bias.shape)
     num_members = r.shape[0]
     batches = 1 if shared else num_members
-    shape = tiled(x.shape, num_members) if shared else x.shape
-    check_conv_rows(what, shape, num_members, in_channels, weight.ndim - 2, channels_first=True)
-    x, weight, r, s, bias = autocast(x, weight, r, s, bias)
-    check_dtype(what, x, weight)
     # On a CPU, members with many activations are faster one by one, each with a weight of its own: no pass over the
     # activations but one that joins them. Elsewhere, and for few, E convolutions would cost more than they save. What
     # is exported may serve any number of rows.
     one_by_one = num_members <= 16 and x.device.type == "cpu" and not torch.compiler.is_exporting()
     if one_by_one and x.numel() >= 4 * batches * weight.numel():
-        weights = scaled_weights(weight, r, s, groups) if transposed else scaled_weights(weight, s, r, groups)
         biases = [None] * num_members if bias is None else bias
         inputs = [x] * num_members if shared else x.chunk(num_members)
-        return torch.cat([conv(*each) for each in zip(inputs, weights, biases, strict=True)])
-    y = conv((_members(x, batches) * _rows(r, x)).reshape(shape), weight)
+        return torch.cat([conv(*each) for each in zip(inputs, member_weights(), biases, strict=True)])
+    y = conv((_members(x, batches) * _rows(r, x)).flatten(0, 1), weight)
     members = _members(y, num_members)
     scaled = members * _rows(s, y) if bias is None else torch.addcmul(_rows(bias, y), members, _rows(s, y))
     return scaled.reshape(y.shape)

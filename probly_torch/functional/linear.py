@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from probly_common.checks.layers import check_fast_weights, check_weight
 from probly_common.checks.rows import check_member_rows, tiled
-from probly_torch.functional._common import autocast, check_dtype
+from probly_torch.functional._common import promoted
 
 __all__ = ["batch_ensemble_linear"]
 
@@ -50,19 +50,16 @@ def batch_ensemble_linear(
     out_features, in_features = weight.shape
     check_fast_weights(what, in_features, out_features, r.shape, s.shape, None if bias is None else bias.shape)
     check_member_rows(what, tiled(x.shape, r.shape[0]) if shared else x.shape, r.shape[0], in_features)
-    return members_linear(what, x, weight, r, s, bias, shared)
+    return members_linear(*promoted(what, x, weight, r, s, bias), shared)
 
 
 def members_linear(
-    what: str, x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None, shared: bool = False
+    x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None, shared: bool = False
 ) -> Tensor:
-    """Computes batch_ensemble_linear for arguments whose shapes are checked.
+    """Computes batch_ensemble_linear for arguments that are checked and promoted, as a layer does at its door.
 
-    It is what a layer calls, since small products pay dearly for the checks. If shared, x (B, ..., in_features) is the
-    batch of every member.
+    If shared, x (B, ..., in_features) is the batch of every member.
     """
-    x, weight, r, s, bias = autocast(x, weight, r, s, bias)
-    check_dtype(what, x, weight)
     num_members, in_features = r.shape
     out_features = weight.shape[0]
     batches = 1 if shared else num_members

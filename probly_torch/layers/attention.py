@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, pad, scaled_dot_product_attention, softmax
 
-from probly_common.checks.ensembles import member_index, member_indices
-from probly_common.checks.layers import check_base_layer, check_init, seed_is_not_num_members
+from probly_common.checks.layers import check_base_layer
 from probly_common.checks.rows import check_attention_inputs, check_mask_rows
-from probly_common.checks.values import check_num_members
-from probly_torch import random
-from probly_torch.functional import batch_ensemble_linear
-from probly_torch.layers._common import copied, draw_fast_weights, draw_kernel, keep_rows
+from probly_torch.functional._common import promoted
+from probly_torch.functional.linear import members_linear
+from probly_torch.layers._base import Draws, FastWeightLayer, member_of
 from probly_torch.layers.linear import BatchEnsembleLinear
-from probly_torch.random import Rngs
 
 __all__ = ["BatchEnsembleMultiHeadAttention"]
 
 _OPTIONS = ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "add_zero_attn")
-_OF_MEMBERS = ("q_r", "q_s", "k_r", "k_s", "v_r", "v_s", "in_proj_bias", "bias_k", "bias_v")
+_BIASES = ("in_proj_bias", "bias_k", "bias_v")
 
 
-class BatchEnsembleMultiHeadAttention(nn.Module):
+class BatchEnsembleMultiHeadAttention(FastWeightLayer[nn.MultiheadAttention]):
     r"""E attention layers whose four projections share their weights and differ by rank-one scalings.
 
     Member i projects queries, keys, values and outputs each by  ((x_i * r_i) W^T) * s_i + b_i
@@ -45,14 +42,8 @@ class BatchEnsembleMultiHeadAttention(nn.Module):
         base_layer: the MultiheadAttention layer to start from. It is copied, never changed or shared.
         rngs: a seed or an Rngs; keys come from `rngs.params()` for the weight (if drawn), r and s of the query's
             projection, then the key's, the value's and the output's.
-        num_members: the number of members E.
         use_base_weights: share copies of the base layer's weights; otherwise draw them, lecun_normal.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
-        r_mean: mean of r under init="normal".
-        r_std: standard deviation of r under init="normal".
-        s_mean: mean of s under init="normal".
-        s_std: standard deviation of s under init="normal".
+        num_members, init, r_mean, r_std, s_mean, s_std: see `__init__`.
     Raises:
         TypeError: if base_layer is not a MultiheadAttention layer, or rngs neither a seed nor an Rngs.
         ValueError: if the rows do not divide by num_members, or inputs or masks have other shapes.
@@ -82,45 +73,22 @@ class BatchEnsembleMultiHeadAttention(nn.Module):
     bias_k: nn.Parameter | None
     bias_v: nn.Parameter | None
 
-    @seed_is_not_num_members
-    def __init__(
-        self,
-        base_layer: nn.MultiheadAttention,
-        rngs: Rngs | int = 1,
-        num_members: int = 1,
-        use_base_weights: bool = False,
-        init: str = "normal",
-        r_mean: float = 1.0,
-        r_std: float = 0.5,
-        s_mean: float = 1.0,
-        s_std: float = 0.5,
-    ) -> None:
-        super().__init__()
-        what = "BatchEnsembleMultiHeadAttention"
+    def _check_base(self, what: str, base_layer: nn.MultiheadAttention) -> None:
         check_base_layer(what, base_layer, nn.MultiheadAttention, "forward")
-        check_init(what, init, r_mean, r_std, s_mean, s_std)
-        self.num_members = num_members = check_num_members(what, num_members)
-        rngs = random.as_rngs(what, rngs)
+
+    def _convert(self, base_layer: nn.MultiheadAttention, draws: Draws) -> None:
         for name in _OPTIONS:
             setattr(self, name, getattr(base_layer, name))
-
         weights = []
         for name, base in zip("qkv", _projections(base_layer), strict=True):
-            weights.append(copied(base if use_base_weights else draw_kernel(rngs, base.T).T))
-            out_features, in_features = base.shape
-            r = draw_fast_weights(rngs, (num_members, in_features), init, r_mean, r_std, base)
-            s = draw_fast_weights(rngs, (num_members, out_features), init, s_mean, s_std, base)
-            setattr(self, f"{name}_r", nn.Parameter(r))
-            setattr(self, f"{name}_s", nn.Parameter(s))
+            weights.append(draws.weight(base).detach())
+            r, s = draws.fast_weights(base.shape[1], base.shape[0], base)
+            setattr(self, f"{name}_r", r)
+            setattr(self, f"{name}_s", s)
         _set_projections(self, weights, base_layer)
-        for name in ("in_proj_bias", "bias_k", "bias_v"):
-            base = getattr(base_layer, name)
-            rows = None if base is None else copied(base.expand(num_members, *base.shape))
-            self.register_parameter(name, None if rows is None else nn.Parameter(rows, base.requires_grad))
-        self.out_proj = BatchEnsembleLinear(
-            base_layer.out_proj, rngs, num_members, use_base_weights, init, r_mean, r_std, s_mean, s_std
-        )
-        self.train(base_layer.training)
+        for name in _BIASES:
+            self.register_parameter(name, draws.rows(getattr(base_layer, name)))
+        self.out_proj = BatchEnsembleLinear(base_layer.out_proj, *draws)
 
     def forward(
         self,
@@ -133,8 +101,8 @@ class BatchEnsembleMultiHeadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        inputs = {"query": query, "key": key, "value": value}
-        self._check(inputs, key_padding_mask, attn_mask, is_causal)
+        what, inputs = "BatchEnsembleMultiHeadAttention", {"query": query, "key": key, "value": value}
+        self._check(what, inputs, key_padding_mask, attn_mask, is_causal)
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         # As in MultiheadAttention, the hint stands for the mask only where nothing else needs the mask.
@@ -143,7 +111,7 @@ class BatchEnsembleMultiHeadAttention(nn.Module):
 
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3, dim=1)
         q, k, v = (
-            batch_ensemble_linear(x, weight, getattr(self, f"{name}_r"), getattr(self, f"{name}_s"), bias)
+            members_linear(*promoted(what, x, weight, getattr(self, f"{name}_r"), getattr(self, f"{name}_s"), bias))
             for name, x, weight, bias in zip("qkv", (query, key, value), _projections(self), biases, strict=True)
         )
         if self.bias_k is not None and self.bias_v is not None:
@@ -177,7 +145,7 @@ class BatchEnsembleMultiHeadAttention(nn.Module):
             >>> torch.allclose(layer.member(1)(x, x, x)[0], layer(tiled, tiled, tiled)[0][3:6], atol=1e-6)
             True
         """
-        i = member_index("BatchEnsembleMultiHeadAttention", i, self.num_members)
+        i = self._index(i)
         attention = nn.MultiheadAttention(
             self.embed_dim,
             self.num_heads,
@@ -195,20 +163,14 @@ class BatchEnsembleMultiHeadAttention(nn.Module):
             for name, weight in zip("qkv", _projections(self), strict=True)
         ]
         _set_projections(attention, weights, self)
-        for name in ("in_proj_bias", "bias_k", "bias_v"):
-            rows = getattr(self, name)
-            if rows is not None:
-                setattr(attention, name, nn.Parameter(copied(rows[i]), requires_grad=rows.requires_grad))
+        for name in _BIASES:
+            setattr(attention, name, member_of(getattr(self, name), i))
         linear = self.out_proj.member(i)
         attention.out_proj.weight, attention.out_proj.bias = linear.weight, linear.bias
         return attention.train(self.training)
 
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
-        indices = member_indices("BatchEnsembleMultiHeadAttention", indices, self.num_members)
-        self.num_members = len(indices)
-        keep_rows(self, _OF_MEMBERS, indices)
-        self.out_proj.keep_members(indices)
+    def _of_members(self) -> Iterable[str]:
+        return *(f"{name}_{factor}" for name in "qkv" for factor in "rs"), *_BIASES, "out_proj"
 
     def extra_repr(self) -> str:
         return (
@@ -218,12 +180,12 @@ class BatchEnsembleMultiHeadAttention(nn.Module):
 
     def _check(
         self,
+        what: str,
         inputs: dict[str, Tensor],
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> None:
-        what = "BatchEnsembleMultiHeadAttention"
         if any(x.is_nested for x in inputs.values()):
             raise ValueError(
                 f"{what} expects padded tensors; got a nested one, as nn.TransformerEncoder makes in eval mode. Set "

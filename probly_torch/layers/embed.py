@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from probly_common.checks.ensembles import member_index, member_indices
-from probly_common.checks.layers import check_base_type, check_init, check_option_unset, seed_is_not_num_members
+from probly_common.checks.layers import check_base_type, check_option_unset
 from probly_common.checks.rows import check_floating, check_query, check_tokens
-from probly_common.checks.values import check_num_members
 from probly_torch import random
-from probly_torch.functional import batch_ensemble_linear
-from probly_torch.functional._common import rows
-from probly_torch.layers._common import copied, draw_fast_weights, keep_rows
+from probly_torch.functional._common import promoted, rows
+from probly_torch.functional.linear import members_linear
+from probly_torch.layers._base import Draws, FastWeightLayer, param
 from probly_torch.random import Rngs
 
 __all__ = ["BatchEnsembleEmbed"]
 
 
-class BatchEnsembleEmbed(nn.Module):
+class BatchEnsembleEmbed(FastWeightLayer[nn.Embedding]):
     r"""E embeddings that share one table and differ by rank-one scalings.
 
     Member i looks up  y_i = W[x_i] * r_i[x_i] * s_i, the rows of its table  W * r_i s_i^T     (Wen et al. 2020, eq. 3)
@@ -37,16 +35,9 @@ class BatchEnsembleEmbed(nn.Module):
         weight (num_embeddings, embedding_dim), r (E, num_embeddings), s (E, embedding_dim).
     Args:
         base_layer: the Embedding layer to start from. It is copied, never changed or shared.
-        rngs: a seed or an Rngs; keys come from `rngs.params()` for the weight (if drawn), r and s, in this order.
-        num_members: the number of members E.
         use_base_weights: share a copy of the base layer's weight; otherwise draw one, normal with variance
             1 / embedding_dim, the row padding_idx zero.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
-        r_mean: mean of r under init="normal".
-        r_std: standard deviation of r under init="normal".
-        s_mean: mean of s under init="normal".
-        s_std: standard deviation of s under init="normal".
+        rngs, num_members, init, r_mean, r_std, s_mean, s_std: see `__init__`.
     Raises:
         TypeError: if base_layer is not an Embedding layer, rngs neither a seed nor an Rngs, or x are no integers.
         ValueError: if the rows do not divide by num_members, or the base layer has a max_norm.
@@ -60,38 +51,17 @@ class BatchEnsembleEmbed(nn.Module):
         [(10, 3), (4, 10), (4, 3)]
     """
 
-    @seed_is_not_num_members
-    def __init__(
-        self,
-        base_layer: nn.Embedding,
-        rngs: Rngs | int = 1,
-        num_members: int = 1,
-        use_base_weights: bool = False,
-        init: str = "normal",
-        r_mean: float = 1.0,
-        r_std: float = 0.5,
-        s_mean: float = 1.0,
-        s_std: float = 0.5,
-    ) -> None:
-        super().__init__()
-        what = "BatchEnsembleEmbed"
+    def _check_base(self, what: str, base_layer: nn.Embedding) -> None:
         check_base_type(what, "an embedding", base_layer, (nn.Embedding,), "forward")
         check_option_unset(what, "max_norm", base_layer.max_norm, "which changes the weights in every call")
-        check_init(what, init, r_mean, r_std, s_mean, s_std)
-        base = base_layer.weight
-        check_floating(what, "a table", base.is_floating_point(), base.dtype)
-        self.num_members = check_num_members(what, num_members)
+        check_floating(what, "a table", base_layer.weight.is_floating_point(), base_layer.weight.dtype)
+
+    def _convert(self, base_layer: nn.Embedding, draws: Draws) -> None:
         self.num_embeddings, self.embedding_dim = base_layer.num_embeddings, base_layer.embedding_dim
         self.padding_idx, self.norm_type = base_layer.padding_idx, base_layer.norm_type
         self.scale_grad_by_freq, self.sparse = base_layer.scale_grad_by_freq, base_layer.sparse
-        rngs = random.as_rngs(what, rngs)
-
-        weight = base if use_base_weights else _draw_table(rngs, base, self.padding_idx)
-        r = draw_fast_weights(rngs, (self.num_members, self.num_embeddings), init, r_mean, r_std, base)
-        s = draw_fast_weights(rngs, (self.num_members, self.embedding_dim), init, s_mean, s_std, base)
-        self.weight = nn.Parameter(copied(weight), requires_grad=base.requires_grad)
-        self.r, self.s = nn.Parameter(r), nn.Parameter(s)
-        self.train(base_layer.training)
+        self.weight = draws.weight(base_layer.weight, partial(_draw_table, padding_idx=self.padding_idx))
+        self.r, self.s = draws.fast_weights(self.num_embeddings, self.embedding_dim, base_layer.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         integer = not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
@@ -119,8 +89,9 @@ class BatchEnsembleEmbed(nn.Module):
             >>> layer.attend(torch.ones(8, 5, 3)).shape
             torch.Size([8, 5, 10])
         """
-        check_query("BatchEnsembleEmbed.attend", query.shape, self.num_members, self.embedding_dim)
-        return batch_ensemble_linear(query, self.weight, self.s, self.r)
+        what = "BatchEnsembleEmbed.attend"
+        check_query(what, query.shape, self.num_members, self.embedding_dim)
+        return members_linear(*promoted(what, query, self.weight, self.s, self.r, None))
 
     def member(self, i: int) -> nn.Embedding:
         """Returns member i as an ordinary Embedding layer, with the table W * r_i s_i^T.
@@ -131,7 +102,7 @@ class BatchEnsembleEmbed(nn.Module):
             >>> torch.allclose(layer.member(1)(x), layer(x.repeat(4))[5:10])
             True
         """
-        i = member_index("BatchEnsembleEmbed", i, self.num_members)
+        i = self._index(i)
         weight = (self.weight * (self.r[i, :, None] * self.s[i])).detach()
         layer = nn.Embedding(
             self.num_embeddings,
@@ -142,14 +113,8 @@ class BatchEnsembleEmbed(nn.Module):
             sparse=self.sparse,
             device="meta",
         )
-        layer.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        layer.weight = param(weight, self.weight)
         return layer.train(self.training)
-
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
-        indices = member_indices("BatchEnsembleEmbed", indices, self.num_members)
-        self.num_members = len(indices)
-        keep_rows(self, ("r", "s"), indices)
 
     def extra_repr(self) -> str:
         return (

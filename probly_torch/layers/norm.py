@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, group_norm, layer_norm
 
-from probly_common.checks.ensembles import member_index, member_indices
 from probly_common.checks.layers import check_base_type, check_dtype
 from probly_common.checks.rows import check_enough_values, check_norm_rows
 from probly_common.checks.values import check_num_members
-from probly_torch.layers._common import copied
+from probly_torch.layers._base import BaseLayer, MemberLayer, copied, member_of, param, repeated
 
 __all__ = ["BatchEnsembleBatchNorm", "BatchEnsembleGroupNorm", "BatchEnsembleLayerNorm"]
 
 _RANKS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4, 4), nn.BatchNorm3d: (5, 5)}
 
 
-class BatchEnsembleBatchNorm(nn.Module):
+class _Norm(MemberLayer[BaseLayer]):
+    """The base of the layers: a scale and an offset for each member."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def _of_members(self) -> Iterable[str]:
+        return "weight", "bias", "running_mean", "running_var"
+
+
+class BatchEnsembleBatchNorm(_Norm[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]):
     r"""E batch normalisations, each with its own scale, offset and running statistics.
 
     Member i computes  y_i = (x_i - mean_i) / sqrt(var_i + eps) * weight_i + bias_i, with the mean and variance of its
@@ -46,8 +55,6 @@ class BatchEnsembleBatchNorm(nn.Module):
         (torch.Size([8, 3, 5, 5]), torch.Size([4, 3]))
     """
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
@@ -63,7 +70,7 @@ class BatchEnsembleBatchNorm(nn.Module):
         _for_each_member(self, base_layer)
         for name in ("running_mean", "running_var"):
             values = getattr(base_layer, name)
-            self.register_buffer(name, None if values is None else _repeated(values, self.num_members))
+            self.register_buffer(name, None if values is None else repeated(values, self.num_members))
         count = base_layer.num_batches_tracked
         self.register_buffer("num_batches_tracked", None if count is None else copied(count))
         self.register_load_state_dict_pre_hook(_count_is_optional)
@@ -112,7 +119,7 @@ class BatchEnsembleBatchNorm(nn.Module):
             >>> torch.allclose(layer.member(1)(x), layer(x.repeat(4, 1))[5:10])
             True
         """
-        i = member_index("BatchEnsembleBatchNorm", i, self.num_members)
+        i = self._index(i)
         layer = self.base_type(
             self.num_features, self.eps, self.momentum, self.affine, self.track_running_stats, device="meta"
         )
@@ -123,10 +130,6 @@ class BatchEnsembleBatchNorm(nn.Module):
         layer.num_batches_tracked = None if count is None else copied(count)
         return _of_member(self, i, layer)
 
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
-        _keep(self, member_indices("BatchEnsembleBatchNorm", indices, self.num_members))
-
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, num_members={self.num_members}, eps={self.eps}, momentum={self.momentum}, "
@@ -134,7 +137,7 @@ class BatchEnsembleBatchNorm(nn.Module):
         )
 
 
-class BatchEnsembleLayerNorm(nn.Module):
+class BatchEnsembleLayerNorm(_Norm[nn.LayerNorm]):
     r"""E layer normalisations, each with its own scale and offset.
 
     Member i computes  y_i = (x_i - mean) / sqrt(var + eps) * weight_i + bias_i, with the mean and variance of the last
@@ -156,9 +159,6 @@ class BatchEnsembleLayerNorm(nn.Module):
         >>> layer(torch.ones(8, 5, 3)).shape, layer.weight.shape
         (torch.Size([8, 5, 3]), torch.Size([4, 5, 3]))
     """
-
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
 
     def __init__(self, base_layer: nn.LayerNorm, num_members: int = 1) -> None:
         super().__init__()
@@ -185,13 +185,9 @@ class BatchEnsembleLayerNorm(nn.Module):
             >>> torch.allclose(layer.member(1)(x), layer(x.repeat(4, 1))[5:10])
             True
         """
-        i = member_index("BatchEnsembleLayerNorm", i, self.num_members)
+        i = self._index(i)
         layer = nn.LayerNorm(self.normalized_shape, self.eps, self.elementwise_affine, device="meta")
         return _of_member(self, i, layer)
-
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
-        _keep(self, member_indices("BatchEnsembleLayerNorm", indices, self.num_members))
 
     def extra_repr(self) -> str:
         return (
@@ -200,7 +196,7 @@ class BatchEnsembleLayerNorm(nn.Module):
         )
 
 
-class BatchEnsembleGroupNorm(nn.Module):
+class BatchEnsembleGroupNorm(_Norm[nn.GroupNorm]):
     r"""E group normalisations, each with its own scale and offset.
 
     Member i computes  y_i = (x_i - mean) / sqrt(var + eps) * weight_i + bias_i, with the mean and variance of each
@@ -223,9 +219,6 @@ class BatchEnsembleGroupNorm(nn.Module):
         >>> layer(torch.ones(8, 6, 5, 5)).shape, layer.weight.shape
         (torch.Size([8, 6, 5, 5]), torch.Size([4, 6]))
     """
-
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
 
     def __init__(self, base_layer: nn.GroupNorm, num_members: int = 1) -> None:
         super().__init__()
@@ -254,13 +247,9 @@ class BatchEnsembleGroupNorm(nn.Module):
             >>> torch.allclose(layer.member(1)(x), layer(x.repeat(4, 1))[5:10])
             True
         """
-        i = member_index("BatchEnsembleGroupNorm", i, self.num_members)
+        i = self._index(i)
         layer = nn.GroupNorm(self.num_groups, self.num_channels, self.eps, self.affine, device="meta")
         return _of_member(self, i, layer)
-
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
-        _keep(self, member_indices("BatchEnsembleGroupNorm", indices, self.num_members))
 
     def extra_repr(self) -> str:
         return (
@@ -269,38 +258,20 @@ class BatchEnsembleGroupNorm(nn.Module):
         )
 
 
-def _repeated(values: Tensor, num_members: int) -> Tensor:
-    return copied(values.expand(num_members, *values.shape))
-
-
 def _for_each_member(layer: Any, base_layer: nn.Module) -> None:
     """Gives the layer a copy of the base layer's weight and bias for each member."""
     for name in ("weight", "bias"):
         values = getattr(base_layer, name)
         if values is not None:
-            values = nn.Parameter(_repeated(values, layer.num_members), requires_grad=values.requires_grad)
+            values = param(repeated(values, layer.num_members), values)
         layer.register_parameter(name, values)
 
 
 def _of_member(layer: Any, i: int, ordinary: Any) -> Any:
     """Gives an ordinary layer the weight, the bias and the mode of member i."""
     for name in ("weight", "bias"):
-        values = getattr(layer, name)
-        each = None if values is None else nn.Parameter(copied(values[i]), requires_grad=values.requires_grad)
-        setattr(ordinary, name, each)
+        setattr(ordinary, name, member_of(getattr(layer, name), i))
     return ordinary.train(layer.training)
-
-
-def _keep(layer: Any, indices: list[int]) -> None:
-    layer.num_members = len(indices)
-    for name in ("weight", "bias"):
-        values = getattr(layer, name)
-        if values is not None:
-            setattr(layer, name, nn.Parameter(copied(values[indices]), requires_grad=values.requires_grad))
-    for name in ("running_mean", "running_var"):
-        values = getattr(layer, name, None)
-        if values is not None:
-            setattr(layer, name, copied(values[indices]))
 
 
 def _scaled(layer: Any, y: Tensor, axis: int) -> Tensor:

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from probly_common.checks.ensembles import member_index, member_indices
-from probly_common.checks.layers import (
-    check_base_layer,
-    check_init,
-    check_not_packed,
-    check_recurrent_dtype,
-    check_weight,
-    seed_is_not_num_members,
-)
+from probly_common.checks.layers import check_base_layer, check_not_packed, check_recurrent_dtype, check_weight
 from probly_common.checks.rows import (
     BATCH_MAJOR,
     CELL,
@@ -26,12 +18,9 @@ from probly_common.checks.rows import (
     check_state_shape,
     check_states,
 )
-from probly_common.checks.values import check_num_members
-from probly_torch import random
-from probly_torch.functional import batch_ensemble_linear
-from probly_torch.functional._common import autocast
-from probly_torch.layers._common import copied, draw_fast_weights, draw_kernel, keep_rows
-from probly_torch.random import Rngs
+from probly_torch.functional._common import autocast, promoted
+from probly_torch.functional.linear import members_linear
+from probly_torch.layers._base import BaseLayer, Draws, FastWeightLayer, member_of, param
 
 __all__ = ["BatchEnsembleGRU", "BatchEnsembleGRUCell", "BatchEnsembleLSTM", "BatchEnsembleLSTMCell"]
 
@@ -39,48 +28,32 @@ _OPTIONS = ("input_size", "hidden_size", "bias")
 _SEQUENCE_OPTIONS = (*_OPTIONS, "num_layers", "batch_first", "dropout", "bidirectional", "proj_size")
 
 
-class _Recurrent(nn.Module):
+class _Recurrent(FastWeightLayer[BaseLayer]):
     """The base of the layers: weights `weight_ih`, `r_ih`, `s_ih`, `bias_ih`, ..., and those of one member."""
 
+    _base_type: Any  # the ordinary layer
+    _options: Sequence[str] = _OPTIONS
     input_size: int
     hidden_size: int
     bias: bool
-    num_members: int
 
-    def _convert(
-        self,
-        what: str,
-        base_layer: nn.Module,
-        options: Sequence[str],
-        rngs: Rngs | int,
-        num_members: int,
-        use_base_weights: bool,
-        init: str,
-        r_mean: float,
-        r_std: float,
-        s_mean: float,
-        s_std: float,
-    ) -> None:
-        check_init(what, init, r_mean, r_std, s_mean, s_std)
-        self.num_members = check_num_members(what, num_members)
-        rngs = random.as_rngs(what, rngs)
-        for option in options:
+    def _check_base(self, what: str, base_layer: BaseLayer) -> None:
+        check_base_layer(what, base_layer, self._base_type, "forward")
+
+    def _convert(self, base_layer: BaseLayer, draws: Draws) -> None:
+        for option in self._options:
             setattr(self, option, getattr(base_layer, option))
         for name in self._names():
-            base, bias = getattr(base_layer, f"weight_{name}"), getattr(base_layer, f"bias_{name}", None)
-            check_weight(what, base.shape)
-            out_features, in_features = base.shape
-            weight = base if use_base_weights else draw_kernel(rngs, base.T).T
-            r = draw_fast_weights(rngs, (self.num_members, in_features), init, r_mean, r_std, base)
-            s = draw_fast_weights(rngs, (self.num_members, out_features), init, s_mean, s_std, base)
-            setattr(self, f"weight_{name}", nn.Parameter(copied(weight), requires_grad=base.requires_grad))
-            setattr(self, f"r_{name}", nn.Parameter(r))
-            setattr(self, f"s_{name}", nn.Parameter(s))
-            if bias is None:
-                self.register_parameter(f"bias_{name}", None)
-            else:
-                rows = nn.Parameter(copied(bias.expand(self.num_members, -1)), requires_grad=bias.requires_grad)
-                setattr(self, f"bias_{name}", rows)
+            base: Any = getattr(base_layer, f"weight_{name}")
+            check_weight(type(self).__name__, base.shape)
+            setattr(self, f"weight_{name}", draws.weight(base))
+            r, s = draws.fast_weights(base.shape[1], base.shape[0], base)
+            setattr(self, f"r_{name}", r)
+            setattr(self, f"s_{name}", s)
+            self.register_parameter(f"bias_{name}", draws.rows(getattr(base_layer, f"bias_{name}", None)))
+
+    def _of_members(self) -> Iterable[str]:
+        return (f"{kind}_{name}" for name in self._names() for kind in ("r", "s", "bias"))
 
     def _names(self) -> list[str]:
         """Lists the names of the weights, in the order of their draws."""
@@ -94,23 +67,16 @@ class _Recurrent(nn.Module):
         """Gives an ordinary layer, of meta tensors, the weights of member i."""
         for name in self._names():
             weight, bias = getattr(self, f"weight_{name}"), getattr(self, f"bias_{name}")
-            folded = self._member_weight(name, i).detach()
-            setattr(layer, f"weight_{name}", nn.Parameter(folded, requires_grad=weight.requires_grad))
+            setattr(layer, f"weight_{name}", param(self._member_weight(name, i).detach(), weight))
             if bias is not None:
-                own = nn.Parameter(copied(bias[i]), requires_grad=bias.requires_grad)
-                setattr(layer, f"bias_{name}", own)
+                setattr(layer, f"bias_{name}", member_of(bias, i))
         layer.train(self.training)
-
-    def _keep(self, what: str, indices: Sequence[int]) -> None:
-        indices = member_indices(what, indices, self.num_members)
-        self.num_members = len(indices)
-        keep_rows(self, (f"{kind}_{name}" for name in self._names() for kind in ("r", "s", "bias")), indices)
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, num_members={self.num_members}, bias={self.bias}"
 
 
-class _Cell(_Recurrent):
+class _Cell(_Recurrent[BaseLayer]):
     weight_ih: nn.Parameter
     weight_hh: nn.Parameter
     r_ih: nn.Parameter
@@ -122,9 +88,10 @@ class _Cell(_Recurrent):
 
     def _gates(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """Computes what the inputs and the state send to the gates, side by side."""
+        what = type(self).__name__
         return (
-            batch_ensemble_linear(x, self.weight_ih, self.r_ih, self.s_ih, self.bias_ih),
-            batch_ensemble_linear(h, self.weight_hh, self.r_hh, self.s_hh, self.bias_hh),
+            members_linear(*promoted(what, x, self.weight_ih, self.r_ih, self.s_ih, self.bias_ih)),
+            members_linear(*promoted(what, h, self.weight_hh, self.r_hh, self.s_hh, self.bias_hh)),
         )
 
     def _states(self, what: str, x: Tensor, states: dict[str, Tensor] | None, count: int) -> tuple[Tensor, ...]:
@@ -138,8 +105,15 @@ class _Cell(_Recurrent):
         # On the CPU, autocast casts the matrix products of a cell, and elsewhere the whole cell.
         return given if x.device.type == "cpu" else autocast(*given)
 
+    def _member(self, i: int) -> BaseLayer:
+        dtype = self.weight_ih.dtype
+        cell = self._base_type(self.input_size, self.hidden_size, self.bias, device="meta", dtype=dtype)
+        self._fill(cell, self._index(i))
+        return cell  # type: ignore[no-any-return]
 
-class _Sequence(_Recurrent):
+
+class _Sequence(_Recurrent[BaseLayer]):
+    _options = _SEQUENCE_OPTIONS
     num_layers: int
     batch_first: bool
     dropout: float
@@ -195,15 +169,15 @@ class _Sequence(_Recurrent):
         batch = rows.shape[axis] // self.num_members
         return rows.split([batch] * self.num_members, axis)
 
-    def _member(self, base_type: Any, i: int) -> Any:
-        options = {option: getattr(self, option) for option in _SEQUENCE_OPTIONS if option != "dropout"}
+    def _member(self, i: int) -> BaseLayer:
+        options = {option: getattr(self, option) for option in self._options if option != "dropout"}
         if not self.proj_size:
             del options["proj_size"]  # GRU has none
         weight: Tensor = self.weight_ih_l0  # type: ignore[assignment]
-        layer = base_type(**options, device="meta", dtype=weight.dtype)
+        layer = self._base_type(**options, device="meta", dtype=weight.dtype)
         layer.dropout = self.dropout  # set later: torch warns of it where there is one layer
-        self._fill(layer, i)
-        return layer.to(weight.device)  # also lays the weights out for cuDNN
+        self._fill(layer, self._index(i))
+        return layer.to(weight.device)  # type: ignore[no-any-return]  # also lays the weights out for cuDNN
 
     def extra_repr(self) -> str:
         options = {"num_layers": 1, "batch_first": False, "dropout": 0.0, "bidirectional": False, "proj_size": 0}
@@ -211,7 +185,7 @@ class _Sequence(_Recurrent):
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in given.items())])
 
 
-class BatchEnsembleLSTMCell(_Cell):
+class BatchEnsembleLSTMCell(_Cell[nn.LSTMCell]):
     r"""E LSTM cells that share their two weights and differ by rank-one scalings.
 
     Member i computes  a_i = ((x_i * r_ih,i) W_ih^T) * s_ih,i + b_ih,i + ((h_i * r_hh,i) W_hh^T) * s_hh,i + b_hh,i
@@ -228,14 +202,8 @@ class BatchEnsembleLSTMCell(_Cell):
         base_layer: the LSTMCell to start from. It is copied, never changed or shared.
         rngs: a seed or an Rngs; keys come from `rngs.params()` for the weight (if drawn), r and s, in this order, of
             the inputs and then of the state.
-        num_members: the number of members E.
         use_base_weights: share copies of the base layer's weights; otherwise draw them, lecun_normal.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
-        r_mean: mean of r under init="normal".
-        r_std: standard deviation of r under init="normal".
-        s_mean: mean of s under init="normal".
-        s_std: standard deviation of s under init="normal".
+        num_members, init, r_mean, r_std, s_mean, s_std: see `__init__`.
     Raises:
         TypeError: if base_layer is not an LSTMCell, or rngs neither a seed nor an Rngs.
         ValueError: if the rows do not divide by num_members, the last axis is not input_size, or the state has not a
@@ -250,24 +218,7 @@ class BatchEnsembleLSTMCell(_Cell):
         [(8, 2), (4, 2), (4, 8), (4, 8)]
     """
 
-    @seed_is_not_num_members
-    def __init__(
-        self,
-        base_layer: nn.LSTMCell,
-        rngs: Rngs | int = 1,
-        num_members: int = 1,
-        use_base_weights: bool = False,
-        init: str = "normal",
-        r_mean: float = 1.0,
-        r_std: float = 0.5,
-        s_mean: float = 1.0,
-        s_std: float = 0.5,
-    ) -> None:
-        super().__init__()
-        what = "BatchEnsembleLSTMCell"
-        check_base_layer(what, base_layer, nn.LSTMCell, "forward")
-        fast = (init, r_mean, r_std, s_mean, s_std)
-        self._convert(what, base_layer, _OPTIONS, rngs, num_members, use_base_weights, *fast)
+    _base_type = nn.LSTMCell
 
     def forward(self, x: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         h, c = self._states("BatchEnsembleLSTMCell", x, _pair("BatchEnsembleLSTMCell", hx, "h", "c"), 2)
@@ -285,17 +236,10 @@ class BatchEnsembleLSTMCell(_Cell):
             >>> torch.allclose(cell.member(1)(x)[0], cell(x.repeat(4, 1))[0][5:10])
             True
         """
-        i = member_index("BatchEnsembleLSTMCell", i, self.num_members)
-        cell = nn.LSTMCell(self.input_size, self.hidden_size, self.bias, device="meta", dtype=self.weight_ih.dtype)
-        self._fill(cell, i)
-        return cell
-
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
-        self._keep("BatchEnsembleLSTMCell", indices)
+        return self._member(i)
 
 
-class BatchEnsembleGRUCell(_Cell):
+class BatchEnsembleGRUCell(_Cell[nn.GRUCell]):
     r"""E GRU cells that share their two weights and differ by rank-one scalings.
 
     Member i computes  a_i = ((x_i * r_ih,i) W_ih^T) * s_ih,i + b_ih,i  and
@@ -313,14 +257,8 @@ class BatchEnsembleGRUCell(_Cell):
         base_layer: the GRUCell to start from. It is copied, never changed or shared.
         rngs: a seed or an Rngs; keys come from `rngs.params()` for the weight (if drawn), r and s, in this order, of
             the inputs and then of the state.
-        num_members: the number of members E.
         use_base_weights: share copies of the base layer's weights; otherwise draw them, lecun_normal.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
-        r_mean: mean of r under init="normal".
-        r_std: standard deviation of r under init="normal".
-        s_mean: mean of s under init="normal".
-        s_std: standard deviation of s under init="normal".
+        num_members, init, r_mean, r_std, s_mean, s_std: see `__init__`.
     Raises:
         TypeError: if base_layer is not a GRUCell, or rngs neither a seed nor an Rngs.
         ValueError: if the rows do not divide by num_members, the last axis is not input_size, or the state has not a
@@ -334,24 +272,7 @@ class BatchEnsembleGRUCell(_Cell):
         [(6, 2), (4, 2), (4, 6), (4, 6)]
     """
 
-    @seed_is_not_num_members
-    def __init__(
-        self,
-        base_layer: nn.GRUCell,
-        rngs: Rngs | int = 1,
-        num_members: int = 1,
-        use_base_weights: bool = False,
-        init: str = "normal",
-        r_mean: float = 1.0,
-        r_std: float = 0.5,
-        s_mean: float = 1.0,
-        s_std: float = 0.5,
-    ) -> None:
-        super().__init__()
-        what = "BatchEnsembleGRUCell"
-        check_base_layer(what, base_layer, nn.GRUCell, "forward")
-        fast = (init, r_mean, r_std, s_mean, s_std)
-        self._convert(what, base_layer, _OPTIONS, rngs, num_members, use_base_weights, *fast)
+    _base_type = nn.GRUCell
 
     def forward(self, x: Tensor, hx: Tensor | None = None) -> Tensor:
         (h,) = self._states("BatchEnsembleGRUCell", x, None if hx is None else {"hx": hx}, 1)
@@ -369,17 +290,10 @@ class BatchEnsembleGRUCell(_Cell):
             >>> torch.allclose(cell.member(1)(x), cell(x.repeat(4, 1))[5:10])
             True
         """
-        i = member_index("BatchEnsembleGRUCell", i, self.num_members)
-        cell = nn.GRUCell(self.input_size, self.hidden_size, self.bias, device="meta", dtype=self.weight_ih.dtype)
-        self._fill(cell, i)
-        return cell
-
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
-        self._keep("BatchEnsembleGRUCell", indices)
+        return self._member(i)
 
 
-class BatchEnsembleLSTM(_Sequence):
+class BatchEnsembleLSTM(_Sequence[nn.LSTM]):
     r"""E LSTMs, of any number of layers and directions, that share their weights and differ by rank-one scalings.
 
     Member i is an LSTM with the weights  W_ih * s_ih,i r_ih,i^T  and  W_hh * s_hh,i r_hh,i^T  in each layer and
@@ -397,14 +311,8 @@ class BatchEnsembleLSTM(_Sequence):
         base_layer: the LSTM to start from. It is copied, never changed or shared.
         rngs: a seed or an Rngs; keys come from `rngs.params()` for the weight (if drawn), r and s, in this order, of
             ih, hh and hr of layer 0, of its reverse direction, of layer 1, and so on.
-        num_members: the number of members E.
         use_base_weights: share copies of the base layer's weights; otherwise draw them, lecun_normal.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
-        r_mean: mean of r under init="normal".
-        r_std: standard deviation of r under init="normal".
-        s_mean: mean of s under init="normal".
-        s_std: standard deviation of s under init="normal".
+        num_members, init, r_mean, r_std, s_mean, s_std: see `__init__`.
     Raises:
         TypeError: if base_layer is not an LSTM, rngs neither a seed nor an Rngs, or x a PackedSequence.
         ValueError: if the rows do not divide by num_members, the last axis is not input_size, or a state has not a
@@ -419,24 +327,7 @@ class BatchEnsembleLSTM(_Sequence):
         [(8, 2), (4, 2), (4, 8), (4, 8)]
     """
 
-    @seed_is_not_num_members
-    def __init__(
-        self,
-        base_layer: nn.LSTM,
-        rngs: Rngs | int = 1,
-        num_members: int = 1,
-        use_base_weights: bool = False,
-        init: str = "normal",
-        r_mean: float = 1.0,
-        r_std: float = 0.5,
-        s_mean: float = 1.0,
-        s_std: float = 0.5,
-    ) -> None:
-        super().__init__()
-        what = "BatchEnsembleLSTM"
-        check_base_layer(what, base_layer, nn.LSTM, "forward")
-        fast = (init, r_mean, r_std, s_mean, s_std)
-        self._convert(what, base_layer, _SEQUENCE_OPTIONS, rngs, num_members, use_base_weights, *fast)
+    _base_type = nn.LSTM
 
     def forward(self, x: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         states = _pair("BatchEnsembleLSTM", hx, "h_0", "c_0")
@@ -454,15 +345,10 @@ class BatchEnsembleLSTM(_Sequence):
             >>> torch.allclose(layer.member(1)(x)[0], layer(x.repeat(4, 1, 1))[0][5:10])
             True
         """
-        i = member_index("BatchEnsembleLSTM", i, self.num_members)
-        return self._member(nn.LSTM, i)  # type: ignore[no-any-return]
-
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
-        self._keep("BatchEnsembleLSTM", indices)
+        return self._member(i)
 
 
-class BatchEnsembleGRU(_Sequence):
+class BatchEnsembleGRU(_Sequence[nn.GRU]):
     r"""E GRUs, of any number of layers and directions, that share their weights and differ by rank-one scalings.
 
     Member i is a GRU with the weights  W_ih * s_ih,i r_ih,i^T  and  W_hh * s_hh,i r_hh,i^T  in each layer and
@@ -479,14 +365,8 @@ class BatchEnsembleGRU(_Sequence):
         base_layer: the GRU to start from. It is copied, never changed or shared.
         rngs: a seed or an Rngs; keys come from `rngs.params()` for the weight (if drawn), r and s, in this order, of
             ih and hh of layer 0, of its reverse direction, of layer 1, and so on.
-        num_members: the number of members E.
         use_base_weights: share copies of the base layer's weights; otherwise draw them, lecun_normal.
-        init: "normal" (r ~ N(r_mean, r_std), s ~ N(s_mean, s_std)), "random_sign" (+-1 with equal
-            probability; Wen et al. 2020, appendix B) or "ones" (r = s = 1: members start equal).
-        r_mean: mean of r under init="normal".
-        r_std: standard deviation of r under init="normal".
-        s_mean: mean of s under init="normal".
-        s_std: standard deviation of s under init="normal".
+        num_members, init, r_mean, r_std, s_mean, s_std: see `__init__`.
     Raises:
         TypeError: if base_layer is not a GRU, rngs neither a seed nor an Rngs, or x a PackedSequence.
         ValueError: if the rows do not divide by num_members, the last axis is not input_size, or a state has not a
@@ -501,24 +381,7 @@ class BatchEnsembleGRU(_Sequence):
         [(6, 2), (4, 2), (4, 6), (4, 6)]
     """
 
-    @seed_is_not_num_members
-    def __init__(
-        self,
-        base_layer: nn.GRU,
-        rngs: Rngs | int = 1,
-        num_members: int = 1,
-        use_base_weights: bool = False,
-        init: str = "normal",
-        r_mean: float = 1.0,
-        r_std: float = 0.5,
-        s_mean: float = 1.0,
-        s_std: float = 0.5,
-    ) -> None:
-        super().__init__()
-        what = "BatchEnsembleGRU"
-        check_base_layer(what, base_layer, nn.GRU, "forward")
-        fast = (init, r_mean, r_std, s_mean, s_std)
-        self._convert(what, base_layer, _SEQUENCE_OPTIONS, rngs, num_members, use_base_weights, *fast)
+    _base_type = nn.GRU
 
     def forward(self, x: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
         states = None if hx is None else {"h_0": hx}
@@ -535,12 +398,7 @@ class BatchEnsembleGRU(_Sequence):
             >>> torch.allclose(layer.member(1)(x)[0], layer(x.repeat(4, 1, 1))[0][5:10])
             True
         """
-        i = member_index("BatchEnsembleGRU", i, self.num_members)
-        return self._member(nn.GRU, i)  # type: ignore[no-any-return]
-
-    def keep_members(self, indices: Sequence[int]) -> None:
-        """Drops every other member, in place."""
-        self._keep("BatchEnsembleGRU", indices)
+        return self._member(i)
 
 
 def _check_dtypes(what: str, expected: torch.dtype, tensors: dict[str, Tensor]) -> None:
