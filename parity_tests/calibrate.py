@@ -16,8 +16,8 @@ import torch
 from rich.progress import Progress, TaskID
 
 from parity_tests.standard import Verdict
+from parity_tests.suite.comparison import DTYPES, Comparison
 from parity_tests.suite.subjects_all import ALL
-from parity_tests.suite.twins import DTYPES, Twins
 
 FIRST = 1000  # the suite itself takes the first few
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--together", type=int, default=5, help="how many seeds are judged together")
     parser.add_argument("--only", default="", help="subjects whose name contains this")
     args = parser.parse_args(argv)
-    chosen = [twins for twins in ALL if args.only in twins.name]
+    chosen = [comparison for comparison in ALL if args.only in comparison.name]
     if not chosen or not 1 <= args.together <= args.seeds:
         parser.error(
             f"calibrate expects a subject, and at least as many seeds as are judged together; got --only {args.only!r} "
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Progress() as progress,
     ):
         task = progress.add_task("", total=len(chosen) * len(groups))
-        rows = [_measure(twins, groups, progress, task) for twins in chosen]
+        rows = [_measure(comparison, groups, progress, task) for comparison in chosen]
     print("meaning and precision over their limits, false alarms of tests, subject and the tensor nearest to a limit:")
     for row in sorted(rows, key=lambda row: row.worst.ratio):
         print(row)
@@ -76,18 +76,18 @@ class Row:
         return f"{ratios} {self.alarms:4} of {self.tests:6}  {self.name}, {self.worst.tensor}"
 
 
-def _measure(twins: Twins, groups: list[range], progress: Progress, task: TaskID) -> Row:
+def _measure(comparison: Comparison, groups: list[range], progress: Progress, task: TaskID) -> Row:
     meaning, precision, alarms, tests = [], [], 0, 0
     for seeds in groups:
-        progress.update(task, description=f"{twins.name}, seeds from {seeds[0]}", advance=1)
-        verdicts = twins.bounded([twins.draw(seed, DTYPES[0]) for seed in seeds])
+        progress.update(task, description=f"{comparison.name}, seeds from {seeds[0]}", advance=1)
+        verdicts = comparison.bounded([comparison.draw(seed, DTYPES[0]) for seed in seeds])
         broken = [verdict for verdict in verdicts if not verdict.holds]
         for verdict in broken:
-            progress.console.print(f"{twins.name}, seeds from {seeds[0]}: {verdict}", soft_wrap=True)
+            progress.console.print(f"{comparison.name}, seeds from {seeds[0]}: {verdict}", soft_wrap=True)
         tests, alarms = tests + len(verdicts), alarms + len(broken)
         meaning.append(_nearest(verdict for verdict in verdicts if "distance" in verdict.rule))
         precision.append(_nearest(verdict for verdict in verdicts if "error" in verdict.rule))
-    return Row(twins.name, tests, alarms, _nearest(meaning), _nearest(precision))
+    return Row(comparison.name, tests, alarms, _nearest(meaning), _nearest(precision))
 
 
 def _nearest(verdicts: Iterable[Verdict]) -> Verdict:

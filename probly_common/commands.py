@@ -48,7 +48,7 @@ def build(what: str, module: str, name: str, kind: type, /, **options: tuple[Any
     other = [argument for argument in needed if argument not in options]
     if other:
         call = f"{name}({', '.join(f'{argument}=...' for argument in needed)})"
-        takes = f"no arguments but {', '.join(options)}" if options else "no arguments"
+        takes = f"no arguments except {', '.join(options)}" if options else "no arguments"
         raise ArgumentTypeError(
             f"{what} expects a function or class that takes {takes}; got {module}:{name}, which needs "
             f"{', '.join(other)}. Write one: def build(): return {call}."
@@ -91,7 +91,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def check_installed(package: str) -> None:
     if find_spec(package) is None:
-        raise ArgumentTypeError(f"port expects {package}, to run what it writes; got none. pip install {package}.")
+        raise ArgumentTypeError(
+            f"port expects {package}, to run what it writes; got none. Install it: pip install {package}."
+        )
 
 
 @contextmanager
@@ -139,8 +141,8 @@ def find_model(what: str, module: str, name: str) -> Any:
         return reduce(getattr, name.split("."), found)
     except AttributeError as error:
         raise ArgumentTypeError(
-            f"{what} expects the name of a function, class or model in {module}; got {name!r}: {error}. It has: "
-            f"{', '.join(_functions(found)) or 'none'}."
+            f"{what} expects the name of a function, class or model in {module}; got {name!r}: {error}. Pass one "
+            f"that it has: {', '.join(_functions(found)) or 'none'}."
         ) from None
 
 

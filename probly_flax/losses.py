@@ -298,7 +298,7 @@ def _brier(probs: Array, labels: Array) -> Array:
 
 def _labels(what: str, probs: Array, labels: Array, each: bool = True) -> Array:
     """Returns the class indices for each member: (E, B)."""
-    check_labels(what, probs.shape, labels.shape, jnp.issubdtype(labels.dtype, jnp.integer), each)
+    check_labels(what, probs.shape, labels.shape, labels.dtype, each)
     return jnp.broadcast_to(labels.astype(int), probs.shape[:-1])
 
 

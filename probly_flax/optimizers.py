@@ -212,7 +212,7 @@ def _load(what: str, state: _State, optimizer: nnx.Optimizer, arrays: Mapping[st
     steps = {name: float(arrays[name]) for name in state.steps if name in arrays}
     check_steps(what, steps)
     check_one_step(what, steps)
-    check_step_known(what, bool(steps) or not state.counts, (state.steps or [""])[0])
+    check_step_known(what, steps, state.counts, (state.steps or [""])[0])
     for name, spec in expected.items():
         check_loaded_dtype(what, name, spec.dtype, jax.dtypes.canonicalize_dtype(spec.dtype).name)
     for name, weight in state.moments.items():
@@ -269,7 +269,7 @@ def _moments_and_counts(
     moments: dict[str, dict[int, nnx.Variable]] = {}
     counts: dict[str, nnx.Variable] = {}
     owners: dict[int, str] = {}
-    others, strangers = set(), 0
+    others, strangers = set(), set()
     for path, leaf in _leaves(optimizer.opt_state, *_MOMENTS):
         place = f"opt_state{keystr(path)}"
         for field, key in _MOMENTS.get(type(leaf), {}).items():
@@ -278,7 +278,7 @@ def _moments_and_counts(
                     continue
                 parameter = parameters.get(parameter_path)
                 if parameter is None or parameter.shape != moment.shape:
-                    strangers += 1
+                    strangers.add(parameter_path)
                     continue
                 moments.setdefault(key, {})[id(parameter)] = moment
                 if owners.setdefault(id(parameter), place) != place:
@@ -291,7 +291,7 @@ def _moments_and_counts(
         elif isinstance(leaf, nnx.Variable) and path[-1] == GetAttrKey("count"):
             counts[place] = leaf
     check_same_in_both(what, sorted(others))
-    check_parameters(what, strangers)
+    check_parameters(what, len(strangers))
     return moments, counts
 
 

@@ -100,7 +100,7 @@ class Ensemble(nn.Module):
         """Seeds the masks of Dropout from the ensemble's rngs, anew for each call."""
         if self._seeds is None or not self.training or torch.compiler.is_compiling():
             return nullcontext()
-        check_run_once("Ensemble", torch._C._current_graph_task_id() != -1)
+        check_run_once("Ensemble", torch._C._current_graph_task_id())
         return seeded(self._seeds.getrandbits(64))
 
     def train(self, mode: bool = True) -> Ensemble:

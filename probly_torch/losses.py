@@ -301,8 +301,7 @@ def _brier(probs: Tensor, labels: Tensor) -> Tensor:
 
 def _labels(what: str, probs: Tensor, labels: Tensor, each: bool = True) -> Tensor:
     """Returns the class indices for each member: (E, B)."""
-    integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    check_labels(what, probs.shape, labels.shape, integer, each)
+    check_labels(what, probs.shape, labels.shape, labels.dtype, each)
     return labels.long().expand(probs.shape[:-1])
 
 
@@ -310,7 +309,7 @@ def _log_density(what: str, mean: Tensor, variance: Tensor, targets: Tensor, eac
     """Returns log N(target; mean, variance): (E, B, ...)."""
     check_gaussian(what, mean.shape, variance.shape)
     check_targets(what, mean.shape, targets.shape, each)
-    _check_variance(what, variance <= 0, "above 0")
+    _check_variance(what, variance, zero=False)
     return -0.5 * (math.log(2 * math.pi) + variance.log() + (targets - mean).square() / variance)
 
 

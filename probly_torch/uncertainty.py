@@ -96,7 +96,7 @@ def regression_uncertainty(mean: Tensor, variance: Tensor) -> Uncertainty:
         tensor([1.5000])
     """
     check_gaussian("regression_uncertainty", mean.shape, variance.shape)
-    _check_variance("regression_uncertainty", variance < 0, "of at least 0")
+    _check_variance("regression_uncertainty", variance, zero=True)
     center, aleatoric, epistemic = _gaussian_moments(mean - mean[:1], variance)
     return _in_total(mean[0] + center, aleatoric, epistemic)
 
@@ -172,7 +172,7 @@ class RegressionStream:
         """Takes the means and variances (k, B, ...) of any number of members."""
         what, mean, variance = "RegressionStream.update", _constant(mean), _constant(variance)
         check_gaussian(what, mean.shape, variance.shape)
-        _check_variance(what, variance < 0, "of at least 0")
+        _check_variance(what, variance, zero=True)
         if self.num_members:
             check_same_inputs(what, self._first.shape, mean.shape[1:])
         first = self._first if self.num_members else mean[0].clone()  # and not a view of all
@@ -359,6 +359,6 @@ def _in_total(mean: Tensor, aleatoric: Tensor, epistemic: Tensor, unit: Unit = "
     return Uncertainty(mean, aleatoric + epistemic, aleatoric, epistemic)
 
 
-def _check_variance(what: str, wrong: Tensor, bound: str) -> None:
+def _check_variance(what: str, variance: Tensor, zero: bool) -> None:
     if not torch.compiler.is_compiling():
-        check_variance(what, not wrong.any(), bound)
+        check_variance(what, variance, zero)

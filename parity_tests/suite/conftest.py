@@ -59,6 +59,20 @@ def _comparable():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _runs_what_it_compares(request):
+    """Asserts that a test which compares public functions, by the table in compared.py, runs them."""
+    from parity_tests.suite.compared import TESTS, calls, name_of_test
+
+    expected = TESTS.get(name_of_test(request.node))
+    if expected is None:
+        yield
+        return
+    with calls() as called:
+        yield
+    assert not expected - called, "these did not run in the test that compares them, see compared.py"
+
+
 @pytest.fixture
 def four_devices():
     """Sets a mesh of data and model, two devices each, for sharding."""

@@ -6,7 +6,7 @@ all of them and lives in `run_torch`, `run_flax` and `run_oracle`. Weights are d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
@@ -105,25 +105,6 @@ def with_cotangent(subject: Subject, arrays: Arrays, seed: int, dtype: str) -> A
     """Adds a random gradient of the outputs, which every entry of them takes part in."""
     g = np.random.default_rng([seed, 1]).standard_normal(subject.output_shape)
     return arrays | {"g": np.asarray(g).astype(jnp.dtype(dtype)).astype(np.float64)}
-
-
-def each_run(
-    subjects: Iterable[Subject],
-    dtypes: Iterable[tuple[str, ...]],
-    eager: Collection[str],
-    eager_dtypes: Iterable[tuple[str, ...]],
-) -> dict[str, tuple[Subject, tuple[str, ...], bool]]:
-    """Lists by name all subjects under jit, and some op by op as well.
-
-    Op by op JAX takes long, since it compiles each op alone.
-    """
-    return {
-        f"{subject.name}-{'+'.join(each)}-{'jit' if jit else 'eager'}": (subject, each, jit)
-        for subject in subjects
-        for jit in (True, False)
-        if jit or subject.name in eager
-        for each in (dtypes if jit else eager_dtypes)
-    }
 
 
 def run_oracle(subject: Subject, arrays: Arrays) -> Arrays:

@@ -167,7 +167,7 @@ def test_options_become_arguments_of_compare(asked):
         (["no_module:Net", BOTH[1]], "torch expects a module that can be imported; got no_module"),
         (
             ["torch_pair:Nut", BOTH[1]],
-            "got 'Nut': module 'torch_pair' has no attribute 'Nut'. It has: Net, with_options, net.",
+            "got 'Nut': module 'torch_pair' has no attribute 'Nut'. Pass one that it has: Net, with_options, net.",
         ),
         (["torch_pair:number", BOTH[1]], "torch expects a function or class that makes a torch module"),
         ([BOTH[0], "torch_pair:Net"], "flax expects a function that returns a flax module"),

@@ -1,77 +1,23 @@
-"""Every public function and class is compared: by a subject of its name, or by the test that the table names."""
+"""Every public function and class is compared: by a subject of its name, or by a test in the table of compared.py."""
 
-import importlib
 import inspect
-import pkgutil
 import sys
 
 import pytest
+import torch
 
 import probly_flax
 import probly_torch.metrics
-from parity_tests.suite import (
-    draws,
-    test_ensemble,
-    test_metrics,
-    test_networks,
-    test_optimizers,
-    test_options,
-    test_plots,
-    test_port,
-    test_random,
-    test_training_flax,
-    test_training_torch,
-    test_uncertainty,
-    test_weights,
-)
+from parity_tests.suite.compared import PACKAGES, TESTS, calls, name_of_test, public
 from parity_tests.suite.subjects_all import ALL
 
 COMPARED = {twins.public_name: twins for twins in reversed(ALL)}
-# What has no gradients to compare, and so no subject: the test that holds the two against each other instead.
-ELSEWHERE = {
-    "batchensemble": test_networks.test_the_same_seed_draws_the_same_fast_weights_whatever_the_order_of_definition,
-    "ensemble": test_ensemble.test_a_rule_for_one_call_gives_twins_the_same_numbers,
-    "register_batchensemble": test_networks.test_a_users_layer_is_converted_when_registered_and_draws_alike,
-    "register_reset": test_ensemble.test_a_registered_rule_goes_first_and_serves_subclasses,
-    "disagreement": test_uncertainty.test_disagreement_counts_pairs,
-    **dict.fromkeys(
-        ("ClassificationStream", "RegressionStream", "Uncertainty"),
-        test_uncertainty.test_streams_give_what_the_functions_of_all_members_give,
-    ),
-    **dict.fromkeys(probly_torch.metrics.__all__, test_metrics),
-    **dict.fromkeys(("Rngs", "RngStream"), test_random.test_rngs_gives_the_keys_of_nnx),
-    **dict.fromkeys(("key", "split", "fold_in"), test_random.test_keys),
-    "bits": test_random.test_bits,
-    "randint": test_random.test_integers,
-    "choice": test_random.test_choices,
-    "categorical": test_random.test_classes,
-    **dict.fromkeys(("bernoulli", "normal", "truncated_normal", "uniform"), draws.draws),
-    "permutation": test_random.test_permutation_of_an_array,
-    "Inventory": test_options,
-    **dict.fromkeys(("to_arrays", "load_arrays", "save_weights", "load_weights"), test_weights),
-    **dict.fromkeys(("optimizer_to_arrays", "load_optimizer_arrays"), test_optimizers),
-    **dict.fromkeys(("save_optimizer", "load_optimizer"), test_optimizers),
-    **dict.fromkeys(
-        ("EnsembleClassifier", "EnsembleMetrics", "EnsembleMixin", "EnsembleRegressor", "fast_weight_groups"),
-        test_training_torch,
-    ),
-    **dict.fromkeys(("TrainState", "fit", "make_eval_step", "make_train_step"), test_training_flax),
-    **dict.fromkeys(("port", "to_flax_source", "register_rule"), test_port),
-    **dict.fromkeys(("confidence_histogram", "member_spread", "predictive_band", "reliability_diagram"), test_plots),
-    **dict.fromkeys(("risk_coverage_curve", "training_curves", "uncertainty_map"), test_plots),
-}
-
-
-def public(package):
-    """Returns the functions and classes of a package and its public modules, by name."""
-    names = [name for _, name, _ in pkgutil.iter_modules(package.__path__) if not name.startswith("_")]
-    modules = [package, *(importlib.import_module(f"{package.__name__}.{name}") for name in names)]
-    found = {name: getattr(module, name) for module in modules for name in getattr(module, "__all__", ())}
-    return {name: item for name, item in found.items() if callable(item)}
+ELSEWHERE = set().union(*TESTS.values())
 
 
 def uncompared():
-    return {*public(probly_torch), *public(probly_flax)} - COMPARED.keys() - ELSEWHERE.keys()
+    everything = {(package.__name__, name) for package in PACKAGES for name in public(package)}
+    return {(package, name) for package, name in everything - ELSEWHERE if name not in COMPARED}
 
 
 def test_every_public_name_is_compared():
@@ -81,19 +27,32 @@ def test_every_public_name_is_compared():
 def test_a_new_name_has_to_be(monkeypatch):
     monkeypatch.setattr(probly_flax.uncertainty, "surprise", lambda probs: probs, raising=False)
     monkeypatch.setattr(probly_flax.uncertainty, "__all__", [*probly_flax.uncertainty.__all__, "surprise"])
-    assert uncompared() == {"surprise"}
+    assert uncompared() == {("probly_flax", "surprise")}
 
 
 def test_the_table_has_no_name_that_is_gone_or_has_a_subject():
-    assert not ELSEWHERE.keys() - {*public(probly_torch), *public(probly_flax)}
-    assert not ELSEWHERE.keys() & COMPARED.keys()
+    assert not ELSEWHERE - {(package.__name__, name) for package in PACKAGES for name in public(package)}
+    assert not {name for _, name in ELSEWHERE} & COMPARED.keys()
     assert not COMPARED.keys() - public(probly_torch).keys()
 
 
-@pytest.mark.parametrize("name", ELSEWHERE)
-def test_the_test_in_the_table_is_about_the_name(name):
-    source = inspect.getsource(sys.modules[getattr(ELSEWHERE[name], "__module__", ELSEWHERE[name].__name__)])
-    assert name in source
+def test_the_tests_of_the_table_are_in_the_files_that_are_collected(request):
+    if request.config.getoption("keyword") or any("::" in each for each in request.config.args):
+        pytest.skip("only some tests of a file are collected")
+    names = {name_of_test(item) for item in request.session.items if hasattr(item, "module")}
+    files = {name.partition(".")[0] for name in names}
+    assert not {name for name in TESTS if name.partition(".")[0] in files} - names
+
+
+def test_what_is_only_made_or_only_run_in_one_package_is_seen():
+    logits = torch.zeros(1, 2, 3)
+    with calls() as called:
+        probly_torch.metrics.NLL()
+        probly_torch.metrics.Accuracy().update(logits, torch.zeros(2, dtype=int))
+        probly_torch.uncertainty.mean_probs(logits)
+    assert {("probly_torch", "Accuracy"), ("probly_torch", "mean_probs")} <= called
+    assert ("probly_torch", "NLL") not in called
+    assert {package for package, _ in called} == {"probly_torch"}
 
 
 @pytest.mark.parametrize("name", COMPARED)

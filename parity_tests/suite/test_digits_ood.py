@@ -12,18 +12,9 @@ import probly_torch
 from examples import digits_ood
 from examples.digits_ood import BATCH, DEEP, DROPOUT, METHODS, SINGLE
 from parity_tests.standard import assert_close
+from parity_tests.suite.example_runs import assert_figures, run_once
 
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("digits_ood")
-
-
-@pytest.fixture(scope="module")
-def results(out):
-    threads = torch.get_num_threads()
-    yield digits_ood.main(["--fast", "--out", str(out)])
-    torch.set_num_threads(threads)
+out, results = run_once(digits_ood.main)
 
 
 def test_frameworks_agree(results):
@@ -119,4 +110,4 @@ def test_tables(results, out, capsys):
             assert (in_torch[1], in_flax[1]) == ("torch", "Flax")
             assert in_torch[values] == in_flax[values] != []
     assert sorted(path.name for path in out.iterdir()) == ["detection.png", "reliability.png", "risk_coverage.png"]
-    assert all(path.stat().st_size > 20_000 for path in out.iterdir())
+    assert_figures(*out.iterdir())

@@ -158,13 +158,6 @@ def assert_no_draw_is_shared(networks):
     assert drawn
 
 
-def test_members_in_two_modes_are_refused():
-    train, evaluate = (nnx.Dropout(0.5, rngs=nnx.Rngs(0)) for _ in range(2))
-    evaluate.eval()
-    with pytest.raises(ValueError, match=r"network.deterministic=False where member 1 has network.deterministic=True"):
-        pf.Ensemble([train, evaluate])
-
-
 @pytest.mark.parametrize(
     ("make", "parameter"),
     [
@@ -543,22 +536,6 @@ def test_buffers_that_the_network_assigns_anew_are_kept():
     assert y.tolist() == [[2.0, 2.0]] * 3
 
 
-def test_a_subclass_with_a_parameter_of_its_own_needs_a_rule_of_its_own():
-    class TorchGain(nn.Linear):
-        def __init__(self):
-            super().__init__(2, 2)
-            self.gain = nn.Parameter(torch.randn(2))
-
-    class FlaxGain(nnx.Linear):
-        def __init__(self, rngs):
-            super().__init__(4, 8, rngs=rngs)
-            self.gain = nnx.Param(jnp.ones(8))
-
-    for package, network in ((pt, TorchGain()), (pf, filled(FlaxGain))):
-        with pytest.raises(ValueError, match="got none for gain"):
-            package.ensemble(network, 3)
-
-
 def test_a_container_with_a_rule_is_reset_by_it_after_its_layers():
     class Sevens(nn.Module):
         def __init__(self):
@@ -652,12 +629,6 @@ def test_flax_networks_that_sow_and_hold_their_own_functions():
     assert model(X).shape == (3, 5, 8)
 
 
-def test_torch_classes_that_take_no_rngs_are_refused():
-    for constructor in (TorchNet, nn.Linear):
-        with pytest.raises(TypeError, match="expects a constructor that takes the member's rngs"):
-            pt.ensemble(constructor, 3)
-
-
 def test_flax_classes_and_partials_are_constructors():
     class Net(nnx.Module):
         def __init__(self, width=4, *, rngs):
@@ -676,23 +647,6 @@ def test_ensembles_without_memory():
     assert abstract.stacked.kernel.shape == (3, 4, 2)
     assert pt.ensemble(lambda rngs: nn.Linear(4, 2, device="meta"), 3).weight.shape == (3, 2, 4)
     assert pt.ensemble(nn.Linear(4, 2, device="meta"), 3)(torch.ones(5, 4, device="meta")).shape == (3, 5, 2)
-
-
-def test_a_rule_that_ignores_its_rngs_is_no_ensemble():
-    for package, linear in ((pt, nn.Linear(2, 2)), (pf, filled(make_linear))):
-        with pytest.raises(ValueError, match="got 3 equal ones"):
-            package.ensemble(linear, 3, reset=lambda p, rngs: p * 0)
-
-
-@pytest.mark.parametrize("options", [{"reset_params": False}, {"reset": lambda p, rngs: p}])
-def test_options_without_a_meaning_are_refused(options):
-    for package, linear in ((pt, nn.Linear(2, 2)), (pf, filled(make_linear))):
-        with pytest.raises(TypeError, match="a list of networks, for which it has no meaning"):
-            package.ensemble([linear], 1, **options)
-        with pytest.raises(TypeError, match="a constructor, for which it has no meaning"):
-            package.ensemble(lambda rngs, linear=linear: linear, 1, **options)
-    with pytest.raises(TypeError, match="example_input"):
-        pf.ensemble(filled(make_linear), 2, example_input=X)
 
 
 def test_a_registered_rule_goes_first_and_serves_subclasses():

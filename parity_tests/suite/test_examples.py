@@ -4,27 +4,17 @@ import re
 
 import jax
 import numpy as np
-import pytest
-import torch
 from safetensors.numpy import load_file
 
 from examples import two_moons
 from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, assert_close, error
+from parity_tests.suite.example_runs import assert_figures, run_once
 
 METHODS = (two_moons.SINGLE, two_moons.LOOP, two_moons.STACKED, two_moons.BATCH)
 ROWS = [(framework, method) for method in METHODS for framework in ("torch", "Flax")]
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("two_moons")
-
-
-@pytest.fixture(scope="module")
-def outcome(out):
-    threads = torch.get_num_threads()
-    yield two_moons.main(["--fast", "--out", str(out)])
-    torch.set_num_threads(threads)
+out, outcome = run_once(two_moons.main)
 
 
 def test_rows(outcome):
@@ -95,10 +85,7 @@ def test_files(outcome, out):
     for method in ("single_network", "deep_ensemble_loop", "deep_ensemble", "batchensemble"):
         names = [sorted(load_file(out / f"{method}_{framework}.safetensors")) for framework in ("torch", "flax")]
         assert names[0] == names[1] != []
-    for figure in ("reliability.png", "risk_coverage.png", "epistemic_uncertainty.png"):
-        data = (out / figure).read_bytes()
-        assert data.startswith(b"\x89PNG")
-        assert len(data) > 20_000, "a figure with nothing in it is smaller"
+    assert_figures(*(out / f"{name}.png" for name in ("reliability", "risk_coverage", "epistemic_uncertainty")))
 
 
 def test_table(outcome, capsys):

@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from types import CodeType
 from typing import Any
@@ -23,24 +23,19 @@ import probly_torch as pt
 import probly_torch.metrics as torch_metrics
 from parity_tests import standard
 from parity_tests.suite import (
-    subjects_conv,
-    subjects_norm,
-    test_layers,
-    test_layers_attention,
-    test_layers_norm,
-    test_layers_recurrent,
     test_losses,
     test_machines,
     test_metrics,
     test_orders,
-    test_parity,
     test_plots,
     test_port,
     test_random,
     test_uncertainty,
 )
-from parity_tests.suite.subject import Subject
-from parity_tests.suite.subjects import SUBJECTS
+from parity_tests.suite.comparison import DTYPES, Comparison
+from parity_tests.suite.layers import test_contract, test_norm, test_recurrent
+from parity_tests.suite.layers.contract import KINDS as LAYERS
+from parity_tests.suite.subjects_all import BY_NAME
 from probly_common import drawing
 from probly_flax.functional import linear as flax_linear
 from probly_flax.layers import embed as flax_embed
@@ -58,9 +53,6 @@ from probly_torch.port import _functions as port_functions
 from probly_torch.random import _threefry as torch_threefry
 from probly_torch.random import _xla as torch_xla
 
-DTYPES = ("float32", "float64")
-BY_NAME = {subject.name: subject for subject in (*SUBJECTS, *subjects_conv.SUBJECTS, *subjects_norm.SUBJECTS)}
-
 
 @dataclass(frozen=True)
 class Fault:
@@ -70,7 +62,7 @@ class Fault:
     function: Any
     right: str
     wrong: str
-    compared: Any  # the name of a subject, or a case of attention or recurrent layers
+    compared: str
     tensor: str = "output"
 
     @property
@@ -101,19 +93,11 @@ class Fault:
         finally:
             jax.config.update("jax_disable_most_optimizations", False)
 
-    def verdicts(self) -> list[standard.Verdict]:
-        """Returns the verdicts of the suite's bounded tier."""
-        if isinstance(self.compared, str):
-            return test_parity.bounded_verdicts(self.subject, DTYPES, flax_compiled=True, seeds=(0,))
-        if isinstance(self.compared, test_layers_attention.Case):
-            return test_layers_attention.verdicts(self.compared, DTYPES)
-        return recurrent_verdicts(self.compared)
-
     @cached_property
-    def subject(self) -> Subject:
-        """For a fault in Flax a new one, for which nothing is compiled yet."""
-        subject = BY_NAME[self.compared]
-        return subject if self.twin == "torch" else replace(subject)
+    def comparison(self) -> Comparison:
+        """The comparison of this name. For a fault in Flax a new one, for which nothing is compiled yet."""
+        comparison = BY_NAME[self.compared]
+        return comparison if self.twin == "torch" else comparison.fresh()
 
 
 def _edited(function: Any, right: str, wrong: str) -> CodeType:
@@ -129,13 +113,6 @@ def _edited(function: Any, right: str, wrong: str) -> CodeType:
 def _code_of(code: CodeType, qualname: str) -> CodeType | None:
     nested = (_code_of(each, qualname) for each in code.co_consts if isinstance(each, CodeType))
     return code if code.co_qualname == qualname else next(filter(None, nested), None)
-
-
-def recurrent_verdicts(case: test_layers_recurrent.Case) -> list[standard.Verdict]:
-    arrays = case.draw(0, "float32")
-    runs = (test_layers_recurrent.run_torch, test_layers_recurrent.run_flax)
-    torch_runs, flax_runs = ({dtype: [run(case, arrays, dtype)] for dtype in DTYPES} for run in runs)
-    return standard.bounded(torch_runs, flax_runs, [test_layers_recurrent.run_oracle(case, arrays)])
 
 
 SQUARE, MANY = "batch_ensemble_linear-E3-B4-6to6", "batch_ensemble_linear-E2-B12-6to6-no_bias"
@@ -520,7 +497,7 @@ EMBED_AND_NORM = [
         "BatchEnsembleGroupNorm-3-4x6x3x5",
     ),
 ]
-attention, self_attention = torch_attention.BatchEnsembleMultiHeadAttention, test_layers_attention.CASES["self-odd"]
+attention, self_attention = torch_attention.BatchEnsembleMultiHeadAttention, "BatchEnsembleMultiHeadAttention-self-odd"
 ATTENTION = [
     Fault(
         "query and key swapped in the packed weight",
@@ -559,7 +536,8 @@ ATTENTION = [
         self_attention,
     ),
 ]
-lstm_cell, gru_cell = (test_layers_recurrent.Case(kind, is_cell=True) for kind in ("LSTM", "GRU"))
+lstm_cell = "BatchEnsembleLSTMCell-LSTM-3x2x4x5x3-layers1-biases2-is_cell"
+gru_cell = "BatchEnsembleGRUCell-GRU-3x2x4x5x3-layers1-biases2-is_cell"
 RECURRENT = [
     Fault(
         "order of the gates",
@@ -608,7 +586,7 @@ KINDS = {
     "recurrent": RECURRENT,
 }
 FAULTS = {f"{kind}, {fault.name}": fault for kind, faults in KINDS.items() for fault in faults}
-EXACT = [name for name, fault in FAULTS.items() if isinstance(fault.compared, str) and fault.subject.exact]
+EXACT = [name for name, fault in FAULTS.items() if fault.comparison.is_exact]
 
 
 def broken(verdicts, rule):
@@ -620,7 +598,7 @@ def test_the_exact_tier_sees(name):
     fault = FAULTS[name]
     for dtype in DTYPES:
         with fault.planted_in_a_subject():
-            verdicts = test_parity.exact_verdicts(fault.subject, dtype, seed=0, flax_compiled=True)
+            verdicts = fault.comparison.exact(0, dtype)
         assert fault.tensor in broken(verdicts, f"{fault.twin} and the oracle")
 
 
@@ -628,7 +606,7 @@ def test_the_exact_tier_sees(name):
 def test_the_bounded_tier_sees(name):
     fault = FAULTS[name]
     with fault.planted_in_a_subject():
-        verdicts = fault.verdicts()
+        verdicts = fault.comparison.bounded([fault.comparison.draw(0, "float32")])
     assert fault.tensor in broken(verdicts, "float64 distance of torch and flax")
     assert fault.tensor in broken(verdicts, f"float64 distance of {fault.twin} and the oracle")
     if fault.name != "log(p + 1e-8)":  # 1e-8 is below what float32 resolves: this one needs the float64 tier
@@ -638,24 +616,24 @@ def test_the_bounded_tier_sees(name):
 
 
 def running_statistics() -> None:
-    test_layers_norm.test_running_statistics_of_both_frameworks_over_several_steps()
+    test_norm.test_running_statistics_of_both_frameworks_over_several_steps()
 
 
 def torch_norm_in_float32() -> None:
-    test_layers_norm.test_each_torch_member_is_the_ordinary_layer_over_several_steps("BatchNorm1d", {}, last=False)
+    test_norm.test_each_torch_member_is_the_ordinary_layer_over_several_steps("BatchNorm1d", {}, last=False)
 
 
 def torch_lstm() -> None:
-    test_layers_recurrent.test_torch_members_are_ordinary_layers_bit_for_bit("LSTM", {}, states=True)
+    test_recurrent.test_torch_members_are_ordinary_layers_bit_for_bit("LSTM", {}, states=True)
 
 
 def contiguous() -> None:
-    test_layers.test_parameters_of_a_new_layer_are_contiguous()
+    test_contract.test_parameters_of_a_new_layer_are_contiguous(LAYERS[0])
 
 
 def drawn_alike() -> None:
-    for options in test_layers.OPTIONS:
-        test_layers.test_one_seed_gives_one_layer_bit_for_bit("float32", options)
+    for options in test_contract.DRAWS:
+        test_contract.test_one_seed_gives_one_layer_bit_for_bit(LAYERS[0], "float32", options)
 
 
 def any_cpu() -> None:
@@ -672,7 +650,7 @@ def twice_rounded() -> None:
 
 
 def made_under_jit() -> None:
-    test_layers.test_a_layer_made_under_jit_is_the_same_bit_for_bit()
+    test_contract.test_a_layer_made_under_jit_is_the_same_bit_for_bit(LAYERS[0])
 
 
 def random_bits() -> None:

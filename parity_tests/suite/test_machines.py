@@ -72,7 +72,8 @@ def test_torch_draws_the_same(instructions, ours, tmp_path):
 @pytest.mark.parametrize("instructions", FLAX)
 def test_what_is_exact_is_exact_in_the_programs_that_users_run(instructions):
     command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", "-k"]
-    chosen = ["test_exact and float32 and (BatchEnsemble or batch_each or E3)", Path(test_parity.__file__)]
+    few = "test_exact and float32 and (BatchEnsemble or batch_each or E3) and not (Conv or Embed)"
+    chosen = [few, Path(test_parity.__file__)]
     settings = FLAX[instructions] | TORCH["default"] | {"PLAIN_XLA": "1"}
     run = subprocess.run([*command, *chosen], env=os.environ | settings, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout

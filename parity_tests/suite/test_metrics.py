@@ -545,38 +545,3 @@ def test_nothing_seen_yet():
     with pytest.warns(UserWarning, match="compute"):
         assert tm.NLL().compute().isnan()
     assert jnp.isnan(fm.NLL().compute())
-    with pytest.warns(UserWarning, match="compute"), pytest.raises(RuntimeError, match="at least one input") as raised:
-        tm.AURC().compute()
-    with pytest.raises(RuntimeError, match="at least one input") as other:
-        fm.AURC().compute()
-    assert str(raised.value) == str(other.value)
-
-
-def test_what_flax_metrics_refuse():
-    logits, labels = to_flax(draw()["classes"])
-    with pytest.raises(ValueError, match=r"got a mask\. .* labels\[mask\]"):
-        nnx.MultiMetric(nll=fm.NLL()).update(logits=logits, labels=labels, mask=labels > 0)
-    metric = fm.AURC()
-    with pytest.raises(ValueError, match="keeps every score; got traced ones"):
-        nnx.jit(lambda metric, z, y: metric.update(logits=z, labels=y))(metric, logits, labels)
-
-
-def flax_update(metric, logits, labels):
-    logits, labels = to_flax((logits, labels))
-    metric.update(logits=logits, labels=labels)
-
-
-def test_metrics_of_members_stay_with_one_ensemble():
-    sentences = []
-    for metric, update in (
-        (tm.NLL(per_member=True), lambda metric, z, y: metric.update(*to_torch((z, y)))),
-        (
-            fm.NLL(per_member=True),
-            flax_update,
-        ),
-    ):
-        update(metric, np.zeros((1, 2, 3)), np.zeros(2, np.int64))
-        with pytest.raises(ValueError, match="other members") as raised:
-            update(metric, np.zeros((4, 2, 3)), np.zeros(2, np.int64))
-        sentences.append(str(raised.value))
-    assert sentences[0] == sentences[1]

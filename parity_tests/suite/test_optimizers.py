@@ -18,6 +18,7 @@ from torch import nn
 import probly_flax as pf
 import probly_torch as pt
 from parity_tests.standard import assert_same_trajectory
+from parity_tests.suite.sentences.harness import sentence_of
 from parity_tests.suite.subject import without_draws
 from probly_flax import optimizers as flax_optimizers
 from probly_torch import optimizers as torch_optimizers
@@ -123,7 +124,7 @@ def train_flax(model, optimizer, first, count):
 SGD, ADAM = torch.optim.SGD, torch.optim.Adam
 BETAS = {"betas": (0.8, 0.95), "eps": 1e-3}
 adam = partial(optax.adam, b1=0.8, b2=0.95, eps=1e-3)
-TWINS = {
+OPTIMIZERS = {
     "SGD": (partial(SGD, lr=0.1), optax.sgd(0.1)),
     "momentum": (partial(SGD, lr=0.1, momentum=0.8), optax.sgd(0.1, momentum=0.8)),
     "Nesterov": (
@@ -162,9 +163,9 @@ def assert_same(model, other):
         assert_same_trajectory(theirs[name], ours[name])
 
 
-@pytest.mark.parametrize("twins", TWINS)
-def test_training_goes_on_in_the_other_framework(twins, tmp_path):
-    make, tx = TWINS[twins]
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_in_the_other_framework(name, tmp_path):
+    make, tx = OPTIMIZERS[name]
     weights, state = tmp_path / "weights.safetensors", tmp_path / "optimizer.safetensors"
     ours, our_optimizer = in_torch(make)
     theirs, their_optimizer = in_flax(tx)
@@ -188,9 +189,9 @@ def test_training_goes_on_in_the_other_framework(twins, tmp_path):
     assert_same(back, theirs)
 
 
-@pytest.mark.parametrize("twins", ["momentum", "Adam"])
-def test_an_optimizer_that_starts_anew_is_seen(twins):
-    make, tx = TWINS[twins]
+@pytest.mark.parametrize("name", ["momentum", "Adam"])
+def test_an_optimizer_that_starts_anew_is_seen(name):
+    make, tx = OPTIMIZERS[name]
     ours, our_optimizer = in_torch(make)
     train_torch(ours, our_optimizer, 0, 7)
     theirs, their_optimizer = in_flax(tx)
@@ -221,9 +222,9 @@ def assert_equal(ours, theirs):
         np.testing.assert_array_equal(theirs[name], array, name)
 
 
-@pytest.mark.parametrize(("twins", "dtype"), [("momentum", "float32"), ("AdamW", "bfloat16")])
-def test_a_state_moves_bit_for_bit(twins, dtype, tmp_path):
-    make, tx = TWINS[twins]
+@pytest.mark.parametrize(("name", "dtype"), [("momentum", "float32"), ("AdamW", "bfloat16")])
+def test_a_state_moves_bit_for_bit(name, dtype, tmp_path):
+    make, tx = OPTIMIZERS[name]
     ours, optimizer = in_torch(make, getattr(torch, dtype))
     arrays = torch_optimizers.optimizer_to_arrays(ours, filled(optimizer))
     theirs, their_optimizer = in_flax(tx, jnp.dtype(dtype))
@@ -315,9 +316,9 @@ def test_groups_have_their_own_options():
     assert list(inside) == ["model.weight.momentum_buffer"]
 
 
-@pytest.mark.parametrize("twins", TWINS)
-def test_a_new_optimizer_has_zeros(twins):
-    ours, theirs = linear_pair(*TWINS[twins])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_new_optimizer_has_zeros(name):
+    ours, theirs = linear_pair(*OPTIMIZERS[name])
     arrays = torch_optimizers.optimizer_to_arrays(*ours)
     assert all((array == 0).all() for array in arrays.values())
     assert not ours[1].state
@@ -392,11 +393,12 @@ def test_a_state_that_does_not_fit_changes_nothing(case):
     flax_optimizers.load_optimizer_arrays(*theirs, arrays)
     sentences = []
     for module, pair in ((torch_optimizers, ours), (flax_optimizers, theirs)):
-        with pytest.raises(ValueError, match=sentence) as raised:
-            module.load_optimizer_arrays(*pair, change({name: a + 1 for name, a in arrays.items()}, name, array))
-        sentences.append(str(raised.value))
+        changed = change({name: a + 1 for name, a in arrays.items()}, name, array)
+        call = partial(module.load_optimizer_arrays, *pair, changed)
+        sentences.append(sentence_of(call, ValueError))
         assert_equal(arrays, module.optimizer_to_arrays(*pair))
     assert sentences[0] == sentences[1]
+    assert re.search(sentence, sentences[0])
     assert len(sentences[0]) < 1000
 
 
@@ -421,63 +423,11 @@ def test_tied_parameters_have_one_state():
             module.load_optimizer_arrays(*pair, arrays)
 
 
-REFUSED_BY_TORCH = {
-    "amsgrad": (partial(torch.optim.AdamW, amsgrad=True), ValueError, "got amsgrad=True"),
-    "maximize": (partial(SGD, maximize=True), ValueError, "got maximize=True"),
-    "dampening": (partial(SGD, momentum=0.9, dampening=0.1), ValueError, r"got dampening=0\.1"),
-    "RMSprop": (torch.optim.RMSprop, TypeError, "got RMSprop"),
-    "NAdam": (torch.optim.NAdam, TypeError, "got NAdam"),
-}
-REFUSED_BY_FLAX = {
-    "amsgrad": (optax.amsgrad(1e-3), r"opt_state\[0\]\.nu_max"),
-    "rmsprop": (optax.rmsprop(1e-3), r"got opt_state\[0\]\.nu"),
-    "MultiSteps": (optax.MultiSteps(optax.adam(1e-3), 2), r"got opt_state\.acc_grads"),
-    "a tree of its own": (optax.GradientTransformation(lambda params: params, None), "got opt_state"),
-    "two momenta": (optax.chain(optax.adam(1e-3), optax.trace(0.9)), r"got opt_state\[1\] beside opt_state\[0\]\[0\]"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED_BY_TORCH)
-def test_torch_refuses_what_optax_computes_otherwise(case):
-    make, kind, sentence = REFUSED_BY_TORCH[case]
-    model = nn.Linear(3, 2)
-    optimizer = make(model.parameters())
-    with pytest.raises(kind, match=sentence):
-        torch_optimizers.optimizer_to_arrays(model, optimizer)
-    with pytest.raises(kind, match=sentence):
-        torch_optimizers.load_optimizer_arrays(model, optimizer, {})
-
-
-@pytest.mark.parametrize("case", REFUSED_BY_FLAX)
-def test_flax_refuses_what_torch_computes_otherwise(case):
-    tx, sentence = REFUSED_BY_FLAX[case]
-    _, pair = linear_pair(ADAM, tx)
-    with pytest.raises(ValueError, match=sentence):
-        flax_optimizers.optimizer_to_arrays(*pair)
-    with pytest.raises(ValueError, match=sentence):
-        flax_optimizers.load_optimizer_arrays(*pair, {})
-
-
-def test_another_model_is_refused():
-    ours, theirs = linear_pair(ADAM, optax.adam(1e-3))
-    others = linear_pair(ADAM, optax.adam(1e-3), out_features=5)
-    for module, (_, optimizer), (model, _) in zip(
-        (torch_optimizers, flax_optimizers), (ours, theirs), others, strict=True
-    ):
-        with pytest.raises(ValueError, match="expects the model whose parameters the optimizer updates"):
-            module.optimizer_to_arrays(model, optimizer)
-
-
 def test_a_part_of_packed_weights_is_refused():
     model = without_draws(FlaxNet)
     only_query = optax.masked(optax.adam(1e-3), lambda tree: nnx.map_state(lambda path, _: "query" in path, tree))
     with pytest.raises(ValueError, match=r"some parts of attention\.in_proj_weight, attention\.in_proj_bias"):
         flax_optimizers.optimizer_to_arrays(model, nnx.Optimizer(model, only_query, wrt=nnx.Param))
-
-
-def test_a_state_of_optax_alone_is_no_optimizer():
-    with pytest.raises(TypeError, match=r"Pass nnx\.Optimizer\(model, optax\.adamw\(1e-3\), wrt=nnx\.Param\)"):
-        flax_optimizers.optimizer_to_arrays(flax_linear(3, 2), optax.adam(1e-3).init({}))
 
 
 def flax_conv():
@@ -555,12 +505,6 @@ def test_moments_of_a_masked_kernel(tmp_path):
         flax_optimizers.load_optimizer_arrays(model, optimizer, ones)
     assert_equal(flax_optimizers.optimizer_to_arrays(model, optimizer), arrays)
     flax_optimizers.load_optimizer_arrays(model, optimizer, arrays)
-
-
-def test_two_biases_that_are_one_in_flax_start_anew():
-    model = without_draws(lambda: nnx.RNN(nnx.OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(0))))
-    with pytest.raises(ValueError, match="got bias_ih_l0: torch trains two"):
-        flax_optimizers.optimizer_to_arrays(model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param))
 
 
 def test_a_state_with_nan_is_warned_of(tmp_path):

@@ -31,7 +31,7 @@ TORCH, FLAX = pt.weights.Inventory.words, pf.weights.Inventory.words
 
 
 @dataclass(frozen=True)
-class Twins:
+class SameLayer:
     """A layer in both frameworks, arguments that make them equal, and changes of one option in both."""
 
     torch: Callable[..., nn.Module]
@@ -81,16 +81,16 @@ CONV = (
     ({"kernel_size": (3, 5), "padding": (1, 2)}, {"kernel_size": (3, 5), "padding": (1, 2)}),
     BIAS,
 )
-TWINS = {
-    "Linear": Twins(partial(nn.Linear, 5, 3), flax(nnx.Linear, 5, 3), ({}, {}), (BIAS,)),
-    "LinearGeneral": Twins(partial(nn.Linear, 5, 6), flax(nnx.LinearGeneral, 5, (2, 3)), ({}, {}), (BIAS,)),
-    "Conv": Twins(
+LAYERS = {
+    "Linear": SameLayer(partial(nn.Linear, 5, 3), flax(nnx.Linear, 5, 3), ({}, {}), (BIAS,)),
+    "LinearGeneral": SameLayer(partial(nn.Linear, 5, 6), flax(nnx.LinearGeneral, 5, (2, 3)), ({}, {}), (BIAS,)),
+    "Conv": SameLayer(
         partial(nn.Conv2d, 4, 6),
         flax(nnx.Conv, 4, 6),
         ({"kernel_size": 3, "padding": 1}, {"kernel_size": (3, 3), "padding": 1}),
         CONV,
     ),
-    "Conv of the same size": Twins(
+    "Conv of the same size": SameLayer(
         partial(nn.Conv2d, 4, 6, (4, 3), dilation=(1, 2)),
         flax(nnx.Conv, 4, 6, (4, 3), kernel_dilation=(1, 2)),
         ({"padding": (1, 2)}, {"padding": (1, 2)}),
@@ -100,19 +100,19 @@ TWINS = {
             ({"padding_mode": "circular", "padding": "same"}, {"padding": "CIRCULAR"}),
         ),
     ),
-    "Conv of one pixel": Twins(
+    "Conv of one pixel": SameLayer(
         partial(nn.Conv1d, 4, 6, 1, stride=2),
         flax(nnx.Conv, 4, 6, 1, strides=2),
         ({}, {"padding": "SAME"}),
         (),
     ),
-    "Conv3d": Twins(
+    "Conv3d": SameLayer(
         partial(nn.Conv3d, 4, 6, (3, 2, 1)),
         flax(nnx.Conv, 4, 6, (3, 2, 1)),
         ({}, {"padding": 0}),
         (({"padding": (2, 1, 0), "stride": (1, 2, 3)}, {"padding": (2, 1, 0), "strides": (1, 2, 3)}),),
     ),
-    "ConvTranspose": Twins(
+    "ConvTranspose": SameLayer(
         partial(nn.ConvTranspose2d, 4, 6, (3, 2)),
         flax(nnx.ConvTranspose, 4, 6, (3, 2), transpose_kernel=True),
         (
@@ -126,14 +126,14 @@ TWINS = {
             BIAS,
         ),
     ),
-    "Embedding": Twins(partial(nn.Embedding, 7, 3), flax(nnx.Embed, 7, 3), ({}, {}), ()),
-    "BatchNorm": Twins(
+    "Embedding": SameLayer(partial(nn.Embedding, 7, 3), flax(nnx.Embed, 7, 3), ({}, {}), ()),
+    "BatchNorm": SameLayer(
         partial(nn.BatchNorm2d, 5),
         flax(nnx.BatchNorm, 5),
         ({}, {"momentum": 0.9}),
         (EPS, ({"momentum": 0.01}, {"momentum": 0.99}), AFFINE),
     ),
-    "LayerNorm": Twins(
+    "LayerNorm": SameLayer(
         nn.LayerNorm,
         flax(nnx.LayerNorm, 5),
         ({"normalized_shape": 5}, {"epsilon": 1e-5}),
@@ -144,7 +144,7 @@ TWINS = {
             ({"normalized_shape": (3, 5)}, {"reduction_axes": (-1, -2), "feature_axes": (-2, -1)}),
         ),
     ),
-    "RMSNorm": Twins(
+    "RMSNorm": SameLayer(
         nn.RMSNorm,
         flax(nnx.RMSNorm, 5),
         ({"normalized_shape": 5}, {"epsilon": float(np.finfo(np.float32).eps)}),
@@ -154,74 +154,74 @@ TWINS = {
             ({"normalized_shape": (3, 5)}, {"reduction_axes": (-2, -1), "feature_axes": (-2, -1)}),
         ),
     ),
-    "GroupNorm": Twins(
+    "GroupNorm": SameLayer(
         partial(nn.GroupNorm, num_channels=6),
         flax(nnx.GroupNorm, 6),
         ({"num_groups": 3, "eps": 1e-6}, {"num_groups": 3}),
         (EPS, ({"num_groups": 2}, {"num_groups": 2}), AFFINE),
     ),
-    "InstanceNorm": Twins(
+    "InstanceNorm": SameLayer(
         partial(nn.InstanceNorm2d, 5),
         flax(nnx.InstanceNorm, 5),
         ({"affine": True, "eps": 1e-6}, {}),
         (EPS, AFFINE),
     ),
-    "PReLU": Twins(nn.PReLU, lambda: nnx.PReLU(), ({}, {}), ()),
-    "MultiHeadAttention": Twins(
+    "PReLU": SameLayer(nn.PReLU, lambda: nnx.PReLU(), ({}, {}), ()),
+    "MultiHeadAttention": SameLayer(
         partial(nn.MultiheadAttention, 6),
         flax(nnx.MultiHeadAttention, in_features=6, decode=False),
         ({"num_heads": 3}, {"num_heads": 3}),
         (({"num_heads": 2}, {"num_heads": 2}), BIAS),
     ),
-    "LSTM": Twins(
+    "LSTM": SameLayer(
         partial(nn.LSTM, 5, 3),
         rnn(nnx.OptimizedLSTMCell),
         ({"batch_first": True}, {}),
         (({"batch_first": False}, {"time_major": True}),),
     ),
-    "GRU": Twins(
+    "GRU": SameLayer(
         partial(nn.GRU, 5, 3),
         rnn(nnx.GRUCell),
         ({}, {"time_major": True}),
         (({"batch_first": True}, {"time_major": False}),),
     ),
-    "RNN": Twins(
+    "RNN": SameLayer(
         partial(nn.RNN, 5, 3),
         rnn(nnx.SimpleCell),
         ({}, {"time_major": True}),
         (({"nonlinearity": "relu"}, {"activation_fn": nnx.relu}),),
     ),
-    "bidirectional": Twins(
+    "bidirectional": SameLayer(
         partial(nn.LSTM, 5, 3, bidirectional=True),
         lambda **options: nnx.Bidirectional(rnn(nnx.LSTMCell)(), rnn(nnx.LSTMCell)(), **options),
         ({"batch_first": True}, {}),
         (({"batch_first": False}, {"time_major": True}),),
     ),
-    "LSTMCell": Twins(partial(nn.LSTMCell, 5, 3), flax(nnx.LSTMCell, 5, 3), ({}, {}), ()),
-    "GRUCell": Twins(partial(nn.GRUCell, 5, 3), flax(nnx.GRUCell, 5, 3), ({}, {}), ()),
-    "RNNCell": Twins(
+    "LSTMCell": SameLayer(partial(nn.LSTMCell, 5, 3), flax(nnx.LSTMCell, 5, 3), ({}, {}), ()),
+    "GRUCell": SameLayer(partial(nn.GRUCell, 5, 3), flax(nnx.GRUCell, 5, 3), ({}, {}), ()),
+    "RNNCell": SameLayer(
         partial(nn.RNNCell, 5, 3),
         flax(nnx.SimpleCell, 5, 3),
         ({}, {}),
         (({"nonlinearity": "relu"}, {"activation_fn": nnx.relu}),),
     ),
-    "gelu": Twins(
+    "gelu": SameLayer(
         nn.GELU,
         function(nnx.gelu),
         ({}, {"approximate": False}),
         (({"approximate": "tanh"}, {"approximate": True}),),
     ),
-    "gelu of tanh": Twins(nn.GELU, function(nnx.gelu), ({"approximate": "tanh"}, {}), ()),
-    "leaky_relu": Twins(
+    "gelu of tanh": SameLayer(nn.GELU, function(nnx.gelu), ({"approximate": "tanh"}, {}), ()),
+    "leaky_relu": SameLayer(
         nn.LeakyReLU,
         function(nnx.leaky_relu),
         ({}, {}),
         (({"negative_slope": 0.2}, {"negative_slope": 0.2}),),
     ),
-    "elu": Twins(nn.ELU, function(nnx.elu), ({}, {}), (({"alpha": 0.5}, {"alpha": 0.5}),)),
-    "celu": Twins(nn.CELU, function(nnx.celu), ({}, {}), (({"alpha": 0.5}, {"alpha": 0.5}),)),
+    "elu": SameLayer(nn.ELU, function(nnx.elu), ({}, {}), (({"alpha": 0.5}, {"alpha": 0.5}),)),
+    "celu": SameLayer(nn.CELU, function(nnx.celu), ({}, {}), (({"alpha": 0.5}, {"alpha": 0.5}),)),
     **{
-        ours.__name__: Twins(ours, function(theirs), ({}, {}), ())
+        ours.__name__: SameLayer(ours, function(theirs), ({}, {}), ())
         for ours, theirs in (
             *((nn.ReLU, nnx.relu), (nn.ReLU6, nnx.relu6), (nn.SiLU, nnx.swish), (nn.Mish, jax.nn.mish)),
             *((nn.SELU, nnx.selu), (nn.Sigmoid, nnx.sigmoid), (nn.LogSigmoid, nnx.log_sigmoid), (nn.Tanh, nnx.tanh)),
@@ -257,21 +257,21 @@ def differences(model, recorded):
     if sentence is None:
         return []
     first, *lines, last = sentence.splitlines()
-    assert first == f"load_weights expects layers with the options that the file's had; got {len(lines)} that differ:"
+    assert first == f"load_weights expects layers with the options of those in the file; got {len(lines)} that differ:"
     assert last == "Pass these arguments, or load the weights all the same: check_options=False."
     return [line.removeprefix("  ") for line in lines]
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_twins_with_equal_options_are_equal_and_each_changed_one_is_named(name):
-    twins = TWINS[name]
-    models = {framework: twins.make(framework) for framework in FRAMEWORKS}
+    layer = LAYERS[name]
+    models = {framework: layer.make(framework) for framework in FRAMEWORKS}
     kinds = {options(model)["0"]["kind"] for model in models.values()}
     assert len(kinds) == 1
     assert kinds < KINDS.keys()
     assert not any(differences(a, options(b)) for a in models.values() for b in models.values())
-    for change in twins.changes:
-        changed = {framework: twins.make(framework, change[i]) for i, framework in enumerate(FRAMEWORKS)}
+    for change in layer.changes:
+        changed = {framework: layer.make(framework, change[i]) for i, framework in enumerate(FRAMEWORKS)}
         recorded = [options(model) for model in changed.values()]
         assert not any(differences(model, each) for model in changed.values() for each in recorded)
         for i, framework in enumerate(FRAMEWORKS):
@@ -280,7 +280,7 @@ def test_twins_with_equal_options_are_equal_and_each_changed_one_is_named(name):
             suggested = dict(map(suggestion, lines))
             assert len(lines) == len(suggested)
             assert suggested.keys() == change[i].keys(), lines
-            assert not differences(twins.make(framework, suggested), recorded[0])
+            assert not differences(layer.make(framework, suggested), recorded[0])
 
 
 def suggestion(line):
@@ -529,7 +529,7 @@ def test_twins_that_are_right_say_nothing(ours, theirs):
 
 
 def test_every_kind_has_twins():
-    kinds = {options(twins.make(framework))["0"]["kind"] for twins in TWINS.values() for framework in FRAMEWORKS}
+    kinds = {options(layer.make(framework))["0"]["kind"] for layer in LAYERS.values() for framework in FRAMEWORKS}
     of_other_rank = {f"{kind}{n}d" for kind in ("Conv", "ConvTranspose") for n in (1, 2, 3)}
     assert kinds | of_other_rank == KINDS.keys() - {*_LACKING, "Identity"}  # a placeholder in Flax
     assert not any(hasattr(module, kind) for module in (nnx, jax.nn) for kind in _LACKING)

@@ -5,9 +5,8 @@ import shutil
 import pytest
 
 from parity_tests import standard
-from parity_tests.suite.subject import each_run, run_flax, run_oracle, run_torch, with_cotangent
-from parity_tests.suite.subjects import EXACT_SUBJECTS, SUBJECTS
-from parity_tests.suite.twins import assert_same_steps, assert_special_values, of_subject
+from parity_tests.suite.comparison import DTYPES
+from parity_tests.suite.subjects_all import ALL, BY_NAME
 
 SEEDS = range(5)
 # One of each kind, and few dtypes: torch.compile takes some seconds for each.
@@ -20,72 +19,61 @@ COMPILED = (
     "Ensemble-shared_batch-vmap",
     "mixture_cross_entropy-3x5x4-labels1d",
 )
-# Op by op, JAX compiles every operation for each shape and dtype: one tier for each subject, exact where it can be.
-EAGER = (
+# Op by op, JAX compiles every operation for each shape and dtype: one tier for each subject, exact where it can be. Of
+# the norms, which share their arithmetic, the one that keeps statistics.
+EXACT_OP_BY_OP = (
     "batch_ensemble_linear-E3-B4-5to7",
     "BatchEnsembleLinear",
     "BatchEnsemble-shared_batch",
     "Ensemble-shared_batch",
     "split_members",
+    "BatchEnsembleEmbed-E3",
+    "BatchEnsembleEmbed.attend-E3",
 )
-EAGER_LOSS = ("member_brier-3x5x4-labels2d",)
-# What differs from another subject in how many members run at once, or in a shape of logits, is no other in bfloat16.
-ONE_MORE = ("-chunks", "-vmap", "-loop", "-4x3x2", "member_losses-labels1d")
-IN_BFLOAT16 = [subject for subject in SUBJECTS if not subject.name.endswith(ONE_MORE)]
-EXACT = each_run(EXACT_SUBJECTS, [("float32",), ("float64",)], EAGER, [("float32",)])
-EXACT |= each_run([s for s in IN_BFLOAT16 if s.exact], [("bfloat16",)], (), ())
-BOUNDED = each_run(SUBJECTS, [("float32", "float64")], EAGER_LOSS, [("float32", "float64")])
-BOUNDED |= each_run(IN_BFLOAT16, [("bfloat16",)], (), ())
+BOUNDED_OP_BY_OP = ("member_brier-3x5x4-labels2d", "BatchEnsembleBatchNorm-15x4-train")
 
 
-def exact_verdicts(subject, dtype, seed, torch_compiled=False, flax_compiled=False):
-    arrays = subject.draw_exact(seed, dtype)
-    assert subject.certificate(arrays, dtype) <= 2.0 ** standard.SIGNIFICANT_BITS[dtype], "the inputs prove nothing"
-    return standard.exact(
-        run_torch(subject, arrays, dtype, torch_compiled),
-        run_flax(subject, arrays, dtype, flax_compiled),
-        run_oracle(subject, arrays),
-    )
+def each_run(comparisons, dtypes, op_by_op, op_by_op_dtypes):
+    """Parametrizes with all comparisons under jit, in these dtypes and in bfloat16, and with some op by op as well."""
+    runs = [(c, each) for c in comparisons for each in (*dtypes, *[("bfloat16",)] * c.in_bfloat16)]
+    runs = {f"{c.name}-{'+'.join(each)}-jit": (c, each) for c, each in runs}
+    for name in op_by_op:
+        runs[f"{name}-{'+'.join(op_by_op_dtypes)}-eager"] = BY_NAME[name].op_by_op(), op_by_op_dtypes
+    return pytest.mark.parametrize(("comparison", "dtypes"), runs.values(), ids=runs)
 
 
-def bounded_verdicts(subject, dtypes, torch_compiled=False, flax_compiled=False, seeds=SEEDS):
-    low = dtypes[0]
-    arrays = [with_cotangent(subject, subject.draw(seed, low), seed, low) for seed in seeds]
-    return standard.bounded(
-        {dtype: [run_torch(subject, a, dtype, torch_compiled) for a in arrays] for dtype in dtypes},
-        {dtype: [run_flax(subject, a, dtype, flax_compiled) for a in arrays] for dtype in dtypes},
-        [run_oracle(subject, a) for a in arrays],
-        low,
-    )
-
-
-@pytest.mark.parametrize(("subject", "dtypes", "flax_compiled"), EXACT.values(), ids=EXACT)
-def test_exact(subject, dtypes, flax_compiled):
+@each_run([c for c in ALL if c.is_exact], [("float32",), ("float64",)], EXACT_OP_BY_OP, ("float32",))
+def test_exact(comparison, dtypes):
     for seed in SEEDS:
-        standard.assert_holds(exact_verdicts(subject, *dtypes, seed, flax_compiled=flax_compiled))
+        standard.assert_holds(comparison.exact(seed, *dtypes))
 
 
-@pytest.mark.parametrize(("subject", "dtypes", "flax_compiled"), BOUNDED.values(), ids=BOUNDED)
-def test_bounded(subject, dtypes, flax_compiled):
-    standard.assert_holds(bounded_verdicts(subject, dtypes, flax_compiled=flax_compiled))
+@each_run(ALL, [DTYPES], BOUNDED_OP_BY_OP, DTYPES)
+def test_bounded(comparison, dtypes):
+    standard.assert_holds(comparison.bounded([comparison.draw(seed, dtypes[0]) for seed in SEEDS], dtypes))
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
-def test_special_values(subject):
-    assert_special_values(of_subject(subject))
+@pytest.mark.parametrize("comparison", [c for c in ALL if c.in_special_values], ids=lambda c: c.name)
+def test_special_values(comparison):
+    """Zeros of either sign, denormal numbers, infinities and NaN give the same in both."""
+    standard.assert_holds(comparison.small())
+    assert not comparison.extreme()
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
-def test_steps_of_training(subject):
-    assert_same_steps(of_subject(subject))
+@pytest.mark.parametrize("comparison", ALL, ids=lambda c: c.name)
+def test_steps_of_training(comparison):
+    """Gradient descent goes the same way in both."""
+    ours, theirs = comparison.trajectories()
+    for name in ours:
+        standard.assert_same_trajectory(theirs[name], ours[name])
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is none")
-@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.name in COMPILED], ids=lambda subject: subject.name)
-def test_compiled(subject):
-    if subject.exact:
-        for dtype in ("float32", "bfloat16") if subject.name == COMPILED[0] else ("float32",):
-            standard.assert_holds(exact_verdicts(subject, dtype, 0, torch_compiled=True, flax_compiled=True))
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled(name):
+    comparison = BY_NAME[name].compiled()
+    if comparison.is_exact:
+        for dtype in ("float32", "bfloat16") if name == COMPILED[0] else ("float32",):
+            standard.assert_holds(comparison.exact(0, dtype))
     else:
-        dtypes = ("float32", "float64")
-        standard.assert_holds(bounded_verdicts(subject, dtypes, torch_compiled=True, flax_compiled=True, seeds=(0,)))
+        standard.assert_holds(comparison.bounded([comparison.draw(0, "float32")]))

@@ -251,7 +251,7 @@ def test_twin_bad_arguments(my_torch, tmp_path, capsys):
     says("argument MODULE:NAME: expects MODULE:NAME; got 'my_torch'. Pass mypkg.model:build.", "my_torch")
     says("expects MODULE:NAME; got 'my_torch:Net()'", "my_torch:Net()")
     says("network expects a module that can be imported; got my_torchh: No module named 'my_torchh'", "my_torchh:Net")
-    says("got 'Nett': module 'my_torch' has no attribute 'Nett'. It has: Net, Tagger, Unknown", "my_torch:Nett")
+    says("module 'my_torch' has no attribute 'Nett'. Pass one that it has: Net, Tagger, Unknown", "my_torch:Nett")
     says("got my_torch:number, which is int", "my_torch:number")
     says("which needs width. Write one: def build(): return with_width(width=...).", "my_torch:with_width")
     says(
@@ -264,7 +264,7 @@ def test_twin_bad_arguments(my_torch, tmp_path, capsys):
     says("--weights expects a safetensors file; got nowhere", "my_torch:Net", IMAGE, "--weights", "nowhere")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "flax", None)
-        says("port expects flax, to run what it writes; got none. pip install flax.")
+        says("port expects flax, to run what it writes; got none. Install it: pip install flax.")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("mine")
     says("nothing is overwritten", out="mine")
@@ -376,7 +376,7 @@ def test_checkpoint_bad_arguments(weights, tmp_path, capsys):
     says(
         "--into expects a function that returns a flax module; got my_torch:Net, which returns Net", into="my_torch:Net"
     )
-    says("takes no arguments but rngs; got my_torch:with_width, which needs width", into="my_torch:with_width")
+    says("takes no arguments except rngs; got my_torch:with_width, which needs width", into="my_torch:with_width")
     says("weights expects a safetensors file; got nowhere", file="nowhere")
     says("argument --rename: expects PATTERN=REPLACEMENT; got 'a'", "--rename", "a")
     says("argument --flatten: expects LAYER=CHANNELS,HEIGHT,WIDTH; got 'fc=5,-1'", "--flatten", "fc=5,-1")

@@ -2,22 +2,14 @@
 
 import ast
 
-import pytest
 import safetensors.numpy
 
 from examples import port_resnet
 from examples.port_resnet import GRADIENT, LAYERS
 from parity_tests.standard import TRAJECTORY_LIMIT
+from parity_tests.suite.example_runs import assert_figures, run_once
 
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("port_resnet")
-
-
-@pytest.fixture(scope="module")
-def results(out):
-    return port_resnet.main(["--fast", "--out", str(out)])
+out, results = run_once(port_resnet.main)
 
 
 def test_differences_are_rounding(results):
@@ -33,4 +25,4 @@ def test_files(results, out):
     classes = [node.name for node in ast.parse((out / "model.py").read_text()).body if isinstance(node, ast.ClassDef)]
     assert classes[-1] == "ResNet18"
     assert "conv1.weight" in safetensors.numpy.load_file(out / "weights.safetensors")
-    assert (out / "differences.png").stat().st_size > 10_000
+    assert_figures(out / "differences.png", size=10_000)

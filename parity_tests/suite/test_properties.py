@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 import probly_flax as pf
 import probly_torch as pt
 from parity_tests import standard
-from parity_tests.suite import oracle, subjects_conv, test_layers
-from parity_tests.suite.subject import Subject, run_flax, run_oracle, run_torch
+from parity_tests.suite import oracle, subjects_conv
+from parity_tests.suite.comparison import of_subject
+from parity_tests.suite.networks import FLAX, TORCH
+from parity_tests.suite.subject import Subject
 from parity_tests.suite.subjects import flax_linear
 
 # The same examples in every run, and no search for a smaller one: each is a program that JAX has to compile.
@@ -22,10 +24,9 @@ DTYPES = st.sampled_from(["float32", "float64", "bfloat16"])
 
 
 def assert_exact(subject: Subject, dtype: str) -> None:
-    arrays = subject.draw_exact(0, dtype)
-    assume(subject.certificate(arrays, dtype) <= 2.0 ** standard.SIGNIFICANT_BITS[dtype])  # or they prove nothing
-    runs = run_torch(subject, arrays, dtype), run_flax(subject, arrays, dtype, compiled=True)
-    standard.assert_holds(standard.exact(*runs, run_oracle(subject, arrays)))
+    comparison = of_subject(subject)
+    assume(comparison.is_proof(subject.draw_exact(0, dtype), dtype))
+    standard.assert_holds(comparison.exact(0, dtype))
 
 
 def shared_linear(g, x, r, **weights):
@@ -109,8 +110,10 @@ def test_tiling_and_splitting_undo_each_other(num_members, batch, rest, dtype):
 )
 def test_one_seed_gives_one_layer(num_members, seed, init, use_base_weights, means, dtype):
     options = {"init": init, "use_base_weights": use_base_weights, "r_mean": means[0], "s_mean": means[1]}
-    ours, theirs = test_layers.pair(dtype, rngs=seed, num_members=num_members, **options)
-    a, b = pt.to_arrays(ours), pf.to_arrays(theirs)
+    ours, theirs = (f.linear(5, 7, dtype=dtype) for f in (TORCH, FLAX))
+    pf.load_arrays(theirs, pt.to_arrays(ours))
+    a = pt.to_arrays(pt.BatchEnsembleLinear(ours, rngs=seed, num_members=num_members, **options))
+    b = pf.to_arrays(pf.BatchEnsembleLinear(theirs, rngs=seed, num_members=num_members, **options))
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name])

@@ -3,25 +3,15 @@
 import csv
 
 import numpy as np
-import pytest
-import torch
 
 from examples import regression_1d
 from parity_tests.standard import MEANING_LIMIT, NOISE_FLOOR, error
+from parity_tests.suite.example_runs import assert_figures, run_once
 
 ROWS = [(framework, method) for method in (regression_1d.DEEP, regression_1d.BATCH) for framework in ("torch", "Flax")]
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("regression_1d")
-
-
-@pytest.fixture(scope="module")
-def results(out):
-    threads = torch.get_num_threads()
-    yield regression_1d.main(["--fast", "--out", str(out)])
-    torch.set_num_threads(threads)
+out, results = run_once(regression_1d.main)
 
 
 def test_the_data_has_a_gap_and_noise_that_grows():
@@ -62,10 +52,7 @@ def test_frameworks_agree(results):
 
 
 def test_files(results, out):
-    for figure in ("predictive_bands.png", "member_spread.png", "training_curves.png"):
-        data = (out / figure).read_bytes()
-        assert data.startswith(b"\x89PNG")
-        assert len(data) > 20_000, "a figure with nothing in it is smaller"
+    assert_figures(*(out / f"{name}.png" for name in ("predictive_bands", "member_spread", "training_curves")))
     with open(out / "logs" / "version_1" / "metrics.csv") as file:
         assert {"train_loss", "val_nll", "val_rmse", "val_crps", "val_coverage"} <= set(next(csv.reader(file)))
 

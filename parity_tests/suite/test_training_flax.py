@@ -390,46 +390,6 @@ def test_members_stay_on_their_devices():
     assert all(x.sharding.device_set == spread.device_set for x in states(model))
 
 
-def case(says, error=ValueError, **changes):
-    return pytest.param(changes, error, says, id=says[:40])
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "says"),
-    [
-        case("expects epochs of 1 or more; got 0. Pass epochs=10", epochs=0),
-        case("expects epochs as an integer; got float", error=TypeError, epochs=1.5),
-        case("expects patience of 1 or more; got 0", patience=0, val=batches),
-        case("expects validation batches for patience to judge; got val=None", patience=1),
-        case("one of train_loss, val_accuracy, .*; got 'val_auc'", patience=1, val=batches, monitor="val_auc"),
-        case("expects mode 'min' or 'max'; got 'low'", mode="low"),
-        case("expects mode='max' for val_accuracy, the larger", patience=1, val=batches, monitor="val_accuracy"),
-        case("expects metrics", error=TypeError, val=batches, metrics={"nll": 1}),
-        case("expects task 'classification' or 'regression'; got 'ranking'", task="ranking"),
-        case("expects a folder to resume from; got checkpoint=None", resume=True),
-        case("expects train to yield its batches in each of 2 epochs; got a list_iterator", train=iter(batches(0))),
-        case("expects batches .inputs, targets. in train; got none in epoch 0", train=[]),
-        case("expects batches .inputs, targets. in val; got none in epoch 0", val=[]),
-        case("expects a batch of inputs and targets; got 3 of them", train=[(1, 2, 3)]),
-        case("expects loss as a function of outputs and targets; got str", error=TypeError, loss="nll"),
-        case("expects a loss that returns a scalar; got one of shape .3,", loss=lambda logits, y: logits.sum((1, 2))),
-    ],
-)
-def test_what_cannot_be_trained_says_so(changes, error, says):
-    with pytest.raises(error, match=says):
-        quiet(*new(), **({"train": batches, "epochs": 2} | changes))
-
-
-def test_objects_that_are_none_of_theirs():
-    model, optimizer = new()
-    with pytest.raises(TypeError, match=r"expects model"):
-        fit(lambda x: x, optimizer, batches, epochs=1)
-    with pytest.raises(TypeError, match=r"expects an nnx.Optimizer; got GradientTransformation.*Pass nnx.Optimizer"):
-        fit(model, ADAM, batches, epochs=1)
-    with pytest.raises(TypeError, match=r"expects metrics"):
-        make_eval_step(model, [pf.metrics.NLL()])
-
-
 def test_a_folder_of_another_run_is_refused(tmp_path):
     quiet(*new(), batches, epochs=1, checkpoint=tmp_path)
     with pytest.raises(

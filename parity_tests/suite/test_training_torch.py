@@ -211,8 +211,6 @@ def test_a_module_of_ones_own_trains_and_is_judged_alike(make, precision):
 def test_the_callback_judges_regression_and_says_what_it_needs():
     data = loader(regression=True)
     ours, t = EnsembleRegressor(Heads()), trainer(callbacks=[EnsembleMetrics("regression")])
-    with pytest.raises(ValueError, match="expects task 'classification' or 'regression'; got 'both'"):
-        EnsembleMetrics("both")
 
     class Elsewhere(Own):
         def __init__(self):
@@ -451,10 +449,6 @@ def test_groups_of_what_is_not_known_are_asked_for():
         fast_weight_groups(model, 0.1)
     assert [len(g["params"]) for g in fast_weight_groups(model, 0.1, decay=(Scale,))] == [2, 2, 2]
     assert [len(g["params"]) for g in fast_weight_groups(model, 0.1, no_decay=(Scale,))] == [1, 2, 3]
-    with pytest.raises(ValueError, match="got one with 2 fast weights and no slow ones"):
-        fast_weight_groups(model, 0.1, no_decay=(Scale, pt.BatchEnsembleLinear))
-    with pytest.raises(ValueError, match=r"got one with 2 slow weights and no fast ones.*batchensemble\(model, 4\)"):
-        fast_weight_groups(pt.ensemble(mlp(), 2), 0.1)
 
     class Layer(nn.Module):  # as register_batchensemble takes them
         num_members = 2
@@ -472,8 +466,6 @@ def test_groups_of_what_is_not_known_are_asked_for():
     with pytest.raises(ValueError, match="got 'kernel' of a Layer"):
         fast_weight_groups(Layer(), 0.1)
     assert [len(g["params"]) for g in fast_weight_groups(Layer(), 0.1, decay=(Layer,))] == [1, 2]
-    with pytest.raises(TypeError, match=r"expects decay as a tuple of types.*Pass decay=\(MyLayer,\)"):
-        fast_weight_groups(Layer(), 0.1, decay=Layer)
     with pytest.raises(ValueError, match=r"Say it: self.optimizer_groups\(0.1, decay=\(Scale,\)\)"):
         Own(Scale()).optimizer_groups(0.1)
     groups = Own(pt.ensemble(mlp(dropout=0.1), 2)).optimizer_groups(0.1)
@@ -494,23 +486,6 @@ def test_a_schedule_that_loses_the_fast_rate_is_refused():
     assert kept["interval"] == "step"
     plateau = configure(torch.optim.lr_scheduler.ReduceLROnPlateau)
     assert (plateau["interval"], plateau["monitor"]) == ("epoch", "val_nll")
-
-
-def test_bad_input_gets_a_sentence():
-    x, y = loader().dataset.tensors
-    with pytest.raises(TypeError, match="EnsembleClassifier expects model to be a Module; got str"):
-        EnsembleClassifier("resnet")
-    with pytest.raises(ValueError, match="EnsembleRegressor expects in_axes to be None"):
-        EnsembleRegressor(mlp(), in_axes=1)
-    with pytest.raises(ValueError, match="expects weight_decay of 0 or more; got -1"):
-        EnsembleClassifier(mlp(), weight_decay=-1)
-    module = EnsembleClassifier(mlp(), loss=lambda logits, labels: logits)
-    with pytest.raises(ValueError, match=r"got one of shape \(1, 32, 2\). Return its mean: loss.mean\(\)"):
-        module.training_step((x, y))
-    with pytest.raises(ValueError, match=r"got 3 of them. Pass \(inputs, targets\)"):
-        module.training_step((x, y, y))
-    with pytest.raises(ValueError, match="under in_axes=0, with num_members=1"):
-        EnsembleClassifier(mlp(), in_axes=0).training_step((x, y))
 
 
 class Shares(lightning.LightningDataModule):

@@ -35,7 +35,7 @@ def first(y):
 
 
 @dataclass(frozen=True)
-class Case:
+class Twins:
     """A layer in both frameworks, as functions of a dtype, and how each is called on an input in torch's layout."""
 
     name: str
@@ -212,10 +212,10 @@ def maybe(both, model):
     return two_biases(model) if both else model
 
 
-def recurrent_cases():
+def recurrent_twins():
     for kind, flax_kind, both in KINDS:
         name = f"{flax_kind.__name__}{'-both' * both}"
-        yield Case(
+        yield Twins(
             f"{kind}Cell-{name}",
             lambda o, kind=kind, both=both: maybe(both, CELLS[kind](5, 4, **o)),
             lambda o, flax_kind=flax_kind, both=both: cell(flax_kind, 5, 4, both, **o),
@@ -224,7 +224,7 @@ def recurrent_cases():
             run_cell,
         )
     for kind, flax_kind, both in (KINDS[1], KINDS[3], KINDS[5]):
-        yield Case(
+        yield Twins(
             f"{kind}-{flax_kind.__name__}",
             lambda o, kind=kind, both=both: maybe(both, RNNS[kind](4, 4, batch_first=True, **o)),
             lambda o, flax_kind=flax_kind, both=both: nnx.RNN(cell(flax_kind, 4, 4, both, **o)),
@@ -232,7 +232,7 @@ def recurrent_cases():
             lambda layer, x: layer(x)[0],
             run_rnn,
         )
-    yield Case(
+    yield Twins(
         "Bidirectional-GRU",
         lambda o: two_biases(nn.GRU(4, 4, batch_first=True, bidirectional=True, **o)),
         lambda o: nnx.Bidirectional(*(nnx.RNN(cell(nnx.GRUCell, 4, 4, True, **o)) for _ in range(2))),
@@ -240,7 +240,7 @@ def recurrent_cases():
         lambda layer, x: layer(x)[0],
         run_bidirectional,
     )
-    yield Case(
+    yield Twins(
         "BatchEnsembleLSTM",
         lambda o: pt.layers.BatchEnsembleLSTM(nn.LSTM(5, 4, batch_first=True, **o), num_members=MEMBERS),
         lambda o: pf.layers.BatchEnsembleLSTM(nnx.RNN(cell(nnx.OptimizedLSTMCell, 5, 4, **o)), num_members=MEMBERS),
@@ -249,7 +249,7 @@ def recurrent_cases():
         run_rnn,
     )
     for kind, flax_kind, both in (KINDS[0], KINDS[4]):
-        yield Case(
+        yield Twins(
             f"BatchEnsemble{kind}Cell{'-both' * both}",
             lambda o, kind=kind, both=both: maybe(
                 both, getattr(pt.layers, f"BatchEnsemble{kind}Cell")(CELLS[kind](5, 4, **o), num_members=MEMBERS)
@@ -304,103 +304,103 @@ IMAGE = {
     "scale_metadata": {"torch_shape": (2, 3, 5), "torch_axes": (-1, -3, -2)},
     "bias_metadata": {"torch_shape": (2, 3, 5), "torch_axes": (-1, -3, -2)},
 }
-CASES = [
-    Case("Linear", lambda o: nn.Linear(5, 3, **o), lambda o: nnx.Linear(5, 3, **o), (2, 5)),
-    Case("Linear-square", lambda o: nn.Linear(4, 4, **o), lambda o: nnx.Linear(4, 4, **o), (2, 4)),
-    Case(
+TWINS = [
+    Twins("Linear", lambda o: nn.Linear(5, 3, **o), lambda o: nnx.Linear(5, 3, **o), (2, 5)),
+    Twins("Linear-square", lambda o: nn.Linear(4, 4, **o), lambda o: nnx.Linear(4, 4, **o), (2, 4)),
+    Twins(
         "Linear-no-bias",
         lambda o: nn.Linear(4, 4, bias=False, **o),
         lambda o: nnx.Linear(4, 4, use_bias=False, **o),
         (2, 4),
     ),
-    Case(
+    Twins(
         "LinearGeneral-outputs",
         lambda o: nn.Linear(6, 6, **o),
         lambda o: nnx.LinearGeneral(6, (2, 3), **o),
         (5, 6),
         lambda layer, x: layer(x).reshape(5, 2, 3),
     ),
-    Case(
+    Twins(
         "LinearGeneral-inputs",
         lambda o: nn.Linear(6, 6, **o),
         lambda o: nnx.LinearGeneral((2, 3), 6, axis=(-2, -1), **o),
         (5, 2, 3),
         lambda layer, x: layer(x.reshape(5, 6)),
     ),
-    Case(
+    Twins(
         "LinearGeneral-both",
         lambda o: nn.Linear(6, 6, bias=False, **o),
         lambda o: nnx.LinearGeneral((2, 3), (3, 2), axis=(-2, -1), use_bias=False, **o),
         (5, 2, 3),
         lambda layer, x: layer(x.reshape(5, 6)).reshape(5, 3, 2),
     ),
-    Case(
+    Twins(
         "LinearGeneral-stacked",
         lambda o: StackedLinear(4, 4, **o),
         lambda o: nnx.LinearGeneral(4, 4, batch_axis={0: MEMBERS}, **o),
         (MEMBERS, 2, 4),
     ),
-    Case(
+    Twins(
         "Einsum",
         lambda o: nn.Linear(4, 4, **o),
         lambda o: nnx.Einsum("...i,io->...o", (4, 4), (4,), **o),
         (2, 5, 4),
     ),
-    Case(
+    Twins(
         "Einsum-transposed",
         lambda o: nn.Linear(4, 4, **o),
         lambda o: nnx.Einsum("bi,oi->bo", (4, 4), (4,), **o),
         (2, 4),
     ),
-    Case(
+    Twins(
         "Einsum-axes",
         lambda o: nn.Linear(6, 6, **o),
         lambda o: nnx.Einsum("bij,qjpi->bpq", (2, 3, 3, 2), (3, 2), **o),
         (5, 2, 3),
         lambda layer, x: layer(x.reshape(5, 6)).reshape(5, 3, 2),
     ),
-    Case(
+    Twins(
         "Einsum-stacked",
         lambda o: StackedLinear(4, 4, **o),
         lambda o: nnx.Einsum("ebi,eio->ebo", (MEMBERS, 4, 4), (MEMBERS, 1, 4), **o),
         (MEMBERS, 2, 4),
     ),
-    Case(
+    Twins(
         "Einsum-stacked-last",
         lambda o: StackedLinear(4, 4, **o),
         lambda o: nnx.Einsum("ebi,oie->boe", (4, 4, MEMBERS), (4, MEMBERS), **o),
         (MEMBERS, 2, 4),
         lambda layer, x: layer(x).permute(1, 2, 0),
     ),
-    Case(
+    Twins(
         "Conv1d",
         lambda o: nn.Conv1d(4, 4, 4, padding=2, **o),
         lambda o: nnx.Conv(4, 4, (4,), padding=2, **o),
         (2, 4, 7),
         run_flax=channels_last,
     ),
-    Case(
+    Twins(
         "Conv2d-groups",
         lambda o: nn.Conv2d(4, 6, (3, 3), stride=2, groups=2, padding=1, **o),
         lambda o: nnx.Conv(4, 6, (3, 3), strides=2, feature_group_count=2, padding=1, **o),
         (2, 4, 7, 6),
         run_flax=channels_last,
     ),
-    Case(
+    Twins(
         "Conv2d-square",
         lambda o: nn.Conv2d(3, 3, (3, 3), **o),
         lambda o: nnx.Conv(3, 3, (3, 3), padding=0, **o),
         (2, 3, 5, 6),
         run_flax=channels_last,
     ),
-    Case(
+    Twins(
         "Conv2d-depthwise",
         lambda o: nn.Conv2d(3, 3, (2, 2), groups=3, bias=False, **o),
         lambda o: nnx.Conv(3, 3, (2, 2), feature_group_count=3, padding=0, use_bias=False, **o),
         (2, 3, 5, 4),
         run_flax=channels_last,
     ),
-    Case(
+    Twins(
         "Conv3d",
         lambda o: nn.Conv3d(2, 2, (2, 2, 2), **o),
         lambda o: nnx.Conv(2, 2, (2, 2, 2), padding=0, **o),
@@ -408,7 +408,7 @@ CASES = [
         run_flax=channels_last,
     ),
     *(
-        Case(
+        Twins(
             f"ConvTranspose{n}d-{'transposed' if transposed else 'flipped'}",
             lambda o, n=n: (nn.ConvTranspose1d if n == 1 else nn.ConvTranspose2d)(3, 3, 3, stride=2, padding=1, **o),
             lambda o, n=n, transposed=transposed: nnx.ConvTranspose(
@@ -419,61 +419,61 @@ CASES = [
         )
         for n, transposed in ((1, True), (2, False))
     ),
-    Case("Embedding", lambda o: nn.Embedding(7, 7, **o), lambda o: nnx.Embed(7, 7, **o), (3, 4), tokens=True),
-    Case(
+    Twins("Embedding", lambda o: nn.Embedding(7, 7, **o), lambda o: nnx.Embed(7, 7, **o), (3, 4), tokens=True),
+    Twins(
         "BatchNorm1d",
         lambda o: nn.BatchNorm1d(5, **o),
         lambda o: nnx.BatchNorm(5, use_running_average=True, use_fast_variance=False, **o),
         (4, 5),
     ),
-    Case(
+    Twins(
         "BatchNorm2d-not-affine",
         lambda o: nn.BatchNorm2d(5, affine=False, **o),
         lambda o: nnx.BatchNorm(5, use_running_average=True, use_bias=False, use_scale=False, **o),
         (2, 5, 3, 4),
         run_flax=channels_last,
     ),
-    Case("LayerNorm", lambda o: nn.LayerNorm(5, **o), norm(nnx.LayerNorm, 5), (3, 5)),
-    Case(
+    Twins("LayerNorm", lambda o: nn.LayerNorm(5, **o), norm(nnx.LayerNorm, 5), (3, 5)),
+    Twins(
         "LayerNorm-no-bias", lambda o: nn.LayerNorm(5, bias=False, **o), norm(nnx.LayerNorm, 5, use_bias=False), (3, 5)
     ),
-    Case(
+    Twins(
         "LayerNorm-axes",
         lambda o: nn.LayerNorm((3, 5), **o),
         norm(nnx.LayerNorm, 15, **TWO_AXES, bias_metadata=TWO_AXES["scale_metadata"]),
         (2, 3, 5),
     ),
-    Case(
+    Twins(
         "LayerNorm-image",
         lambda o: nn.LayerNorm((2, 3, 5), **o),
         norm(nnx.LayerNorm, 30, **IMAGE),
         (7, 2, 3, 5),
         run_flax=channels_last,
     ),
-    Case(
+    Twins(
         "GroupNorm",
         lambda o: nn.GroupNorm(2, 6, **o),
         norm(nnx.GroupNorm, 6, num_groups=2),
         (2, 6, 3, 5),
         run_flax=channels_last,
     ),
-    Case(
+    Twins(
         "InstanceNorm",
         lambda o: nn.InstanceNorm2d(5, affine=True, **o),
         norm(nnx.InstanceNorm, 5),
         (2, 5, 3, 4),
         run_flax=channels_last,
     ),
-    Case("RMSNorm", lambda o: nn.RMSNorm(5, eps=1e-5, **o), lambda o: nnx.RMSNorm(5, epsilon=1e-5, **o), (3, 5)),
-    Case(
+    Twins("RMSNorm", lambda o: nn.RMSNorm(5, eps=1e-5, **o), lambda o: nnx.RMSNorm(5, epsilon=1e-5, **o), (3, 5)),
+    Twins(
         "RMSNorm-axes",
         lambda o: nn.RMSNorm((3, 5), eps=1e-5, **o),
         lambda o: nnx.RMSNorm(15, epsilon=1e-5, **TWO_AXES, **o),
         (2, 3, 5),
     ),
-    Case("PReLU", lambda o: nn.PReLU(**o), lambda o: nnx.PReLU(param_dtype=o["param_dtype"]), (3, 4)),
-    Case("PReLU-channels", lambda o: nn.PReLU(4, **o), lambda o: prelu(4, o["param_dtype"]), (3, 4)),
-    Case(
+    Twins("PReLU", lambda o: nn.PReLU(**o), lambda o: nnx.PReLU(param_dtype=o["param_dtype"]), (3, 4)),
+    Twins("PReLU-channels", lambda o: nn.PReLU(4, **o), lambda o: prelu(4, o["param_dtype"]), (3, 4)),
+    Twins(
         "Attention",
         lambda o: nn.MultiheadAttention(6, 2, batch_first=True, **o),
         attention,
@@ -481,7 +481,7 @@ CASES = [
         attend_torch,
         attend_flax,
     ),
-    Case(
+    Twins(
         "Attention-no-bias",
         lambda o: nn.MultiheadAttention(6, 2, bias=False, batch_first=True, **o),
         lambda o: attention(o, use_bias=False),
@@ -489,7 +489,7 @@ CASES = [
         attend_torch,
         attend_flax,
     ),
-    Case(
+    Twins(
         "Attention-separate",
         lambda o: nn.MultiheadAttention(6, 2, kdim=4, vdim=4, batch_first=True, **o),
         lambda o: attention(o, 4),
@@ -497,29 +497,29 @@ CASES = [
         attend_torch,
         attend_flax,
     ),
-    *recurrent_cases(),
-    Case("LoRA", lambda o: Peft(**o), lambda o: nnx.LoRA(5, 2, 4, base_module=nnx.Linear(5, 4, **o), **o), (3, 5)),
-    Case("LoRA-alone", lambda o: Peft(**o, base=False), lambda o: nnx.LoRA(5, 2, 4, **o), (3, 5)),
-    Case(
+    *recurrent_twins(),
+    Twins("LoRA", lambda o: Peft(**o), lambda o: nnx.LoRA(5, 2, 4, base_module=nnx.Linear(5, 4, **o), **o), (3, 5)),
+    Twins("LoRA-alone", lambda o: Peft(**o, base=False), lambda o: nnx.LoRA(5, 2, 4, **o), (3, 5)),
+    Twins(
         "LoRALinear",
         lambda o: Peft(**o),
         lambda o: nnx.LoRALinear(5, 4, lora_rank=2, lora_param_dtype=o["param_dtype"], **o),
         (3, 5),
     ),
-    Case(
+    Twins(
         "WeightNorm-Linear",
         lambda o: weight_norm(nn.Linear(4, 4, **o)),
         lambda o: nnx.WeightNorm(nnx.Linear(4, 4, **o), epsilon=0.0, rngs=o["rngs"]),
         (3, 4),
     ),
-    Case(
+    Twins(
         "WeightNorm-Conv",
         lambda o: weight_norm(nn.Conv2d(3, 3, (2, 3), **o)),
         lambda o: nnx.WeightNorm(nnx.Conv(3, 3, (2, 3), padding=0, **o), epsilon=0.0, rngs=o["rngs"]),
         (2, 3, 5, 4),
         run_flax=channels_last,
     ),
-    Case("user", lambda o: TorchUser(**o), lambda o: FlaxUser(**o), (3, 5)),
+    Twins("user", lambda o: TorchUser(**o), lambda o: FlaxUser(**o), (3, 5)),
 ]
 
 
@@ -529,13 +529,13 @@ def prelu(channels, dtype):
     return layer
 
 
-each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_pair = pytest.mark.parametrize("twins", TWINS, ids=str)
 
 
-@each_case
-def test_torch_to_flax_to_torch_is_bit_for_bit(case):
+@each_pair
+def test_torch_to_flax_to_torch_is_bit_for_bit(twins):
     for dtype in DTYPES:
-        ours, theirs = case.layers(dtype)
+        ours, theirs = twins.layers(dtype)
         arrays = pt.to_arrays(ours)
         pf.load_arrays(theirs, arrays)
         back = pf.to_arrays(theirs)
@@ -543,21 +543,21 @@ def test_torch_to_flax_to_torch_is_bit_for_bit(case):
         for name, array in arrays.items():
             assert (back[name].dtype, back[name].shape) == (array.dtype, array.shape), name
             assert back[name].tobytes() == array.tobytes(), name
-        other = case.torch({"dtype": getattr(torch, dtype)})
+        other = twins.torch({"dtype": getattr(torch, dtype)})
         pt.load_arrays(other, back)
         for name, value in ours.state_dict().items():
             assert torch.equal(other.state_dict()[name], value), name
 
 
-def outputs(case):
+def outputs(twins):
     """Returns torch's output, nnx's as a function of torch's arrays, and these, all in float64."""
-    ours, theirs = case.layers("float64")
-    x, weights = case.input(), nnx.Not(nnx.RngState)
+    ours, theirs = twins.layers("float64")
+    x, weights = twins.input(), nnx.Not(nnx.RngState)
     with torch.no_grad():
-        y = case.run_torch(ours, torch.tensor(x)).numpy()
+        y = twins.run_torch(ours, torch.tensor(x)).numpy()
     pf.load_arrays(theirs, pt.to_arrays(ours))
     graph, _, rest = nnx.split(theirs, weights, ...)
-    run = jax.jit(lambda params: case.run_flax(nnx.merge(graph, params, rest), jax_of(x)))
+    run = jax.jit(lambda params: twins.run_flax(nnx.merge(graph, params, rest), jax_of(x)))
 
     def flax(arrays):
         pf.load_arrays(theirs, arrays)
@@ -585,9 +585,9 @@ def wrong_layouts(arrays):
                     yield f"{name} with {axis} and {other} swapped", arrays | tied(name, array.swapaxes(axis, other))
 
 
-@each_case
-def test_the_function_is_the_same_and_any_other_layout_is_another(case):
-    y, flax, arrays = outputs(case)
+@each_pair
+def test_the_function_is_the_same_and_any_other_layout_is_another(twins):
+    y, flax, arrays = outputs(twins)
     assert_close(flax(arrays), y, "float64")
     wrong = dict(wrong_layouts(arrays))
     assert wrong or all(array.size == 1 for array in arrays.values())
@@ -624,10 +624,10 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_wrong_rule_is_seen(name, monkeypatch):
-    case = next(case for case in CASES if case.name == name)
+    twins = next(twins for twins in TWINS if twins.name == name)
     function, fault = FAULTS[name]
     monkeypatch.setattr(_layouts, function, fault(getattr(_layouts, function)))
-    y, flax, arrays = outputs(case)
+    y, flax, arrays = outputs(twins)
     with pytest.raises(AssertionError, match="distance"):
         assert_close(flax(arrays), y, "float64")
 
@@ -636,11 +636,11 @@ def test_a_wrong_rule_is_seen(name, monkeypatch):
 
 
 def test_two_biases_of_an_lstm_become_their_sum():
-    one = next(case for case in CASES if case.name == "LSTMCell-OptimizedLSTMCell")
-    case = replace(one, torch=lambda o: two_biases(one.torch(o)))
-    y, flax, arrays = outputs(case)
+    one = next(twins for twins in TWINS if twins.name == "LSTMCell-OptimizedLSTMCell")
+    twins = replace(one, torch=lambda o: two_biases(one.torch(o)))
+    y, flax, arrays = outputs(twins)
     assert_close(flax(arrays), y, "float64")
-    theirs = case.layers("float64")[1]
+    theirs = twins.layers("float64")[1]
     pf.load_arrays(theirs, arrays)
     back = pf.to_arrays(theirs)
     np.testing.assert_array_equal(back["bias_ih"], arrays["bias_ih"] + arrays["bias_hh"])
@@ -804,6 +804,10 @@ REFUSED = {
         lambda o: nnx.LayerNorm(15, reduction_axes=(-2, -1), feature_axes=(-2, -1), **o),
         r"layer\.scale of LayerNorm, over axes of unknown sizes or order; pass "
         r"scale_metadata=\{'torch_shape': \(a, b\), 'torch_axes': \(-1, -2\)\}, bias_metadata=",
+    ),
+    "in a Sequential": (
+        lambda o: nnx.Sequential(nnx.LayerNorm(6, reduction_axes=(-2, -1), feature_axes=(-2, -1), **o)),
+        r"parameters of others:\n  layer\.layers\.0\.bias of LayerNorm, over axes",
     ),
     "axes of unknown order": (
         lambda o: nnx.LayerNorm(15, **TWO_AXES | {"scale_metadata": {"torch_shape": (3, 5)}}, **o),

@@ -116,8 +116,9 @@ def check_initialized(what: str, names: Sequence[str]) -> None:
         )
 
 
-def check_run_once(what: str, again: bool) -> None:
-    if again:
+def check_run_once(what: str, backward_pass: int) -> None:
+    """Refuses a call in a backward pass, which has a number there and -1 outside."""
+    if backward_pass != -1:
         raise RuntimeError(
             f"{what} expects one call for each mask of Dropout, which it draws from its own rngs; got a second one in "
             f"the backward pass, as activation checkpointing makes it. Pass chunk_size=1 instead, which does that; or "

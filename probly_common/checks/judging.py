@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from probly_common.checks.values import dtype_name, is_integer
+
 
 def check_logits(what: str, shape: Sequence[int]) -> None:
     if len(shape) != 3 or 0 in (shape[0], shape[2]):
@@ -17,7 +19,7 @@ def check_logits(what: str, shape: Sequence[int]) -> None:
         )
 
 
-def check_labels(what: str, logits: Sequence[int], labels: Sequence[int], integer: bool, each: bool = True) -> None:
+def check_labels(what: str, logits: Sequence[int], labels: Sequence[int], dtype: Any, each: bool = True) -> None:
     """Raises unless labels are those of the batch or, for losses of members, of each member."""
     num_members, batch = logits[0], logits[1]
     if tuple(labels) != (batch,) and not (each and tuple(labels) == (num_members, batch)):
@@ -26,8 +28,10 @@ def check_labels(what: str, logits: Sequence[int], labels: Sequence[int], intege
             f"{what} expects labels of shape {allowed}; got {tuple(labels)}. For one-hot labels, pass "
             f"labels.argmax(-1)."
         )
-    if not integer:
-        raise TypeError(f"{what} expects integer class indices as labels; got another dtype. Pass labels.argmax(-1).")
+    if not is_integer(dtype):
+        raise TypeError(
+            f"{what} expects integer class indices as labels; got {dtype_name(dtype)}. Pass labels.argmax(-1)."
+        )
 
 
 def check_member_losses(what: str, shape: Sequence[int], num_members: int) -> None:
@@ -85,12 +89,13 @@ def check_gaussian(what: str, mean: Sequence[int], variance: Sequence[int]) -> N
         )
 
 
-def check_variance(what: str, holds: bool, bound: str = "above 0") -> None:
-    """Refuses variances, for callers that can look at values. Traced ones become NaN instead."""
-    if not holds:
+def check_variance(what: str, variance: Any, zero: bool) -> None:
+    """Refuses variances below 0, or at 0 too, for callers that can look at values. Traced ones become NaN instead."""
+    wrong = variance < 0 if zero else variance <= 0
+    if wrong.any():
         raise ValueError(
-            f"{what} expects variances {bound}; got some that are not. Use softplus: "
-            f"mean, variance = to_gaussian(outputs)."
+            f"{what} expects variances {'of at least 0' if zero else 'above 0'}; got {float(variance[wrong].min()):g}. "
+            f"Use softplus: mean, variance = to_gaussian(outputs)."
         )
 
 
@@ -99,8 +104,8 @@ def check_targets(what: str, mean: Sequence[int], targets: Sequence[int], each: 
     allowed = (tuple(mean[1:]), tuple(mean)) if each else (tuple(mean[1:]),)
     if tuple(targets) not in allowed:
         raise ValueError(
-            f"{what} expects targets of shape {' or '.join(map(str, allowed))}, as mean {tuple(mean)} has without its "
-            f"members{' or with them' * each}; got {tuple(targets)}. Pass targets.reshape({allowed[0]})."
+            f"{what} expects targets of shape {' or '.join(map(str, allowed))}, that of mean without"
+            f"{' or with' * each} its member axis; got {tuple(targets)}. Pass targets.reshape({allowed[0]})."
         )
 
 
@@ -139,7 +144,7 @@ def check_ax(what: str, ax: Any, axes: type) -> None:
 def check_inputs(what: str, inputs: int, nan: int) -> None:
     """Refuses NaN, which has no place among probabilities: it would be left out without a word."""
     if not inputs:
-        raise ValueError(f"{what} expects at least one input; got none. Pass the logits of a test set.")
+        raise ValueError(f"{what} expects at least one input; got none. Pass more rows: logits[:, :100].")
     if nan:
         raise ValueError(
             f"{what} expects logits whose softmax is finite; got NaN or infinity for {nan} of {inputs} inputs. Find "
@@ -156,7 +161,7 @@ def check_grid(what: str, grid: Sequence[int], values: Sequence[int]) -> None:
     if tuple(values) not in ((grid[0], grid[1]), (grid[0] * grid[1],)):
         raise ValueError(
             f"{what} expects values of shape [H, W] or [H*W] with H={grid[0]}, W={grid[1]}; got {tuple(values)}. Pass "
-            f"one number for each point, such as mutual_information(model(grid.reshape(-1, 2)))."
+            f"one number for each point: mutual_information(model(grid.reshape(-1, 2)))."
         )
 
 
@@ -171,9 +176,10 @@ def check_curve(what: str, name: str, x: Sequence[int], values: Sequence[int]) -
 
 
 def check_variances(what: str, values: Sequence[np.ndarray]) -> None:
-    if any((each < 0).any() for each in values):
+    smallest = min((each[each < 0].min(initial=0.0) for each in values), default=0.0)
+    if smallest < 0:
         raise ValueError(
-            f"{what} expects uncertainties of at least 0, which are variances; got some below 0. Pass "
+            f"{what} expects uncertainties of at least 0, which are variances; got {smallest:g}. Pass "
             f"regression_uncertainty(mean, variance)."
         )
 
@@ -213,10 +219,11 @@ def check_moments(what: str, uncertainty: Any, fields: Sequence[str]) -> None:
 
 
 def check_no_nan(what: str, values: np.ndarray) -> None:
-    if np.isnan(values).any():
+    nan = np.isnan(values).sum()
+    if nan:
         raise ValueError(
-            f"{what} expects uncertainty without NaN, which has no place in an order; got some. To use the largest "
-            f"probability, leave it out: uncertainty=None."
+            f"{what} expects uncertainty without NaN, which has no place in an order; got NaN for {nan} of "
+            f"{values.size} inputs. To use the largest probability, leave it out: uncertainty=None."
         )
 
 
@@ -258,7 +265,7 @@ def check_scores(what: str, in_scores: Sequence[int], out_scores: Sequence[int])
     if len(in_scores) != 1 or len(out_scores) != 1:
         raise ValueError(
             f"{what} expects in_scores and out_scores of one axis, one number for each input; got {tuple(in_scores)} "
-            f"and {tuple(out_scores)}. Pass scores like mutual_information(logits)."
+            f"and {tuple(out_scores)}. Pass one score for each: mutual_information(logits)."
         )
     if 0 in (*in_scores, *out_scores):
         raise ValueError(
@@ -267,14 +274,14 @@ def check_scores(what: str, in_scores: Sequence[int], out_scores: Sequence[int])
         )
 
 
-def check_is_ood(what: str, scores: Sequence[int], is_ood: Sequence[int], boolean: bool) -> None:
+def check_is_ood(what: str, scores: Sequence[int], is_ood: Sequence[int], dtype: Any) -> None:
     if len(scores) != 1 or tuple(scores) != tuple(is_ood):
         raise ValueError(
             f"{what} expects scores and is_ood of one shape [B], one number for each input; got {tuple(scores)} and "
             f"{tuple(is_ood)}. For a batch of one kind, pass full_like(scores, True, dtype=bool)."
         )
-    if not boolean:
-        raise TypeError(f"{what} expects is_ood to be booleans; got another dtype. Pass is_ood == 1.")
+    if dtype_name(dtype) != "bool":
+        raise TypeError(f"{what} expects is_ood to be booleans; got {dtype_name(dtype)}. Pass is_ood == 1.")
 
 
 def check_same_members(what: str, before: Sequence[int], now: Sequence[int]) -> None:
@@ -300,9 +307,9 @@ def check_ignored(what: str, ignored: Iterable[str]) -> None:
         )
 
 
-def check_outside_jit(what: str, traced: bool) -> None:
-    if traced:
+def check_outside_jit(what: str, array: Any, traced: type) -> None:
+    if isinstance(array, traced):
         raise ValueError(
-            f"{what} expects arrays of values, as it keeps every score; got traced ones. Return the outputs from jit, "
-            f"and call metric.update with them."
+            f"{what} expects arrays with values, since it keeps every score; got traced ones. Return the outputs from "
+            f"jit, and call metric.update with them."
         )

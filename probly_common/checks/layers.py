@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from probly_common.checks.values import F, index, type_name
+from probly_common.checks.values import F, dtype_name, index, type_name
 
 INITS = ("normal", "random_sign", "ones")
 
@@ -97,8 +97,8 @@ def check_conv_base_layer(what: str, kind: str, base_layer: Any, expected: tuple
     got = type(base_layer).__name__
     if found is None:
         raise TypeError(
-            f"{what} expects base_layer to be a {kind} layer; got {got}. To convert every layer of a network that can "
-            f"be, call batchensemble(network, num_members=4)."
+            f"{what} expects base_layer to be a {kind} layer; got {got}. To convert a whole network, call "
+            f"batchensemble(network, num_members=4)."
         )
     if getattr(type(base_layer), call) is not getattr(found, call):
         raise TypeError(
@@ -128,9 +128,8 @@ def check_padding(what: str, padding: Any, modes: Sequence[str]) -> None:
     """Refuses the modes of padding that torch has and Flax lacks. Flax says so in a call only."""
     if isinstance(padding, str) and padding.upper() not in modes:
         raise ValueError(
-            f"{what} expects padding of numbers or one of {', '.join(modes)}; got {padding!r}. For another mode, pad "
-            f"the inputs, as with jnp.pad(x, widths, mode='edge') in the place of torch's 'replicate', and pass "
-            f"padding='VALID'."
+            f"{what} expects padding of numbers or one of {', '.join(modes)}; got {padding!r}. For another mode, "
+            f"pad the inputs and pass padding='VALID': jnp.pad(x, widths, mode='edge') is torch's 'replicate'."
         )
 
 
@@ -171,15 +170,13 @@ def check_option_unset(what: str, name: str, value: Any, reason: str) -> None:
         )
 
 
-def check_dtype(what: str, dtype: Any, expected: Any, accepted: bool) -> None:
-    if not accepted:
+def check_dtype(what: str, dtype: Any, expected: Any) -> None:
+    """Refuses another dtype than the weights'. Half precision is taken too where they are float32."""
+    half = ("float16", "bfloat16") if dtype_name(expected) == "float32" else ()
+    if dtype_name(dtype) not in (dtype_name(expected), *half):
         raise TypeError(
             f"{what} expects inputs of the layer's dtype, {expected}; got {dtype}. Convert them: x.to({expected})."
         )
-
-
-def dtype_name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def check_cell(what: str, cell: Any, *kinds: type) -> None:
@@ -195,13 +192,13 @@ def check_cell(what: str, cell: Any, *kinds: type) -> None:
 def check_not_packed(what: str, x: Any, packed: type) -> None:
     if isinstance(x, packed):
         raise TypeError(
-            f"{what} expects a padded batch, whose rows the members share out; got a PackedSequence. Pad it, and pick "
-            f"the outputs at each length: pad_packed_sequence(x, batch_first=True)."
+            f"{what} expects a padded batch, whose rows are shared out among members; got a PackedSequence. Pad it, "
+            f"and pick the outputs at each length: pad_packed_sequence(x, batch_first=True)."
         )
 
 
 def check_recurrent_dtype(what: str, name: str, dtype: object, expected: object) -> None:
     if dtype != expected:
         raise TypeError(
-            f"{what} expects {name} of the weights' dtype, {expected}; got {dtype}. Convert: {name}.to({expected})."
+            f"{what} expects {name} of the weights' dtype, {expected}; got {dtype}. Convert it: {name}.to({expected})."
         )

@@ -33,7 +33,7 @@ def check_parameters(what: str, strangers: int) -> None:
     if strangers:
         raise ValueError(
             f"{what} expects the model whose parameters the optimizer updates; got a model without {strangers} of "
-            f"them. Pass that model, or the part of it, that the optimizer was made for."
+            f"them. Pass the model, or the part of it, that the optimizer was made for: {what}(model, ...)."
         )
 
 
@@ -42,7 +42,7 @@ def check_whole(what: str, names: Sequence[str]) -> None:
     if names:
         raise ValueError(
             f"{what} expects weights that are one tensor in torch to be trained together; got an optimizer of some "
-            f"parts of {', '.join(names)}. Train all of its parts, or none."
+            f"parts of {', '.join(names)}. Train all of its parts, or none: wrt=nnx.Param."
         )
 
 
@@ -95,8 +95,9 @@ def check_one_step(what: str, steps: Mapping[str, float]) -> None:
         )
 
 
-def check_step_known(what: str, known: bool, name: str) -> None:
-    if not known:
+def check_step_known(what: str, steps: Collection[str], counts: Collection[str], name: str) -> None:
+    """Refuses a state without steps, by name, for an optimizer that counts them."""
+    if counts and not steps:
         raise ValueError(
             f"{what} expects the number of steps taken, for the schedule of this optimizer; got arrays without it, "
             f"since torch's SGD does not count, and loaded nothing. Add it: arrays[{name!r}] = np.float32(steps)."
@@ -107,6 +108,6 @@ def warn_state_not_finite(what: str, names: Sequence[str]) -> None:
     if names:
         lines = listed([f"  {shown(name)}" for name in names])
         warnings.warn(
-            f"{what} loads a state with values that are NaN or infinite:\n{lines}\nTo start anew, leave this out.",
+            f"{what} loads a state with values that are NaN or infinite:\n{lines}\nTo start anew, do not load it.",
             stacklevel=4,
         )

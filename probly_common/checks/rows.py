@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from probly_common.checks.layers import dtype_name
-from probly_common.checks.values import index, type_name
+from probly_common.checks.values import dtype_name, index, is_floating, is_integer, type_name
 
 
 def check_member_rows(what: str, shape: Sequence[int], num_members: int, in_features: int) -> None:
@@ -133,7 +132,7 @@ def check_conv_rows(
     channel, other = (1, -1) if channels_first else (-1, 1)
     problem = next_step = ""
     if rank == axes - 1:
-        problem = f"which has {rank} axes instead of {axes}, so no rows to tell members apart"
+        problem = f"which has {rank} axes instead of {axes}, and so no rows of members"
         next_step = f"To give every member this one input, call tile_members(x[None], {num_members})."
     elif rank < axes or (rank > axes and channels_first):
         order = f"{in_channels}, {spatial}" if channels_first else f"{spatial}, {in_channels}"
@@ -223,20 +222,20 @@ def check_mask_rows(
         )
 
 
-def check_floating(what: str, name: str, floating: bool, dtype: Any) -> None:
-    if not floating:
+def check_floating(what: str, name: str, dtype: Any) -> None:
+    if not is_floating(dtype):
         raise TypeError(
             f"{what} expects {name} of a floating dtype, which r and s can scale; got {dtype_name(dtype)}. Build the "
             f"base layer in float32."
         )
 
 
-def check_tokens(what: str, shape: Sequence[int], num_members: int, integer: bool, dtype: Any) -> None:
+def check_tokens(what: str, shape: Sequence[int], num_members: int, dtype: Any) -> None:
     """Raises unless tokens are integers [num_members*B, ...]."""
     requirement = f"{what} expects integer tokens of shape [num_members*B, ...] with num_members={num_members}"
-    if not integer:
+    if not is_integer(dtype):
         raise TypeError(
-            f"{requirement}; got {dtype_name(dtype)}. Pass token numbers: of one-hot vectors, x.argmax(-1)."
+            f"{requirement}; got {dtype_name(dtype)}. Pass token numbers: for one-hot vectors, x.argmax(-1)."
         )
     _check_rows(requirement, shape, num_members, 1, "")
 

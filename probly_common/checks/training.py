@@ -59,8 +59,8 @@ def check_types(what: str, name: str, types: Any, expected: type, example: str) 
 def check_same_parameters(what: str, others: Sequence[str]) -> None:
     if others:
         raise ValueError(
-            f"{what} expects an optimizer of this model's parameters; got one of {len(others)} others, such as "
-            f"{others[0]!r}. Make both of one model."
+            f"{what} expects an optimizer of this model's parameters; got one of other parameters, such as "
+            f"{others[0]!r}. Make both of one model: {what}(model, weight_decay)."
         )
 
 
@@ -75,7 +75,7 @@ def check_batch(what: str, batch: Any) -> tuple[Any, Any]:
 def check_loss(what: str, shape: Sequence[int] | None) -> None:
     """Raises unless a loss returns a scalar. The shape is None if it returns no tensor."""
     if shape is None or tuple(shape) != ():
-        got = "something else" if shape is None else f"one of shape {tuple(shape)}"
+        got = "no array" if shape is None else f"one of shape {tuple(shape)}"
         raise ValueError(f"{what} expects a loss that returns a scalar; got {got}. Return its mean: loss.mean().")
 
 

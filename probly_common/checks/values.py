@@ -27,6 +27,19 @@ def type_name(value: Any) -> str:
     return type(value).__name__
 
 
+def dtype_name(dtype: Any) -> str:
+    """Returns the name that NumPy has for a dtype of torch or JAX."""
+    return str(dtype).removeprefix("torch.")
+
+
+def is_integer(dtype: Any) -> bool:
+    return dtype_name(dtype).startswith(("int", "uint"))
+
+
+def is_floating(dtype: Any) -> bool:
+    return dtype_name(dtype).startswith(("float", "bfloat"))
+
+
 def check_num_members(what: str, num_members: Any) -> int:
     count = index(num_members)
     requirement = f"{what} expects num_members to be an integer of at least 1"

@@ -56,7 +56,7 @@ def check_tensors(what: str, others: Sequence[str], sparse: Sequence[str]) -> No
     """Refuses weights that are packed, or sparse, which have no form that another framework reads."""
     if others or sparse:
         raise ValueError(
-            f"{what} expects a state_dict of dense tensors; got others, such as {shown((*others, *sparse)[0])}. "
+            f"{what} expects a state_dict of dense tensors; got another kind in {shown((*others, *sparse)[0])}. "
             f"Take the model before it is quantised; make a sparse tensor dense: tensor.to_dense()."
         )
 
@@ -91,7 +91,7 @@ def check_materialized(what: str, names: Sequence[str]) -> None:
 def check_has_values(what: str, names: Sequence[str]) -> None:
     if names:
         raise ValueError(
-            f"{what} expects a model with values; got one without, such as {names[0]}. Load them first: "
+            f"{what} expects a model with values; got one without values for {names[0]}. Load them first: "
             f"load_weights(model, path)."
         )
 
@@ -99,8 +99,8 @@ def check_has_values(what: str, names: Sequence[str]) -> None:
 def check_together(what: str, name: str, others: Sequence[str]) -> None:
     if others:
         raise ValueError(
-            f"{what} expects {name} and {', '.join(others)} together, which are one parameter in Flax; got the first "
-            f"alone. Leave both out: ignore={[name, *others]!r}."
+            f"{what} expects {name} and {', '.join(others)} together, which are one parameter in Flax; got only "
+            f"the first. Leave both out: ignore={[name, *others]!r}."
         )
 
 
@@ -121,7 +121,7 @@ def check_integers(
             array = arrays[there]
             if (array.astype(dtypes[here]) != array).any():
                 raise ValueError(
-                    f"{what} expects integers of {shown(here)} that {dtypes[here]} has; got others, such as "
+                    f"{what} expects integers of {shown(here)} that fit into {dtypes[here]}; got {array.min()} to "
                     f"{array.max()}, and loaded nothing. Leave them out: ignore=[{here[:100]!r}]."
                 )
 
@@ -135,7 +135,7 @@ def read_json(what: str, metadata: Mapping[str, str], key: str) -> dict[str, Any
         recorded = None
     if not isinstance(recorded, dict):
         raise ValueError(
-            f"{what} expects JSON, {{path: ...}}, in the metadata that is called {key}; got {shown(text)}. Write the "
+            f"{what} expects JSON, {{path: ...}}, in the metadata called {key}; got {shown(text)}. Write the "
             f"file again with save_weights(model, path)."
         )
     return recorded

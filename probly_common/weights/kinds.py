@@ -241,7 +241,7 @@ def check_same_options(what: str, inventory: Inventory, recorded: Any) -> None:
     if lines:
         listed = "\n  ".join(lines)
         raise ValueError(
-            f"{what} expects layers with the options that the file's had; got {len(lines)} that differ:\n  {listed}\n"
+            f"{what} expects layers with the options of those in the file; got {len(lines)} that differ:\n  {listed}\n"
             f"Pass these arguments, or load the weights all the same: check_options=False."
         )
     unknown = _not_compared(what, inventory, recorded)
@@ -250,7 +250,7 @@ def check_same_options(what: str, inventory: Inventory, recorded: Any) -> None:
         warnings.warn(
             f"{what} expects the layers of the file to be here by the same names, to compare their options; got "
             f"{len(unknown)} that are not, and may compute something else here:\n  {listed}\n"
-            f"Hold them by these names; or, if you know that they are right, pass check_options=False.",
+            f"Give the layers these names; or, if they compute the same, pass check_options=False.",
             stacklevel=3,
         )
 

@@ -255,7 +255,7 @@ def _renamed(what: str, name: str, rename: Mapping[str, str] | None) -> str:
         except re.error as error:
             raise ValueError(
                 f"{what} expects regular expressions and replacements in rename; got {pattern!r}: {replacement!r}, "
-                f"where Python finds: {error}. To match text as it is, pass re.escape({pattern!r})."
+                f"which Python refuses: {error}. To match text as it is, pass re.escape({pattern!r})."
             ) from error
     return name
 

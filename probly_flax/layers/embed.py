@@ -49,8 +49,7 @@ class BatchEnsembleEmbed(FastWeightLayer[nnx.Embed], nnx.Embed):
 
     def _check_base(self, what: str, base_layer: nnx.Embed) -> None:
         check_base_type(what, "an embedding", base_layer, (nnx.Embed,), "__call__")
-        dtype = base_layer.embedding.dtype
-        check_floating(what, "a table", jnp.issubdtype(dtype, jnp.floating), dtype)
+        check_floating(what, "a table", base_layer.embedding.dtype)
 
     def _convert(self, base_layer: nnx.Embed, draws: Draws) -> None:
         copy_options(self, base_layer, _OPTIONS)
@@ -67,8 +66,7 @@ class BatchEnsembleEmbed(FastWeightLayer[nnx.Embed], nnx.Embed):
         Shape:
             inputs: (E*B, ...), integers. Returns (E*B, ..., features), sharded as asked.
         """
-        integer = jnp.issubdtype(inputs.dtype, jnp.integer)
-        check_tokens("BatchEnsembleEmbed", inputs.shape, self.num_members, integer, inputs.dtype)
+        check_tokens("BatchEnsembleEmbed", inputs.shape, self.num_members, inputs.dtype)
         (embedding,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
         r, s = self.r[...].astype(embedding.dtype), self.s[...].astype(embedding.dtype)
         x = jnp.zeros_like(inputs) if self.num_embeddings == 1 else inputs

@@ -244,7 +244,7 @@ def _at_least_float32(logits: Array) -> Array:
 
 def _checked(what: str, logits: Array, labels: Array) -> Array:
     check_logits(what, logits.shape)
-    check_labels(what, logits.shape, labels.shape, jnp.issubdtype(labels.dtype, jnp.integer), each=False)
+    check_labels(what, logits.shape, labels.shape, labels.dtype, each=False)
     return _at_least_float32(logits)
 
 

@@ -83,7 +83,7 @@ class _Scores(nnx.Metric):
     def _append(self, **values: Array) -> None:
         """Appends values [..., B]."""
         for name, value in values.items():
-            check_outside_jit(type(self).__name__, isinstance(value, jax.core.Tracer))
+            check_outside_jit(type(self).__name__, value, jax.core.Tracer)
             seen = getattr(self, name)
             if seen:
                 check_same_members(type(self).__name__, seen[0].shape[:-1], value.shape[:-1])

@@ -25,6 +25,14 @@ def check_optimizer_type(what: str, optimizer: Any, expected: type, refused: typ
         )
 
 
+def check_metrics(what: str, metrics: Any, expected: type) -> None:
+    if not isinstance(metrics, expected):
+        raise TypeError(
+            f"{what} expects metrics to be a {expected.__name__}; got {type(metrics).__name__}. Pass "
+            f"nnx.MultiMetric(nll=metrics.NLL())."
+        )
+
+
 def check_positive(what: str, name: str, value: Any) -> int:
     number = index(value)
     if number is None:

@@ -19,10 +19,10 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from probly_common.checks.values import check_module
 from probly_flax.training._checks_fit import (
     check_again,
     check_finite,
+    check_metrics,
     check_mode,
     check_mode_of,
     check_monitor,
@@ -118,7 +118,7 @@ def fit(
     if val is not None:
         check_again(what, "val", val, epochs)
         metrics = metrics_of(task) if metrics is None else metrics
-        check_module(what, "metrics", metrics, nnx.MultiMetric)
+        check_metrics(what, metrics, nnx.MultiMetric)
         metrics = nnx.clone(metrics)
         evaluate = make_eval_step(model, metrics, loss, task=task)
     if patience is not None:

@@ -15,7 +15,7 @@ from probly_common.checks.training import check_batch, check_loss, check_task
 from probly_common.checks.values import check_module
 from probly_flax import losses
 from probly_flax.metrics._states import _Scores
-from probly_flax.training._checks_fit import check_callable, check_optimizer_type
+from probly_flax.training._checks_fit import check_callable, check_metrics, check_optimizer_type
 from probly_flax.training._metrics import Task
 
 __all__ = ["TrainState", "make_eval_step", "make_train_step"]
@@ -149,7 +149,7 @@ def make_eval_step(
     """
     what = "make_eval_step"
     judge = _judge(what, model, loss, task, None)
-    check_module(what, "metrics", metrics, nnx.Metric)
+    check_metrics(what, metrics, nnx.Metric)
     graph, metrics_graph = nnx.graphdef(model), nnx.graphdef(metrics)
     names = ("logits", "labels") if task == "classification" else ("mean", "variance", "targets")
     grows = any(isinstance(node, _Scores) for _, node in nnx.iter_graph(metrics))

@@ -54,7 +54,7 @@ class BatchEnsembleEmbed(FastWeightLayer[nn.Embedding]):
     def _check_base(self, what: str, base_layer: nn.Embedding) -> None:
         check_base_type(what, "an embedding", base_layer, (nn.Embedding,), "forward")
         check_option_unset(what, "max_norm", base_layer.max_norm, "which changes the weights in every call")
-        check_floating(what, "a table", base_layer.weight.is_floating_point(), base_layer.weight.dtype)
+        check_floating(what, "a table", base_layer.weight.dtype)
 
     def _convert(self, base_layer: nn.Embedding, draws: Draws) -> None:
         self.num_embeddings, self.embedding_dim = base_layer.num_embeddings, base_layer.embedding_dim
@@ -64,8 +64,7 @@ class BatchEnsembleEmbed(FastWeightLayer[nn.Embedding]):
         self.r, self.s = draws.fast_weights(self.num_embeddings, self.embedding_dim, base_layer.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        integer = not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
-        check_tokens("BatchEnsembleEmbed", x.shape, self.num_members, integer, x.dtype)
+        check_tokens("BatchEnsembleEmbed", x.shape, self.num_members, x.dtype)
         tokens = x.reshape(self.num_members, x.shape[0] // self.num_members, *x.shape[1:])
         w = embedding(tokens, self.weight, self.padding_idx, sparse=self.sparse)
         index = tokens.flatten(1).long()

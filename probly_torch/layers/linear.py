@@ -62,7 +62,7 @@ class BatchEnsembleLinear(FastWeightLayer[nn.Linear]):
             x: (B, ..., in_features). Returns (E*B, ..., out_features).
         """
         check_member_rows("BatchEnsembleLinear", tiled(x.shape, self.num_members), self.num_members, self.in_features)
-        return members_linear(*promoted("BatchEnsembleLinear", x, self.weight, self.r, self.s, self.bias), shared=True)
+        return members_linear(*promoted("BatchEnsembleLinear", x, self.weight, self.r, self.s, self.bias), True)
 
     def member(self, i: int) -> nn.Linear:
         """Returns member i as an ordinary Linear layer, with the weight W * s_i r_i^T and the bias b_i.

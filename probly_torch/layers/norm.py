@@ -302,8 +302,7 @@ def _check_dtype(what: str, x: Tensor, weight: Tensor | None) -> None:
     device = x.device.type
     cast = device != "cpu" and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if weight is not None and not cast:
-        half = weight.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)
-        check_dtype(what, x.dtype, weight.dtype, half or x.dtype == weight.dtype)
+        check_dtype(what, x.dtype, weight.dtype)
 
 
 def _count_is_optional(layer: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -247,8 +247,7 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 
 def _checked(what: str, logits: Tensor, labels: Tensor) -> Tensor:
     check_logits(what, logits.shape)
-    integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    check_labels(what, logits.shape, labels.shape, integer, each=False)
+    check_labels(what, logits.shape, labels.shape, labels.dtype, each=False)
     return _at_least_float32(logits)
 
 

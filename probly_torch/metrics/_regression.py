@@ -239,7 +239,7 @@ def _gaussians(
     check_gaussian(what, mean.shape, variance.shape)
     targets = mean[0] if targets is None else targets
     check_targets(what, mean.shape, targets.shape, each=False)
-    _check_variance(what, variance < 0, "of at least 0")
+    _check_variance(what, variance, zero=True)
     mean, variance, targets = map(_at_least_float32, (mean, variance, targets))
     return (mean[None], variance[None], targets.expand_as(mean)) if per_member else (mean, variance, targets)
 

@@ -127,7 +127,7 @@ class _DetectionScores(_Scores):
 
     def update(self, scores: Tensor, is_ood: Tensor) -> None:
         """Adds a batch, of inputs from inside, from outside or both."""
-        check_is_ood(type(self).__name__, scores.shape, is_ood.shape, is_ood.dtype == torch.bool)
+        check_is_ood(type(self).__name__, scores.shape, is_ood.shape, is_ood.dtype)
         self._append(scores=scores, is_ood=is_ood)
 
 

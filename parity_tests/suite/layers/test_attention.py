@@ -1,9 +1,8 @@
 """BatchEnsembleMultiHeadAttention: parity with the oracle, what it keeps of its base layer, and who it works with."""
 
 import copy
-import pickle
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,44 +17,23 @@ import probly_torch as pt
 from parity_tests import standard
 from parity_tests.kit.trees import jax_of
 from parity_tests.standard import assert_close
-from parity_tests.suite.subject import jitted, randomized, without_draws
+from parity_tests.suite.layers import test_contract
+from parity_tests.suite.layers.contract import attention
+from parity_tests.suite.layers.test_contract import sentences
+from parity_tests.suite.subject import randomized, without_draws
 from parity_tests.suite.subjects_attention import (
     CASES,
     Case,
-    from_torch,
     run_flax,
-    run_oracle,
     run_torch,
     sown,
     to_torch,
     verdicts,
 )
-from parity_tests.suite.twins import Twins, assert_same_steps, assert_special_values
 from probly_flax.layers.attention import BatchEnsembleMultiHeadAttention as FlaxAttention
 from probly_torch.layers.attention import BatchEnsembleMultiHeadAttention as TorchAttention
 
-
-@pytest.mark.parametrize("name", CASES)
-def test_bounded(name):
-    standard.assert_holds(verdicts(CASES[name], ("float32", "float64")))
-
-
-def twins(name):
-    return Twins(name, CASES[name].draw, *(partial(run, CASES[name]) for run in (run_torch, run_flax, run_oracle)))
-
-
-def test_special_values():
-    assert_special_values(twins("self"))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_steps_of_training(name):
-    assert_same_steps(twins(name))
-
-
-@pytest.mark.parametrize("name", ["self-odd", "other features"])
-def test_bounded_in_bfloat16(name):
-    standard.assert_holds(verdicts(CASES[name], ("bfloat16",)))
+ATTENTION = attention()
 
 
 def test_bounded_op_by_op():
@@ -82,57 +60,6 @@ def test_a_swap_of_fast_weights_is_noticed(a, b):
 
     broken = [v for v in verdicts(CASES["self"], ("float32", "float64"), swapped) if not v.holds]
     assert {v.tensor for v in broken} >= {"output", f"gradient by {a}", f"gradient by {b}"}
-
-
-# Draws.
-
-OPTIONS = [
-    {},
-    {"init": "random_sign"},
-    {"use_base_weights": True, "r_mean": 0.5, "r_std": 0.1, "s_mean": -1.0, "s_std": 2.0},
-    {"rngs": 7},
-]
-
-
-@cache
-def blank(case, dtype):
-    return without_draws(lambda: case.flax(dtype))
-
-
-def pair(case=CASES["self"], dtype="float32", base_options=None, **options):
-    ours, theirs = case.torch(dtype, **(base_options or {})), nnx.clone(blank(case, dtype))
-    nn.init.normal_(ours.in_proj_bias) if ours.in_proj_bias is not None else None
-    from_torch(theirs, {name: value.astype(jnp.dtype(dtype)) for name, value in pt.to_arrays(ours).items()})
-    options = {"num_members": case.num_members} | options
-    return TorchAttention(ours, **options), FlaxAttention(theirs, **options)
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["self", "no bias", "other features"])
-def test_one_seed_gives_one_layer_bit_for_bit(name, dtype, options):
-    ours, theirs = pair(CASES[name], dtype, **options)
-    a, b = pt.to_arrays(ours), to_torch(theirs)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype == jnp.dtype(dtype)
-        np.testing.assert_array_equal(a[name], b[name])
-
-
-def test_the_draws_follow_the_documented_order():
-    rngs = pt.Rngs(3)
-    layer = TorchAttention(nn.MultiheadAttention(6, 2), rngs=rngs, num_members=2)
-    assert int(rngs.default.count) == 12
-    keys = iter([pt.random.fold_in(pt.random.key(3), i) for i in range(12)])
-    weights = [*layer.in_proj_weight.chunk(3), layer.out_proj.weight]
-    fast = [(getattr(layer, f"{name}_r"), getattr(layer, f"{name}_s")) for name in "qkv"]
-    for weight, (r, s) in zip(weights, [*fast, (layer.out_proj.r, layer.out_proj.s)], strict=True):
-        assert torch.equal(weight, pt.random.lecun_normal(next(keys), (6, 6), torch.float32).T)
-        assert torch.equal(r, 1 + 0.5 * pt.random.normal(next(keys), (2, 6)))
-        assert torch.equal(s, 1 + 0.5 * pt.random.normal(next(keys), (2, 6)))
-    rngs = pt.Rngs(3)
-    TorchAttention(nn.MultiheadAttention(6, 2), rngs=rngs, num_members=2, use_base_weights=True)
-    assert int(rngs.default.count) == 8
 
 
 # Members.
@@ -316,71 +243,6 @@ def test_member_of_flax_is_an_ordinary_layer_that_computes_the_same(name, masked
         assert_close(own[1], weights[rows], folded)
 
 
-@pytest.mark.parametrize("name", FLAX_OPTIONS)
-def test_a_member_of_flax_has_the_state_of_its_base(name):
-    def make():
-        base = flax_base(**FLAX_OPTIONS[name])
-        base.eval()
-        return base
-
-    base = without_draws(make)
-    member = without_draws(lambda: FlaxAttention(make(), num_members=3, use_base_weights=True).member(-1))
-    one, other = (nnx.to_flat_state(nnx.state(layer)) for layer in (base, member))
-    assert [(path, type(v), v.shape, v.dtype) for path, v in one] == [(p, type(v), v.shape, v.dtype) for p, v in other]
-    assert str(nnx.graphdef(member)) == str(nnx.graphdef(base))
-
-
-def test_the_base_layer_is_copied_and_left_alone():
-    ours = nn.MultiheadAttention(8, 2, add_bias_kv=True, dropout=0.3).eval()
-    ours.in_proj_weight.requires_grad_(False)
-    before = copy.deepcopy(ours.state_dict())
-    layer = TorchAttention(ours, num_members=3, use_base_weights=True)
-    assert torch.equal(layer.in_proj_weight, ours.in_proj_weight)
-    assert not layer.training
-    assert not layer.in_proj_weight.requires_grad
-    assert layer.q_r.requires_grad
-    assert layer.in_proj_bias.requires_grad
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.zero_()
-    assert all(torch.equal(before[name], value) for name, value in ours.state_dict().items())
-    theirs = randomized(without_draws(lambda: flax_base(normalize_qk=True, dropout_rate=0.3)))
-    before = jax.tree.map(np.array, nnx.state(theirs, nnx.Param))
-    layer = FlaxAttention(theirs, num_members=3, use_base_weights=True)
-    nnx.update(layer, jax.tree.map(lambda p: jax_of(np.zeros(p.shape, p.dtype)), nnx.state(layer, nnx.Param)))
-    layer.rngs()
-    assert int(theirs.rngs.count[...]) == 0
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(theirs, nnx.Param), before)
-
-
-def test_members_start_from_the_biases_of_the_base():
-    ours, theirs = pair()
-    assert ours.in_proj_bias.shape == (3, 24)
-    assert torch.equal(ours.in_proj_bias[0], ours.in_proj_bias[2])
-    np.testing.assert_array_equal(to_torch(theirs)["in_proj_bias"], ours.in_proj_bias.detach().numpy())
-
-
-def test_keep_members():
-    x, rows = np.random.default_rng(0).standard_normal((6, 4, 8)).astype("float32"), [4, 5, 0, 1]
-    for layer, call in zip(
-        pair(),
-        (lambda layer, x: layer(*[torch.tensor(x)] * 3)[0].detach(), lambda layer, x: jitted(layer, jax_of(x))),
-        strict=True,
-    ):
-        y = np.asarray(call(layer, x))
-        layer.keep_members([2, -3])
-        assert layer.num_members == 2
-        assert_close(np.asarray(call(layer, x[rows])), y[rows], "float32")
-        with pytest.raises(IndexError, match="from -2 to 1"):
-            layer.keep_members([0, 2])
-        with pytest.raises(IndexError, match="from -2 to 1"):
-            layer.member(2)
-        assert layer.num_members == 2
-    layer = TorchAttention(nn.MultiheadAttention(8, 2, add_bias_kv=True, bias=False), num_members=3)
-    layer.keep_members([1])
-    assert layer.bias_k.shape == (1, 1, 1, 8)
-
-
 # Dropout.
 
 
@@ -511,91 +373,6 @@ def test_autocast_gives_the_dtype_of_the_base_layer(options, amp, need_weights):
     assert {p.grad.dtype for p in layer.parameters()} == {torch.float32}
 
 
-def test_torch_layer_is_a_torch_citizen(tmp_path):
-    layer = pair()[0]
-    x = torch.randn(6, 4, 8)
-    y = layer(x, x, x)[0]
-    for variant in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(variant(x, x, x)[0], y)
-    torch.save(layer.state_dict(), tmp_path / "layer.pt")
-    other = pair(rngs=9)[0]
-    other.load_state_dict(torch.load(tmp_path / "layer.pt"))
-    assert torch.equal(other(x, x, x)[0], y)
-    exported = torch.export.export(layer, (x, x, x))
-    assert torch.equal(exported.module()(x, x, x)[0], y)
-    assert "num_members=3" in repr(layer)
-    assert sorted(dict(layer.named_parameters())) == [
-        "in_proj_bias", "in_proj_weight", "k_r", "k_s", "out_proj.bias", "out_proj.r", "out_proj.s", "out_proj.weight",
-        "q_r", "q_s", "v_r", "v_s",
-    ]  # fmt: skip
-    assert layer(x[:0], x[:0], x[:0], key_padding_mask=torch.zeros(0, 4, dtype=torch.bool))[0].shape == (0, 4, 8)
-    meta = TorchAttention(nn.MultiheadAttention(8, 2, device="meta", add_bias_kv=True), num_members=3)
-    assert {p.device.type for p in meta.parameters()} == {"meta"}
-
-
-def test_flax_layer_is_an_nnx_citizen():
-    layer = pair()[1]
-    x = jax_of(np.random.default_rng(0).standard_normal((6, 4, 8)), "float32")
-    y = layer(x)
-    assert isinstance(layer, nnx.MultiHeadAttention)
-    graph, state = nnx.split(layer)
-    for variant in (nnx.merge(graph, state), nnx.clone(layer), copy.deepcopy(layer)):
-        np.testing.assert_array_equal(variant(x), y)
-    assert_close(jitted(layer, x), y, "float32")
-    grads = nnx.eval_shape(nnx.grad(lambda layer: layer(x).sum()), layer)
-    assert {path for path, _ in nnx.to_flat_state(grads)} == {
-        (projection, name) for projection in ("query", "key", "value", "out") for name in ("kernel", "r", "s", "bias")
-    }
-    layer.train()
-    assert layer.deterministic is False
-    layer.eval()
-    assert layer.deterministic is True
-    assert nnx.eval_shape(lambda: pair()[1]).query.r.shape == (3, 8)
-    stacked = nnx.vmap(lambda rngs: FlaxAttention(flax_base(rngs=rngs), rngs=rngs, num_members=3))
-    assert nnx.eval_shape(stacked, nnx.Rngs(0).split(4)).key.s.shape == (4, 3, 8)
-    np.testing.assert_array_equal(layer(x, x), y)
-    np.testing.assert_array_equal(layer(x, x, x), y)
-
-
-@pytest.mark.usefixtures("promotion_of_nnx")
-@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-def test_flax_dtype_options_give_the_dtype_of_the_base_layer(dtype, param_dtype):
-    base = without_draws(lambda: flax_base(dtype=dtype, param_dtype=param_dtype))
-    layer = without_draws(lambda: FlaxAttention(base, num_members=3))
-    for x in (jax.ShapeDtypeStruct((6, 4, 8), "float32"), jax.ShapeDtypeStruct((6, 4, 8), "bfloat16")):
-        ours, theirs = (nnx.eval_shape(lambda layer, x: layer(x), each, x) for each in (layer, base))
-        assert ours.dtype == theirs.dtype
-
-
-@pytest.mark.usefixtures("promotion_of_nnx")
-def test_flax_custom_functions_are_called_as_nnx_calls_them():
-    seen = []
-
-    def dot_general(x, kernel, dimensions, **kwargs):
-        seen.append((x.shape, kernel.shape, dimensions, sorted(kwargs)))
-        return jax.lax.dot_general(x, kernel, dimensions, **kwargs)
-
-    def promote_dtype(arrays, *, dtype):
-        seen.append((dtype, [a.shape for a in arrays[:2]]))
-        return arrays
-
-    base = flax_base(
-        qkv_dot_general=dot_general,
-        out_dot_general_cls=lambda: dot_general,
-        qkv_promote_dtype=promote_dtype,
-        out_promote_dtype=promote_dtype,
-        dtype=jnp.float64,
-    )
-    x = jax.ShapeDtypeStruct((6, 4, 8), "float64")
-    layer = without_draws(lambda: FlaxAttention(base, num_members=3))
-    nnx.eval_shape(lambda layer, x: layer(x), layer, x)
-    ours, seen[:] = list(seen), []
-    nnx.eval_shape(lambda layer, x: layer(x), base, x)
-    assert len(ours) == 8
-    assert ours == seen
-
-
 @pytest.mark.usefixtures("promotion_of_nnx")
 def test_decoding_step_by_step_is_what_causal_attention_does_at_once():
     base = flax_base(decode=True)
@@ -617,29 +394,6 @@ def test_decoding_step_by_step_is_what_causal_attention_does_at_once():
     assert int(member.cache_index[...]) == int(layer.cache_index[...]) == 4
 
 
-@pytest.mark.usefixtures("four_devices")
-def test_sharding_of_the_base_layer_is_kept_on_four_devices():
-    options = {"param_dtype": "float32", "deterministic": True}
-    base = flax_base(
-        kernel_metadata={"out_sharding": ("data", "model", None)},
-        out_kernel_metadata={"out_sharding": ("model", None, "data")},
-        bias_metadata={"out_sharding": ("model", None)},
-        out_bias_metadata={"out_sharding": ("data",)},
-        **options,
-    )
-    layer = FlaxAttention(base, num_members=3)
-    for p, expected in (
-        (layer.query, [("data", "model", None), (None, "data"), (None, "model"), (None, "model", None)]),
-        (layer.out, [("model", None, "data"), (None, "model"), (None, "data"), (None, "data")]),
-    ):
-        assert [getattr(p, n).get_metadata("out_sharding") for n in ("kernel", "r", "s", "bias")] == expected
-        assert len(p.kernel.sharding.device_set) == 4
-    assert layer.member(1).out.kernel.get_metadata("out_sharding") == ("model", None, "data")
-    x = jax_of(np.ones((6, 3, 8)), "float32")
-    plain = FlaxAttention(flax_base(**options), num_members=3)
-    assert_close(jitted(layer, x), jitted(plain, x), "float32")
-
-
 # Bad input.
 
 
@@ -656,47 +410,19 @@ def call(f, query=(12, 4, 8), key=None, value=None):
     return with_four_members(f)(zeros(query), zeros(key), zeros(key if value is None else value))
 
 
-def build(f, *args, **options):
-    base = nn.MultiheadAttention(8, 2) if f is torch else flax_base()
-    return (TorchAttention if f is torch else FlaxAttention)(base, *args, **options)
-
-
-def build_from_norm(f):
-    if f is torch:
-        return TorchAttention(nn.LayerNorm(4), num_members=4)
-    return FlaxAttention(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), num_members=4)
-
-
 ERRORS = {
-    "rows that do not divide": (lambda f: call(f, (30, 4, 8)), ValueError, "call tile_members(query, 4)."),
-    "wrong last axis": (lambda f: call(f, (8, 4, 7)), ValueError, "whose query has 7 features."),
-    "rows of the key that do not divide": (lambda f: call(f, key=(3, 5, 8)), ValueError, "tile_members(key, 4)."),
-    "rows of the value": (lambda f: call(f, value=(4, 4, 8)), ValueError, "call tile_members(value, 4)."),
-    "wrong last axis of the key": (lambda f: call(f, key=(12, 5, 9)), ValueError, "whose key has 9 features."),
-    "keys without values": (lambda f: call(f, key=(12, 5, 8), value=(12, 6, 8)), ValueError, "as both: key, key."),
-    "no members": (lambda f: build(f, num_members=0), ValueError, "Pass num_members=4."),
-    "unknown init": (lambda f: build(f, num_members=2, init="gaussian"), ValueError, "Pass init='normal'."),
-    "r_std below 0": (lambda f: build(f, num_members=2, r_std=-0.5), ValueError, "Pass r_std=0.5."),
-    "rngs a string": (lambda f: build(f, rngs="0"), TypeError, "rngs=0, or Rngs(0)."),
-    "seed meant as members": (lambda f: build(f, 4), TypeError, "(base_layer, rngs=4, num_members=1)."),
-    "no attention": (build_from_norm, TypeError, "call batchensemble(network, num_members=4)."),
+    "rows of the key that do not divide": (lambda f: call(f, key=(3, 5, 8)), "tile_members(key, 4)."),
+    "rows of the value": (lambda f: call(f, value=(4, 4, 8)), "call tile_members(value, 4)."),
+    "wrong last axis of the key": (lambda f: call(f, key=(12, 5, 9)), "whose key has 9 features."),
+    "keys without values": (lambda f: call(f, key=(12, 5, 8), value=(12, 6, 8)), "as both: key, key."),
 }
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_the_same_sentence_in_both(name):
-    attempt, error, next_step = ERRORS[name]
-    sentences = []
-    for framework in (torch, jnp):
-        with pytest.raises(error) as raised:
-            attempt(framework)
-        assert type(raised.value) is error
-        # As for Linear layers, but nn and nnx spell the name of this one differently.
-        sentences.append(str(raised.value).replace("MultiheadAttention", "MultiHeadAttention"))
-    assert sentences[0] == sentences[1]
-    assert sentences[0].endswith(next_step)
-    assert sentences[0].startswith("BatchEnsembleMultiHeadAttention expects ")
-    assert "got " in sentences[0]
+def test_keys_and_values_are_refused_with_the_same_sentence(name):
+    attempt, end = ERRORS[name]
+    ours, theirs = sentences(ATTENTION, ValueError, [lambda f=f: attempt(f) for f in (torch, jnp)], [end])
+    assert ours == theirs
 
 
 def test_the_sentence_in_full():
@@ -745,11 +471,26 @@ def test_inputs_that_only_one_refuses():
         second(*[torch.zeros(12, 8)] * 3)
 
 
-def test_one_mask_for_all_rows():
-    layer = pair()[1]
-    x = jax_of(np.random.default_rng(0).standard_normal((6, 4, 8)), "float32")
-    mask = np.tril(np.ones((1, 1, 4, 4), bool))
+def test_one_mask_for_all_rows_and_keys_and_values_that_are_the_queries():
+    layer = ATTENTION.convert(ATTENTION.flax_base())
+    x, mask = ATTENTION.flax_inputs(), np.tril(np.ones((1, 1, 4, 4), bool))
     assert_close(layer(x, mask=jax_of(mask)), layer(x, mask=jax_of(np.tile(mask, (6, 1, 1, 1)))), "float32")
+    np.testing.assert_array_equal(layer(x, x), layer(x))
+    np.testing.assert_array_equal(layer(x, x, x), layer(x))
+
+
+def test_no_rows_with_a_mask_and_extra_keys_on_another_device_and_of_kept_members():
+    layer, x = ATTENTION.convert(ATTENTION.torch_base()), torch.zeros(0, 4, 8)
+    assert layer(x, x, x, key_padding_mask=torch.zeros(0, 4, dtype=torch.bool))[0].shape == (0, 4, 8)
+    meta = TorchAttention(nn.MultiheadAttention(8, 2, device="meta", add_bias_kv=True), num_members=3)
+    assert {p.device.type for p in meta.parameters()} == {"meta"}
+    layer = TorchAttention(nn.MultiheadAttention(8, 2, add_bias_kv=True, bias=False), num_members=3)
+    layer.keep_members([1])
+    assert layer.bias_k.shape == (1, 1, 1, 8)
+
+
+def test_the_base_of_flax_with_norms_is_left_alone():
+    test_contract.test_the_base_layer_of_flax_is_copied_and_left_alone(attention(theirs={"normalize_qk": True}))
 
 
 def test_a_layer_with_projections_of_another_kind_is_refused():
@@ -757,13 +498,6 @@ def test_a_layer_with_projections_of_another_kind_is_refused():
     base.query = without_draws(lambda: nnx.LoRA(8, 2, 8, rngs=nnx.Rngs(0)))
     with pytest.raises(TypeError, match="LinearGeneral layer; got LoRA"):
         FlaxAttention(base, num_members=3)
-
-    class Own(nn.MultiheadAttention):
-        def forward(self, *args, **kwargs):
-            return super().forward(*args, **kwargs)
-
-    with pytest.raises(TypeError, match="a forward of its own"):
-        TorchAttention(Own(8, 2), num_members=3)
 
 
 def test_cases_hide_something_and_never_everything():

@@ -4,7 +4,6 @@ import copy
 import pickle
 import warnings
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,60 +19,21 @@ from parity_tests import standard
 from parity_tests.kit.trees import jax_of
 from parity_tests.standard import assert_close, assert_holds, error
 from parity_tests.suite import oracle_recurrent
-from parity_tests.suite.subject import jitted, without_draws
+from parity_tests.suite.subject import without_draws
 from parity_tests.suite.subjects_recurrent import (
-    CASES,
     CELLS,
     KINDS,
     SEEDS,
     Case,
     flax_cell,
-    named,
     numpys,
     ours,
     run_flax,
-    run_oracle,
     run_torch,
     torch_base,
 )
-from parity_tests.suite.twins import Twins, assert_same_steps, assert_special_values
 from probly_flax.layers import recurrent as flax_layers
 from probly_torch.layers import recurrent as torch_layers
-
-
-def each_case_and_dtypes():
-    for case in CASES:
-        yield pytest.param(case, ("float32", "float64"), id=f"{case}-float32+float64")
-        if case.sizes == Case.sizes and case.is_cell == (case.biases == 2):  # compiling takes seconds
-            yield pytest.param(case, ("bfloat16",), id=f"{case}-bfloat16")
-
-
-@pytest.mark.parametrize(("case", "dtypes"), list(each_case_and_dtypes()))
-def test_values_and_gradients_of_both_and_the_oracle(case, dtypes):
-    low = dtypes[0]
-    arrays = [case.draw(seed, low) for seed in SEEDS]
-    assert_holds(
-        standard.bounded(
-            {dtype: [run_torch(case, a, dtype) for a in arrays] for dtype in dtypes},
-            {dtype: [run_flax(case, a, dtype) for a in arrays] for dtype in dtypes},
-            [run_oracle(case, a) for a in arrays],
-            low,
-        )
-    )
-
-
-def twins(case):
-    return Twins(str(case), case.draw, *(partial(run, case) for run in (run_torch, run_flax, run_oracle)))
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case.biases == 2], ids=str)
-def test_special_values(case):
-    assert_special_values(twins(case))
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_steps_of_training(case):
-    assert_same_steps(twins(case))
 
 
 def random_(layer, seed=0):
@@ -198,33 +158,6 @@ def flax_base(case, dtype="float32", rnn=None, **options):
     return cell if case.is_cell else nnx.RNN(cell, **(rnn or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"init": "random_sign"}, {"use_base_weights": True, "s_std": 2.0, "rngs": 7}])
-@pytest.mark.parametrize(("kind", "apart"), [("LSTM", False), ("LSTM", True), ("GRU", False)])
-@pytest.mark.parametrize("is_cell", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_seed_gives_one_layer_bit_for_bit(kind, dtype, is_cell, apart, options):
-    case = Case(kind, is_cell=is_cell, biases=1, apart=apart)
-    base, theirs = torch_base(case, dtype), flax_base(case, dtype)
-    with torch.no_grad():
-        plain = ours(flax_layers, case)(theirs, num_members=3, use_base_weights=True)
-        for name, variable, transposed in named(case, Holder(plain)):
-            if name[:2] == "we":
-                value = torch.tensor(np.asarray(variable[...], np.float32))
-                getattr(base, name).copy_(value.T if transposed else value)
-    a = ours(torch_layers, case)(base, **({"num_members": 3} | options))
-    b = ours(flax_layers, case)(theirs, **({"num_members": 3} | options))
-    checked = set()
-    for name, variable, transposed in named(case, Holder(b)):
-        if name.startswith("bias"):
-            continue
-        value = np.asarray(variable[...])
-        assert value.dtype.name == dtype
-        value = (value.T if transposed else value).astype(np.float32)
-        np.testing.assert_array_equal(value, getattr(a, name).detach().float().numpy())
-        checked.add(name)
-    assert checked == {name for name, _ in a.named_parameters() if not name.startswith("bias")}
-
-
 class Holder:
     """One layer, where `named` expects a stack."""
 
@@ -246,37 +179,6 @@ def test_the_draws_follow_the_documented_order(kind):
             assert torch.equal(s, 1 + 0.5 * pt.random.normal(next(keys), s.shape))
     assert int(rngs.default.count) == 24
     assert next(keys, None) is None
-
-
-@pytest.mark.parametrize("is_cell", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_base_layer_is_copied_and_left_alone(kind, is_cell):
-    case = Case(kind, is_cell=is_cell)
-    base = torch_base(case)
-    base.eval()
-    frozen = next(iter(dict(base.named_parameters())))
-    getattr(base, frozen).requires_grad_(False)
-    before, state = copy.deepcopy(base.state_dict()), torch.get_rng_state()
-    layer = ours(torch_layers, case)(base, num_members=3, use_base_weights=True)
-    assert torch.equal(state, torch.get_rng_state())
-    for name, value in before.items():
-        own = getattr(layer, name)
-        assert torch.equal(own if name.startswith("weight") else own[2], value)
-        assert own.requires_grad == (name != frozen)
-        assert getattr(layer.member(1), name).requires_grad == (name != frozen)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.zero_()
-    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
-
-    theirs = flax_base(case)
-    params = nnx.state(theirs, nnx.Param)
-    before = jax.tree.map(np.array, params)
-    layer = ours(flax_layers, case)(theirs, num_members=3, use_base_weights=True)
-    for _, variable, _ in named(case, Holder(layer)):
-        variable.set_value(on_device(np.zeros(variable.shape), variable.dtype))
-    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, nnx.state(theirs, nnx.Param)))
-    assert not is_cell or not {id(v) for v in jax.tree.leaves(theirs)} & {id(v) for v in jax.tree.leaves(layer)}
 
 
 def on_device(values, dtype="float32"):
@@ -442,135 +344,21 @@ def test_an_lstm_of_one_bias_takes_the_sum_of_torchs_two():
     assert_close(ours_["gradient by bias_hh_l0"], ours_["gradient by bias_ih_l0"], "float64")
 
 
-@pytest.mark.parametrize("is_cell", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_keep_members_prunes_in_place(kind, is_cell):
-    case = Case(kind, is_cell=is_cell, biases=1)
-    x = np.random.default_rng(0).standard_normal((2, 5) if is_cell else (2, 4, 5))
-    layer = random_(ours(torch_layers, case)(torch_base(case, "float64"), num_members=3))
-    full = tensors(layer(torch.tensor(np.tile(x, (3, *[1] * (x.ndim - 1))))))[0]
-    layer.keep_members([2, 0])
-    assert layer.num_members == 2
-    kept = tensors(layer(torch.tensor(np.tile(x, (2, *[1] * (x.ndim - 1))))))[0]
-    assert_close(kept.detach().numpy(), torch.cat([full[4:], full[:2]]).detach().numpy(), "float64")
-    with pytest.raises(IndexError, match="from -2 to 1"):
-        layer.keep_members([2])
-    with pytest.raises(IndexError, match="from -2 to 1"):
-        layer.member(2)
-
-    layer = ours(flax_layers, case)(flax_base(case, "float64"), num_members=3, use_base_weights=True)
-
-    @nnx.jit
-    def run(layer):
-        inputs = np.tile(x, (layer.num_members, *[1] * (x.ndim - 1)))
-        if not is_cell:
-            return layer(inputs)
-        return layer(layer.initialize_carry(inputs.shape, nnx.Rngs(0)), inputs)[1]
-
-    full = np.asarray(run(layer))
-    layer.keep_members([2, 0])
-    assert layer.num_members == 2
-    assert_close(run(layer), np.concatenate([full[4:], full[:2]]), "float64")
-    with pytest.raises(IndexError, match="from -2 to 1"):
-        layer.keep_members([2])
-    with pytest.raises(IndexError, match="from -2 to 1"):
-        layer.member(2)
-
-
-@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("is_cell", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_autocast_gives_the_dtypes_of_the_base_layer(kind, is_cell, dtype, given):
+def test_autocast_gives_the_dtypes_of_the_base_layer_for_states(kind, is_cell, dtype):
     case, dtype = Case(kind, is_cell=is_cell), getattr(torch, dtype)
     base = torch_base(case, str(dtype).partition(".")[2])
     layer = ours(torch_layers, case)(base, num_members=3)
     x = torch.ones((6, 5) if is_cell else (6, 4, 5), dtype=dtype)
-    hx = torch.zeros((6, 3) if is_cell else (1, 6, 3), dtype=dtype) if given else None
-    hx = (hx, hx) if given and kind == "LSTM" else hx
+    hx = torch.zeros((6, 3) if is_cell else (1, 6, 3), dtype=dtype)
+    hx = (hx, hx) if kind == "LSTM" else hx
     with torch.autocast("cpu", torch.bfloat16):
         results, expected = tensors(layer(x, hx)), tensors(base(x, hx))
     assert [t.dtype for t in results] == [t.dtype for t in expected]
     sum(t.float().sum() for t in results).backward()
     assert {p.grad.dtype for p in layer.parameters()} == {dtype}
-
-
-@pytest.mark.parametrize("is_cell", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_torch_layers_are_torch_citizens(kind, is_cell, tmp_path):
-    case = Case(kind, is_cell=is_cell)
-    layer = ours(torch_layers, case)(torch_base(case), num_members=3)
-    x = torch.randn((6, 5) if is_cell else (6, 4, 5))
-    before = copy.deepcopy(layer.state_dict())
-    y = tensors(layer(x))[0]
-    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
-    for variant in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(tensors(variant(x))[0], y)
-    torch.save(layer.state_dict(), tmp_path / "layer.pt")
-    other = ours(torch_layers, case)(torch_base(case), num_members=3, rngs=9)
-    other.load_state_dict(torch.load(tmp_path / "layer.pt"))
-    assert torch.equal(tensors(other(x))[0], y)
-    exported = torch.export.export(layer, (x,))
-    assert_close(tensors(exported.module()(x))[0].detach().numpy(), y.detach().numpy(), "float32")
-    layer.double()
-    assert torch.autograd.gradcheck(lambda x: tensors(layer(x))[0], x.double().requires_grad_())
-    assert "num_members=3" in repr(layer)
-    assert tensors(layer(x[:0].double()))[0].shape[0] == 0
-    assert layer.eval().member(0).training is False
-    meta = ours(torch_layers, case)(torch_base(case, device="meta"), num_members=3)
-    assert {p.device.type for p in meta.parameters()} == {"meta"}
-
-
-@pytest.mark.parametrize("is_cell", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_flax_layers_are_nnx_citizens(kind, is_cell):
-    case = Case(kind, is_cell=is_cell, biases=1)
-    layer = ours(flax_layers, case)(flax_base(case), num_members=3)
-    x = on_device(np.random.default_rng(0).standard_normal((6, 5) if is_cell else (6, 4, 5)))
-    carry = carry_of(kind, (6, 3))
-
-    def run(layer, x):
-        return layer(carry, x)[1] if is_cell else layer(x, initial_carry=carry)
-
-    y = run(layer, x)
-    graph, state = nnx.split(layer)
-    # no pickle: nnx's own cells hold jax.numpy.tanh, which cannot be pickled
-    for variant in (nnx.merge(graph, state), nnx.clone(layer), copy.deepcopy(layer)):
-        np.testing.assert_array_equal(run(variant, x), y)
-    assert_close(nnx.jit(run)(layer, x), y, "float32")
-    grads = nnx.eval_shape(nnx.grad(lambda layer: run(layer, x).sum()), layer)
-    found = [path[-2:] for path, _ in nnx.to_flat_state(grads)]
-    biased = "dense_h" if kind == "LSTM" else "dense_i"
-    assert set(found) == {("dense_i", n) for n in ("kernel", "r", "s")} | {
-        ("dense_h", n) for n in ("kernel", "r", "s")
-    } | {(biased, "bias")}
-    layer.train()
-    layer.eval()
-    abstract = nnx.eval_shape(lambda: ours(flax_layers, case)(flax_base(case), num_members=3))
-    assert (abstract if is_cell else abstract.cell).dense_h.r.shape == (3, 3)
-
-    def build(rngs):
-        cell = CELLS[kind](5, 3, rngs=rngs)
-        return ours(flax_layers, case)(cell if is_cell else nnx.RNN(cell, rngs=False), rngs=rngs, num_members=3)
-
-    stacked = nnx.eval_shape(nnx.vmap(build), nnx.Rngs(0).split(4))
-    assert (stacked if is_cell else stacked.cell).dense_h.r.shape == (4, 3, 3)
-
-
-@pytest.mark.usefixtures("four_devices")
-@pytest.mark.parametrize("apart", [False, True])
-def test_sharding_of_the_base_layer_is_kept_on_four_devices(apart):
-    case = Case("LSTM", biases=1, apart=apart, sizes=(2, 3, 3, 4, 6))
-    metadata = {"kernel_metadata": {"out_sharding": ("data", "model")}, "bias_metadata": {"out_sharding": ("model",)}}
-    base = flax_base(case, kernel_init=nnx.initializers.zeros, **metadata)
-    layer = flax_layers.BatchEnsembleLSTM(base, num_members=2, use_base_weights=True)
-    i, h = layer.cell.dense_i, layer.cell.dense_h
-    expected = [("data", "model"), (None, "data"), (None, "model"), (None, "model")]
-    assert [v.get_metadata("out_sharding") for v in (i.kernel, i.r, i.s, h.bias)] == expected
-    assert len(i.kernel.sharding.device_set) == 4
-    member = layer.member(1).cell
-    assert (member.if_ if apart else member.dense_i).kernel.get_metadata("out_sharding") == ("data", "model")
-    assert jitted(layer, on_device(np.ones((6, 3, 4)))).shape == (6, 3, 6)
 
 
 @dataclass(frozen=True)
@@ -597,30 +385,6 @@ class Framework:
         return layer((carry, carry) if kind == "LSTM" else carry, x)
 
 
-BAD_INPUT = {
-    "rows that do not divide": ((30, 6, 5), (30, 5), "call tile_members(x, 4)."),
-    "wrong last axis": ((8, 6, 4), (8, 4), "in_features=4."),
-    "one axis too few": ((6, 5), (5,), "call tile_members(x[None], 4)."),
-    "no axis": ((), (), "None], 4)."),
-}
-
-
-@pytest.mark.parametrize("is_cell", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_is_refused_with_the_same_sentence(name, kind, is_cell):
-    sequences, steps, next_step = BAD_INPUT[name]
-    sentences = []
-    for f in (Framework(True), Framework(False)):
-        with pytest.raises(ValueError, match="expects inputs of shape") as raised:
-            f.call(kind, *(steps if is_cell else sequences), is_cell=is_cell)
-        assert type(raised.value) is ValueError
-        sentences.append(str(raised.value))
-    assert sentences[0] == sentences[1]
-    assert sentences[0].startswith(f"BatchEnsemble{kind}{'Cell' * is_cell} expects")
-    assert sentences[0].endswith(next_step)
-
-
 def test_the_sentence():
     with pytest.raises(ValueError, match="rows") as raised:
         Framework(True).call("LSTM", 30, 6, 5)
@@ -629,32 +393,6 @@ def test_the_sentence():
         "got (30, 6, 5), whose 30 rows do not divide by 4. To give every member the same batch, call "
         "tile_members(x, 4)."
     )
-
-
-@pytest.mark.parametrize("is_cell", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_bad_arguments_are_refused_with_the_same_sentence(kind, is_cell):
-    for options, kind_of_error in (
-        ({"num_members": 0}, ValueError),
-        ({"num_members": 2.5}, TypeError),
-        ({"init": "gaussian"}, ValueError),
-        ({"r_std": -0.5}, ValueError),
-        ({"rngs": "0"}, TypeError),
-    ):
-        sentences = []
-        for f in (Framework(True), Framework(False)):
-            with pytest.raises(kind_of_error) as raised:
-                f.layer(kind, is_cell, **options)
-            sentences.append(str(raised.value))
-        assert sentences[0] == sentences[1]
-        assert sentences[0].startswith(f"BatchEnsemble{kind}{'Cell' * is_cell} expects")
-    case, sentences = Case(kind, is_cell=is_cell, biases=1), []
-    for layers, base in ((torch_layers, torch_base(case)), (flax_layers, flax_base(case))):
-        with pytest.raises(TypeError, match="4 members") as raised:
-            ours(layers, case)(base, 4)
-        sentences.append(str(raised.value))
-    assert sentences[0].endswith(f"BatchEnsemble{kind}{'Cell' * is_cell}(base_layer, rngs=4, num_members=1).")
-    assert sentences[0] == sentences[1]
 
 
 def test_layers_of_another_kind_are_refused():

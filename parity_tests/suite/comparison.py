@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from parity_tests import standard
 from parity_tests.suite.subject import Arrays, Subject, run_flax, run_oracle, run_torch, with_cotangent
 
-DTYPES = ("float32", "float64")
+DTYPES = "float32", "float64"
 INPUTS = ("x", "y", "logits", "query", "key", "value", "h_0", "c_0")  # all other arrays are weights or cotangents
 G = ("g", "g ")  # how the names of cotangents start
 SMALL = (0.0, -0.0, 1e-40)  # the last is a denormal number of float32
@@ -26,7 +26,7 @@ STEPS, RATE = 3, 0.01
 
 
 @dataclass(frozen=True)
-class Twins:
+class Comparison:
     """A public function or layer in torch, Flax and the oracle.
 
     Attributes:
@@ -35,26 +35,79 @@ class Twins:
         torch: outputs and gradients of these arrays in a dtype.
         flax: the same under jax.jit.
         oracle: the same in float64.
+        subject: what is compared, if it is a `Subject`. Those of linear operations have an exact tier.
+        in_bfloat16: whether it is compared in bfloat16 too. One of those that differ in nothing but shapes is enough.
+        in_special_values: whether it is compared at NaN, infinities, zeros and denormal numbers too.
     """
 
     name: str
     draw: Callable[[int, str], Arrays]
-    torch: Callable[[Arrays, str], Arrays]
-    flax: Callable[[Arrays, str], Arrays]
+    torch: Callable[..., Arrays]
+    flax: Callable[..., Arrays]
     oracle: Callable[[Arrays], Arrays]
+    subject: Subject | None = None
+    in_bfloat16: bool = True
+    in_special_values: bool = True
 
     @property
     def public_name(self) -> str:
         """The function or layer that is compared."""
         return self.name.partition("-")[0].partition(".")[0]
 
-    def bounded(self, drawn: Sequence[Arrays]) -> list[standard.Verdict]:
-        """Returns verdicts of the bounded tier over some draws together."""
+    @property
+    def is_exact(self) -> bool:
+        """Whether it has an exact tier."""
+        return self.subject is not None and self.subject.exact is not None
+
+    def is_proof(self, arrays: Arrays, dtype: str) -> bool:
+        """Tells whether no partial sum can leave the numbers that the dtype has exactly."""
+        assert self.subject is not None
+        return self.subject.certificate(arrays, dtype) <= 2.0 ** standard.SIGNIFICANT_BITS[dtype]
+
+    def fresh(self) -> Comparison:
+        """Returns the same comparison, for which nothing is compiled yet."""
+        return self if self.subject is None else of_subject(replace(self.subject))
+
+    def op_by_op(self) -> Comparison:
+        """Returns the same comparison without jit in Flax."""
+        return replace(self, flax=partial(self.flax, compiled=False))
+
+    def compiled(self) -> Comparison:
+        """Returns the same comparison under torch.compile."""
+        return replace(self, torch=partial(self.torch, compiled=True))
+
+    def exact(self, seed: int, dtype: str) -> list[standard.Verdict]:
+        """Returns verdicts of the exact tier."""
+        assert self.subject is not None
+        arrays = self.subject.draw_exact(seed, dtype)
+        assert self.is_proof(arrays, dtype), "the inputs prove nothing"
+        return standard.exact(self.torch(arrays, dtype), self.flax(arrays, dtype), self.oracle(arrays))
+
+    def bounded(self, drawn: Sequence[Arrays], dtypes: Sequence[str] = DTYPES) -> list[standard.Verdict]:
+        """Returns verdicts of the bounded tier over some draws together. The first dtype's errors are judged."""
         return standard.bounded(
-            {dtype: [self.torch(arrays, dtype) for arrays in drawn] for dtype in DTYPES},
-            {dtype: [self.flax(arrays, dtype) for arrays in drawn] for dtype in DTYPES},
+            {dtype: [self.torch(arrays, dtype) for arrays in drawn] for dtype in dtypes},
+            {dtype: [self.flax(arrays, dtype) for arrays in drawn] for dtype in dtypes},
             [self.oracle(arrays) for arrays in drawn],
+            dtypes[0],
         )
+
+    def trajectories(self) -> tuple[Arrays, Arrays]:
+        """Returns where gradient descent on everything that has a gradient ends in torch and in Flax.
+
+        Each goes by its own gradients.
+        """
+        start = self.draw(0, "float64")
+        ends = []
+        for run in (self.torch, self.flax):
+            arrays = dict(start)
+            for _ in range(STEPS):
+                results = run(arrays, "float64")
+                leaves = [name for name in arrays if f"gradient by {name}" in results]
+                arrays |= {name: arrays[name] - RATE * results[f"gradient by {name}"] for name in leaves}
+            ends.append({name: arrays[name] for name in leaves})
+        assert any(np.any(ends[0][name] != start[name]) for name in ends[0])
+        return ends[0], ends[1]
 
     def small(self) -> list[standard.Verdict]:
         """Returns verdicts of the bounded tier where inputs hold zeros of either sign and a denormal number."""
@@ -82,43 +135,20 @@ class Twins:
         return found
 
 
-def assert_same_steps(twins: Twins) -> None:
-    """Asserts that gradient descent on everything that has a gradient goes the same way in both.
-
-    Each goes by its own gradients.
-    """
-    start = twins.draw(0, "float64")
-    ends = []
-    for run in (twins.torch, twins.flax):
-        arrays = dict(start)
-        for _ in range(STEPS):
-            results = run(arrays, "float64")
-            leaves = [name for name in arrays if f"gradient by {name}" in results]
-            arrays |= {name: arrays[name] - RATE * results[f"gradient by {name}"] for name in leaves}
-        ends.append({name: arrays[name] for name in leaves})
-    assert any(np.any(ends[0][name] != start[name]) for name in ends[0])
-    for name in ends[0]:
-        standard.assert_same_trajectory(ends[1][name], ends[0][name])
-
-
-def assert_special_values(twins: Twins) -> None:
-    """Asserts that special values give the same in both."""
-    standard.assert_holds(twins.small())
-    assert not twins.extreme()
-
-
-def of_subject(subject: Subject) -> Twins:
+def of_subject(subject: Subject, **options: bool) -> Comparison:
     """Makes the comparison that a subject describes."""
 
     def draw(seed: int, dtype: str) -> Arrays:
         return with_cotangent(subject, subject.draw(seed, dtype), seed, dtype)
 
-    return Twins(
+    return Comparison(
         subject.name,
         draw,
         partial(run_torch, subject),
         partial(run_flax, subject, compiled=True),
         partial(run_oracle, subject),
+        subject,
+        **options,
     )
 
 

@@ -1,0 +1,1 @@
+"""The contract that every kind of layer keeps, and what is special to one kind."""

@@ -1,0 +1,1 @@
+"""Bad input: the same error with the same sentence from both packages. One table for each file of checks."""
