@@ -16,8 +16,8 @@ import torch
 from rich.progress import Progress, TaskID
 
 from parity_tests.standard import Verdict
-from parity_tests.suite.comparison import DTYPES, Comparison
-from parity_tests.suite.subjects_all import ALL
+from parity_tests.suite.subjects.all import ALL
+from parity_tests.suite.subjects.comparison import DTYPES, Comparison
 
 FIRST = 1000  # the suite itself takes the first few
 

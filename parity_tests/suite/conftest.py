@@ -62,7 +62,7 @@ def _comparable():
 @pytest.fixture(autouse=True)
 def _runs_what_it_compares(request):
     """Asserts that a test which compares public functions, by the table in compared.py, runs them."""
-    from parity_tests.suite.compared import TESTS, calls, name_of_test
+    from parity_tests.suite.parity.compared import TESTS, calls, name_of_test
 
     expected = TESTS.get(name_of_test(request.node))
     if expected is None:

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
-from torch import nn
+from torch import Tensor, nn, no_grad
 
 import probly_flax as pf
 import probly_torch as pt
 from parity_tests.kit.trees import jax_of
 from parity_tests.standard import assert_close
-from parity_tests.suite.subject import Arrays, without_draws
+from parity_tests.suite.subjects.subject import Arrays, without_draws
 
 MEMBERS = 3
 TILE, ONE = "call tile_members(x, 3).", "call tile_members(x[None], 3)."
@@ -81,9 +81,7 @@ class Kind:
     run_apart: bool = False
     shapes: Sequence[tuple[int, ...]] = ()
     without_bias: tuple[dict[str, Any], dict[str, Any]] | None = WITHOUT_BIAS
-    functions: Mapping[str, Callable[..., Any]] = field(
-        default_factory=lambda: {"promote_dtype": nnx.nn.dtypes.promote_dtype}
-    )
+    functions: Mapping[str, Any] = field(default_factory=lambda: {"promote_dtype": nnx.nn.dtypes.promote_dtype})
     picklable: bool = True
     vmaps: bool = True
     preferred: bool = False
@@ -131,7 +129,7 @@ class Kind:
         """Makes both layers of equal base layers."""
         return [self.convert(base, **options) for base in self.bases(dtype)]
 
-    @torch.no_grad()
+    @no_grad()
     def randomized(self, layer: Any, seed: int = 0) -> Any:
         """Gives a layer of either framework other weights, and statistics that differ between members."""
         rng = np.random.default_rng(seed)
@@ -169,7 +167,7 @@ class Kind:
         """Draws inputs for Flax."""
         return jax_of(self.laid_out(self.inputs(rows)), None if self.tokens else dtype)
 
-    def torch_inputs(self, dtype: str = "float32", rows: int | None = None) -> torch.Tensor:
+    def torch_inputs(self, dtype: str = "float32", rows: int | None = None) -> Tensor:
         """Draws inputs for torch."""
         return torch.tensor(self.inputs(rows), dtype=None if self.tokens else getattr(torch, dtype))
 
@@ -182,9 +180,10 @@ class Kind:
     def run(self, layer: Any, x: np.ndarray, dtype: str = "float32") -> np.ndarray:
         """Calls a layer of either framework with an array of torch's layout, and returns another."""
         if isinstance(layer, nn.Module):
-            x = torch.tensor(x, dtype=None if self.tokens else getattr(torch, dtype))
-            return self.torch_call(layer, x).detach().numpy()
-        y = np.asarray(_jitted(layer, self.flax_call, jax_of(self.laid_out(x), None if self.tokens else dtype)))
+            tensor = torch.tensor(x, dtype=None if self.tokens else getattr(torch, dtype))
+            return self.torch_call(layer, tensor).detach().numpy()
+        array = jax_of(self.laid_out(x), None if self.tokens else dtype)
+        y = np.asarray(_jitted(layer, self.flax_call, array))  # type: ignore[call-arg]  # whose type nnx.jit loses
         return np.moveaxis(y, -1, 1) if self.channels_last else y
 
 
@@ -195,8 +194,10 @@ def _jitted(layer: Any, call: Callable[[Any, Any], Any], x: jax.Array) -> jax.Ar
 
 # Convolutions.
 
-TORCH_CONVS = {"Conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
-TORCH_CONVS["ConvTranspose"] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TORCH_CONVS: dict[str, tuple[type[nn.Module], ...]] = {
+    "Conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    "ConvTranspose": (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+}
 CONV_TORCH_OPTIONS = {
     "Conv": [
         {},

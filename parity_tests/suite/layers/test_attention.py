@@ -20,16 +20,8 @@ from parity_tests.standard import assert_close
 from parity_tests.suite.layers import test_contract
 from parity_tests.suite.layers.contract import attention
 from parity_tests.suite.layers.test_contract import sentences
-from parity_tests.suite.subject import randomized, without_draws
-from parity_tests.suite.subjects_attention import (
-    CASES,
-    Case,
-    run_flax,
-    run_torch,
-    sown,
-    to_torch,
-    verdicts,
-)
+from parity_tests.suite.subjects.attention import CASES, Case, run_flax, run_torch, sown, to_torch, verdicts
+from parity_tests.suite.subjects.subject import randomized, without_draws
 from probly_flax.layers.attention import BatchEnsembleMultiHeadAttention as FlaxAttention
 from probly_torch.layers.attention import BatchEnsembleMultiHeadAttention as TorchAttention
 

@@ -11,11 +11,11 @@ from torch import nn
 import probly_flax as pf
 import probly_torch as pt
 from parity_tests.kit.trees import jax_of
-from parity_tests.suite import oracle_conv
 from parity_tests.suite.layers import test_contract
 from parity_tests.suite.layers.contract import conv
-from parity_tests.suite.subject import Subject, jitted, run_oracle, run_torch, without_draws
-from parity_tests.suite.subjects_conv import flax_padding, shapes
+from parity_tests.suite.oracle import conv as oracle_conv
+from parity_tests.suite.subjects.conv import flax_padding, shapes
+from parity_tests.suite.subjects.subject import Subject, jitted, run_oracle, run_torch, without_draws
 from probly_flax.functional import conv as flax_functional
 from probly_torch.functional import conv as torch_functional
 

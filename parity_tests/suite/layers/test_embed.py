@@ -15,7 +15,7 @@ from parity_tests.kit.trees import jax_of
 from parity_tests.standard import assert_close
 from parity_tests.suite.layers.contract import KINDS, ONE, TILE
 from parity_tests.suite.layers.test_contract import sentences
-from parity_tests.suite.subject import without_draws
+from parity_tests.suite.subjects.subject import without_draws
 
 EMBED = next(kind for kind in KINDS if kind.name == "Embed")  # of 8 tokens and 6 features
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from parity_tests.kit.trees import jax_of
 from parity_tests.standard import assert_close
-from parity_tests.suite import oracle_norm
-from parity_tests.suite.subject import jitted
-from parity_tests.suite.subjects_norm import with_arrays, with_tensors
+from parity_tests.suite.oracle import norm as oracle_norm
+from parity_tests.suite.subjects.norm import with_arrays, with_tensors
+from parity_tests.suite.subjects.subject import jitted
 from probly_flax.layers.norm import BatchEnsembleBatchNorm as FlaxBatchNorm
 from probly_flax.layers.norm import BatchEnsembleGroupNorm as FlaxGroupNorm
 from probly_flax.layers.norm import BatchEnsembleLayerNorm as FlaxLayerNorm

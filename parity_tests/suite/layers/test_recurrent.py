@@ -18,9 +18,8 @@ import probly_torch as pt
 from parity_tests import standard
 from parity_tests.kit.trees import jax_of
 from parity_tests.standard import assert_close, assert_holds, error
-from parity_tests.suite import oracle_recurrent
-from parity_tests.suite.subject import without_draws
-from parity_tests.suite.subjects_recurrent import (
+from parity_tests.suite.oracle import recurrent as oracle_recurrent
+from parity_tests.suite.subjects.recurrent import (
     CELLS,
     KINDS,
     SEEDS,
@@ -32,6 +31,7 @@ from parity_tests.suite.subjects_recurrent import (
     run_torch,
     torch_base,
 )
+from parity_tests.suite.subjects.subject import without_draws
 from probly_flax.layers import recurrent as flax_layers
 from probly_torch.layers import recurrent as torch_layers
 

@@ -12,7 +12,7 @@ from torch import nn
 import probly_flax.metrics
 import probly_torch.metrics
 from parity_tests.kit.trees import jax_of
-from parity_tests.suite.subject import randomized, without_draws
+from parity_tests.suite.subjects.subject import randomized, without_draws
 
 
 def drawn(make, *args, **options):

@@ -1,0 +1,1 @@
+"""The parity kit: compare, its causes, reports and commands."""

@@ -1,0 +1,1 @@
+"""Networks of members: conversion, deep ensembles, and how they run."""

@@ -1,0 +1,1 @@
+"""The oracle: plain loops over members in float64 NumPy."""

@@ -1,0 +1,1 @@
+"""The tiers over every comparison, planted faults, known gaps, draws, and the mirror of the packages."""

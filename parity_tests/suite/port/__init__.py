@@ -1,0 +1,1 @@
+"""Twin networks by machine."""

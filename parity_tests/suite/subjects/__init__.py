@@ -1,0 +1,1 @@
+"""What is compared: public functions, layers and networks in torch, in Flax and in the oracle."""

@@ -1,0 +1,1 @@
+"""Losses, metrics, uncertainty, optimizers and training."""

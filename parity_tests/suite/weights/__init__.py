@@ -1,0 +1,1 @@
+"""Weights and options in files and between the frameworks."""
