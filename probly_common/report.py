@@ -19,6 +19,7 @@ class ReportRow:
     action: str  # "converted", "shared" or "excluded"
     before: int
     after: int
+    reason: str = ""  # why it is shared, if an example input said so
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Report:
             "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
             for row in table
         ]
-        return "\n".join(line.rstrip() for line in lines)
+        reasons = [f"{r.path or '(root)'} is shared: {r.reason}" for r in self.rows if r.reason]
+        return "\n".join(line.rstrip() for line in [*lines, *reasons])
 
 
 class Excluder:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 
 from probly_common.checks.ensembles import (
+    check_members_alone,
     check_no_ensemble,
     check_not_converted,
     check_reset_type,
@@ -29,9 +30,10 @@ from probly_common.checks.rows import (
     check_output_rows,
     check_rows_of_batch,
 )
-from probly_common.checks.values import check_module, check_num_members
+from probly_common.checks.values import as_arguments, check_module, check_num_members
 from probly_common.report import Exclude, Excluder, Report, ReportRow, make_report, natural_order
 from probly_flax import random
+from probly_flax._check import find_mismatch
 from probly_flax._kinds import KINDS
 from probly_flax._members import is_stateful
 from probly_flax.ensemble import Ensemble
@@ -109,6 +111,19 @@ class BatchEnsemble(nnx.Module):
         check_rows_of_batch("BatchEnsemble", inputs)
         return jax.tree.map(members, self.network(*args, **kwargs))
 
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """Compares each member's outputs with those of the member alone, for this batch, in eval mode and in float64.
+
+        Args:
+            args, kwargs: as in a call.
+        Raises:
+            ValueError: if they differ; it names the member, and the first layer that is not applied to its rows.
+        Example:
+            >>> batchensemble(nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0))), 4).check(jnp.ones((5, 2)))
+        """
+        found = find_mismatch(self, args, kwargs, _paths(self.network))
+        check_members_alone("BatchEnsemble.check", found, self.num_members)
+
     def __len__(self) -> int:
         return self.num_members
 
@@ -144,6 +159,7 @@ def batchensemble(
     base: nnx.Module,
     num_members: int,
     *,
+    example_input: Any = None,
     rngs: Rngs | int = 0,
     use_base_weights: bool = True,
     init: str = "normal",
@@ -163,6 +179,9 @@ def batchensemble(
     Args:
         base: the network.
         num_members: the number of members E.
+        example_input: a batch, a tuple of arguments, or a dict of them by name, for which members are compared with
+            themselves alone. Layers that are not applied to each member's rows, such as those of positions, and layers
+            whose weights are read past them, are left shared; the report says why.
         rngs: a seed or an Rngs.
         use_base_weights: start from the network's weights; otherwise draw them anew, lecun_normal.
         init: "normal", "random_sign" or "ones", see BatchEnsembleLinear.
@@ -176,7 +195,8 @@ def batchensemble(
         A BatchEnsemble; its `report` says what was done with each layer.
     Raises:
         ValueError: if nothing can be converted, an entry of exclude matches nothing, or the network is converted
-            already. Then nothing is changed, nor drawn from rngs.
+            already; or if members differ from themselves alone for the example input, whatever is left shared. Then
+            nothing is changed, nor drawn from rngs.
         TypeError: if base is not a module.
     Example:
         >>> rngs = nnx.Rngs(0)
@@ -192,13 +212,40 @@ def batchensemble(
     check_module(what, "base", base, nnx.Module)
     num_members = check_num_members(what, num_members)
     check_init(what, init, r_mean, r_std, s_mean, s_std)
-    rngs, excluder = random.as_rngs(what, rngs), Excluder(exclude, nnx.Module)
+    rngs = random.as_rngs(what, rngs)
     check_not_converted(what, (layer.num_members for layer in _layers(base)))
     check_no_ensemble(what, (m.num_members for _, m in nnx.iter_modules(base) if isinstance(m, Ensemble)))
 
-    network, draws = nnx.clone(base, arrays=True), nnx.clone(rngs)
-    norms = _NORMS if per_member_norms else {}
     options = {"init": init, "r_mean": r_mean, "r_std": r_std, "s_mean": s_mean, "s_std": s_std}
+    norms = _NORMS if per_member_norms else {}
+    excluded = Excluder(exclude, nnx.Module).entries
+    shared: dict[str, str] = {}  # with the reason
+    while True:
+        draws = nnx.clone(rngs)
+        excluder = Excluder(excluded, nnx.Module)
+        model = _converted(base, num_members, draws, excluder, shared, norms, use_base_weights, **options)
+        args, kwargs = as_arguments(example_input)
+        found = None if example_input is None else find_mismatch(model, args, kwargs, _paths(model.network))
+        if found is None or not found.suspects:
+            break
+        shared |= found.suspects
+    check_members_alone(what, found, num_members)
+    nnx.update(rngs, nnx.state(draws))  # now that nothing can fail
+    return model
+
+
+def _converted(
+    base: nnx.Module,
+    num_members: int,
+    draws: Rngs,
+    excluder: Excluder,
+    shared: Mapping[str, str],
+    norms: Mapping[type[nnx.Module], Any],
+    use_base_weights: bool,
+    **options: Any,
+) -> BatchEnsemble:
+    """Converts a copy of the network, without the layers that are shared."""
+    network = nnx.clone(base, arrays=True)
     layers = dict(nnx.iter_modules(network))
     per_member: dict[int, nnx.Variable] = {}
     inside: set[int] = set()  # of what is converted as a whole
@@ -209,7 +256,7 @@ def batchensemble(
         convert = _CONVERTERS.get(type(layer), norms.get(type(layer)))
         if type(layer) is nnx.RNN:
             convert = convert or _OF_RNNS.get(type(layer.cell))
-        converts = convert is not None and not excluded and _is_single(layer)
+        converts = convert is not None and not excluded and path not in shared and _is_single(layer)
         own = jax.tree.leaves(nnx.state(layer, nnx.Param)) if converts else _parameters(layer)
         before = after = sum(p.size for p in own)
         if not before or id(layer) in inside:
@@ -226,12 +273,10 @@ def batchensemble(
             _keep_ties(layer, converted, per_member)
             _become(layer, converted)
             after = sum(p.size for p in jax.tree.leaves(nnx.state(converted, nnx.Param)))
-        rows.append(ReportRow(path, kind, action, before, after))
+        rows.append(ReportRow(path, kind, action, before, after, shared.get(path, "")))
     excluder.check_all_matched(rows)
-    report = make_report(what, rows)
-    model = BatchEnsemble(network, report)
-    nnx.update(rngs, nnx.state(draws))  # now that nothing can fail
-    return model
+    report = make_report("batchensemble", rows)
+    return BatchEnsemble(network, report)
 
 
 def register_batchensemble(layer_type: type[nnx.Module]) -> Callable[[Converter], Converter]:
@@ -244,13 +289,14 @@ def register_batchensemble(layer_type: type[nnx.Module]) -> Callable[[Converter]
     Raises:
         TypeError: if the type is not a layer's.
     Example:
+        >>> from probly_flax import layers
         >>> class MyLinear(nnx.Linear):
         ...     pass
         >>> rngs = nnx.Rngs(0)
         >>> base = nnx.Sequential(MyLinear(2, 3, rngs=rngs), nnx.Linear(3, 2, rngs=rngs))
         >>> [row.action for row in batchensemble(base, 4).report.rows]
         ['shared', 'converted']
-        >>> _ = register_batchensemble(MyLinear)(BatchEnsembleLinear)
+        >>> _ = register_batchensemble(MyLinear)(layers.BatchEnsembleLinear)
         >>> [row.action for row in batchensemble(base, 4).report.rows]
         ['converted', 'converted']
     """
@@ -292,6 +338,11 @@ def _is_single(layer: nnx.Module) -> bool:
     """Tells whether the layer is not a stack of layers, as nnx.vmap makes it."""
     weight = getattr(layer, "kernel", getattr(layer, "embedding", None))
     return weight is None or weight.ndim == 2 + len(getattr(layer, "kernel_size", ()))
+
+
+def _paths(network: nnx.Module) -> list[str]:
+    own = {id(layer) for layer in _layers(network)}
+    return [".".join(map(str, path)) for path, layer in nnx.iter_modules(network) if id(layer) in own]
 
 
 def _keep_ties(layer: nnx.Module, converted: nnx.Module, per_member: dict[int, nnx.Variable]) -> None:

@@ -18,6 +18,7 @@ from probly_common.checks.ensembles import (
     check_independent,
     check_list_of_members,
     check_member_count,
+    check_members_alone,
     check_same_structure,
     member_index,
     member_indices,
@@ -26,6 +27,7 @@ from probly_common.checks.ensembles import (
 from probly_common.checks.rows import check_chunk_size, check_in_axes, check_member_axis, check_rows_of_batch
 from probly_common.checks.values import check_module, check_num_members, check_seed
 from probly_flax import random
+from probly_flax._check import find_mismatch
 from probly_flax._members import is_batch, is_stateful, member, run, stack, structure
 from probly_flax._reset import named_parameters, register_reset, reset_by_layer, reset_by_rule
 from probly_flax.random import Rngs
@@ -74,6 +76,19 @@ class Ensemble(nnx.Module):
             check_rows_of_batch("Ensemble", [self.num_members] * len(shapes))
             check_member_axis("Ensemble", shapes, self.num_members)
         return run(self.stacked, self.num_members, args, kwargs, in_axes, self.chunk_size)
+
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """Compares each member's outputs with those of the member alone, for this batch, in eval mode and in float64.
+
+        Args:
+            args, kwargs: as in a call.
+        Raises:
+            ValueError: if they differ; it names the member.
+        Example:
+            >>> Ensemble([nnx.Linear(2, 3, rngs=nnx.Rngs(i)) for i in range(4)]).check(jnp.ones((5, 2)))
+        """
+        found = find_mismatch(self, args, kwargs)
+        check_members_alone("Ensemble.check", found, self.num_members)
 
     def __len__(self) -> int:
         return self.num_members

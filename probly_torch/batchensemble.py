@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from probly_common.checks.ensembles import (
     check_initialized,
+    check_members_alone,
     check_no_ensemble,
     check_not_converted,
     check_reset_type,
@@ -28,9 +29,10 @@ from probly_common.checks.rows import (
     check_output_rows,
     check_rows_of_batch,
 )
-from probly_common.checks.values import check_module, check_num_members
+from probly_common.checks.values import as_arguments, check_module, check_num_members
 from probly_common.report import Exclude, Excluder, Report, ReportRow, make_report, natural_order
 from probly_torch import random
+from probly_torch._check import find_mismatch
 from probly_torch._kinds import KINDS
 from probly_torch._members import has_hooks, lazy_names
 from probly_torch.ensemble import Ensemble
@@ -106,6 +108,20 @@ class BatchEnsemble(nn.Module):
         check_rows_of_batch("BatchEnsemble", inputs)
         return tree_map(members, self.network(*args, **kwargs))
 
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """Compares each member's outputs with those of the member alone, for this batch, in eval mode and in float64.
+
+        Args:
+            args, kwargs: as in a call.
+        Raises:
+            ValueError: if they differ; it names the member, and the first layer that is not applied to its rows.
+        Example:
+            >>> import torch
+            >>> batchensemble(nn.Sequential(nn.Linear(2, 3)), 4).check(torch.ones(5, 2))
+        """
+        found = find_mismatch(self, args, kwargs, _paths(self.network))
+        check_members_alone("BatchEnsemble.check", found, self.num_members)
+
     def __len__(self) -> int:
         return self.num_members
 
@@ -142,6 +158,7 @@ def batchensemble(
     base: nn.Module,
     num_members: int,
     *,
+    example_input: Any = None,
     rngs: Rngs | int = 0,
     use_base_weights: bool = True,
     init: str = "normal",
@@ -161,6 +178,9 @@ def batchensemble(
     Args:
         base: the network.
         num_members: the number of members E.
+        example_input: a batch, a tuple of arguments, or a dict of them by name, for which members are compared with
+            themselves alone. Layers that are not applied to each member's rows, such as those of positions, and layers
+            whose weights are read past them, are left shared; the report says why.
         rngs: a seed or an Rngs.
         use_base_weights: start from the network's weights; otherwise draw them anew, lecun_normal.
         init: "normal", "random_sign" or "ones", see BatchEnsembleLinear.
@@ -174,7 +194,8 @@ def batchensemble(
         A BatchEnsemble; its `report` says what was done with each layer.
     Raises:
         ValueError: if nothing can be converted, an entry of exclude matches nothing, or the network is converted
-            already. Then nothing is changed, nor drawn from rngs.
+            already; or if members differ from themselves alone for the example input, whatever is left shared. Then
+            nothing is changed, nor drawn from rngs.
         TypeError: if base is not a module.
     Example:
         >>> model = batchensemble(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3)), 4, exclude="2")
@@ -188,14 +209,42 @@ def batchensemble(
     check_module(what, "base", base, nn.Module)
     num_members = check_num_members(what, num_members)
     check_init(what, init, r_mean, r_std, s_mean, s_std)
-    rngs, excluder = random.as_rngs(what, rngs), Excluder(exclude, nn.Module)
+    rngs = random.as_rngs(what, rngs)
     check_not_converted(what, (layer.num_members for layer in _layers(base)))
     check_no_ensemble(what, (m.num_members for m in base.modules() if isinstance(m, Ensemble)))
     check_initialized(what, lazy_names(base))
 
-    network, draws = copy.deepcopy(base), copy.deepcopy(rngs)
-    norms = _NORMS if per_member_norms else {}
     options = {"init": init, "r_mean": r_mean, "r_std": r_std, "s_mean": s_mean, "s_std": s_std}
+    norms = _NORMS if per_member_norms else {}
+    excluded = Excluder(exclude, nn.Module).entries
+    shared: dict[str, str] = {}  # with the reason
+    while True:
+        draws = copy.deepcopy(rngs)
+        excluder = Excluder(excluded, nn.Module)
+        model = _converted(base, num_members, draws, excluder, shared, norms, use_base_weights, **options)
+        args, kwargs = as_arguments(example_input)
+        found = None if example_input is None else find_mismatch(model, args, kwargs, _paths(model.network))
+        if found is None or not found.suspects:
+            break
+        shared |= found.suspects
+    check_members_alone(what, found, num_members)
+    for name, stream in draws.items():  # now that nothing can fail
+        rngs[name].count.copy_(stream.count)
+    return model
+
+
+def _converted(
+    base: nn.Module,
+    num_members: int,
+    draws: Rngs,
+    excluder: Excluder,
+    shared: Mapping[str, str],
+    norms: Mapping[type[nn.Module], Any],
+    use_base_weights: bool,
+    **options: Any,
+) -> BatchEnsemble:
+    """Converts a copy of the network, without the layers that are shared."""
+    network = copy.deepcopy(base)
     paths: dict[nn.Module, str] = {}
     for path, layer in network.named_modules(remove_duplicate=False):
         paths[layer] = min(paths.get(layer, path), path, key=natural_order)
@@ -205,7 +254,7 @@ def batchensemble(
     for layer, path in sorted(paths.items(), key=lambda item: natural_order(item[1])):
         excluded = layer not in inside and excluder(path, layer)
         convert = _CONVERTERS.get(type(layer), norms.get(type(layer)))
-        converts = convert is not None and not excluded and _is_plain(layer)
+        converts = convert is not None and not excluded and path not in shared and _is_plain(layer)
         before = after = sum(p.numel() for p in layer.parameters(recurse=converts))
         if not before or layer in inside:
             continue
@@ -221,14 +270,11 @@ def batchensemble(
             _keep_ties(layer, converted, per_member)
             _become(layer, converted)
             after = sum(p.numel() for p in converted.parameters())
-        rows.append(ReportRow(path, kind, action, before, after))
+        rows.append(ReportRow(path, kind, action, before, after, shared.get(path, "")))
     excluder.check_all_matched(rows)
-    report = make_report(what, rows)
+    report = make_report("batchensemble", rows)
     _set_fast_paths(network, False)
-    model = BatchEnsemble(network, report)
-    for name, stream in draws.items():  # now that nothing can fail
-        rngs[name].count.copy_(stream.count)
-    return model
+    return BatchEnsemble(network, report)
 
 
 def register_batchensemble(layer_type: type[nn.Module]) -> Callable[[Converter], Converter]:
@@ -241,12 +287,13 @@ def register_batchensemble(layer_type: type[nn.Module]) -> Callable[[Converter],
     Raises:
         TypeError: if the type is not a layer's.
     Example:
+        >>> from probly_torch import layers
         >>> class MyLinear(nn.Linear):
         ...     pass
         >>> model = batchensemble(nn.Sequential(MyLinear(2, 3), nn.Linear(3, 2)), 4)
         >>> [row.action for row in model.report.rows]
         ['shared', 'converted']
-        >>> _ = register_batchensemble(MyLinear)(BatchEnsembleLinear)
+        >>> _ = register_batchensemble(MyLinear)(layers.BatchEnsembleLinear)
         >>> model = batchensemble(nn.Sequential(MyLinear(2, 3), nn.Linear(3, 2)), 4)
         >>> [row.action for row in model.report.rows]
         ['converted', 'converted']
@@ -288,6 +335,11 @@ def _is_plain(layer: nn.Module) -> bool:
     Old weight_norm and pruning have such hooks.
     """
     return "forward" not in vars(layer) and not any(isinstance(value, Tensor) for value in vars(layer).values())
+
+
+def _paths(network: nn.Module) -> list[str]:
+    own = {id(layer) for layer in _layers(network)}
+    return [path for path, layer in network.named_modules() if id(layer) in own]
 
 
 def _keep_ties(layer: nn.Module, converted: nn.Module, per_member: dict[nn.Parameter, nn.Parameter]) -> None:

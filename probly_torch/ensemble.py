@@ -20,6 +20,7 @@ from probly_common.checks.ensembles import (
     check_initialized,
     check_list_of_members,
     check_member_count,
+    check_members_alone,
     check_run_once,
     check_same_structure,
     member_index,
@@ -29,6 +30,7 @@ from probly_common.checks.ensembles import (
 from probly_common.checks.rows import check_chunk_size, check_in_axes, check_member_axis, check_rows_of_batch
 from probly_common.checks.values import check_module, check_num_members
 from probly_torch import random
+from probly_torch._check import find_mismatch
 from probly_torch._members import lazy_names, member, mlp_layers, named_tensors, run, run_mlp, stack, structure
 from probly_torch._reset import register_reset, reset_by_layer, reset_by_rule, seeded
 from probly_torch.random import Rngs
@@ -115,6 +117,19 @@ class Ensemble(nn.Module):
             for (_, own), (_, new) in zip(named_tensors(self), named_tensors(changed), strict=True):
                 own.copy_(new)
         return self
+
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """Compares each member's outputs with those of the member alone, for this batch, in eval mode and in float64.
+
+        Args:
+            args, kwargs: as in a call.
+        Raises:
+            ValueError: if they differ; it names the member.
+        Example:
+            >>> Ensemble([nn.Linear(2, 3) for _ in range(4)]).check(torch.ones(5, 2))
+        """
+        found = find_mismatch(self, args, kwargs)
+        check_members_alone("Ensemble.check", found, self.num_members)
 
     def __len__(self) -> int:
         return self.num_members

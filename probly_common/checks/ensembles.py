@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from probly_common.checks.values import index, type_name
+from probly_common.mismatch import Mismatch
 from probly_common.structure import HELD_BY_FUNCTION, Difference
 
 
@@ -213,3 +214,18 @@ def check_independent(what: str, num_members: int, differ: bool) -> None:
             f"{what} expects members that differ; got {num_members} equal ones. Draw from the rngs that are given: "
             f"{what}(lambda rngs: Network(rngs=rngs), {num_members})."
         )
+
+
+def check_members_alone(what: str, mismatch: Mismatch | None, num_members: int) -> None:
+    """Raises if a member's outputs are others than those that it has alone."""
+    if mismatch is None:
+        return
+    advice = f"For members that share nothing, call ensemble(network, {num_members})."
+    if mismatch.suspects:
+        reasons = "; ".join(f"{path or 'the network'}: {reason}" for path, reason in mismatch.suspects.items())
+        exclude = list(mismatch.suspects)
+        advice = f"Layers to leave shared: {reasons}. Pass exclude={exclude!r} to batchensemble, or example_input=x."
+    raise ValueError(
+        f"{what} expects each member's outputs to be those that it has alone; got member {mismatch.member}, "
+        f"{mismatch.distance:.1e} of their largest value apart. {advice}"
+    )

@@ -78,3 +78,10 @@ def shown(text: str, width: int = 100) -> str:
     if len(text) > width:
         text = f"{text[: width // 2]}...{text[-width // 2 :]}"
     return text if re.fullmatch(r"[\w.-]+", text, re.ASCII) else ascii(text)
+
+
+def as_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns an example input as the arguments of a call: a batch, a tuple of arguments, or a dict of them by name."""
+    if isinstance(example_input, dict):
+        return (), example_input
+    return (example_input if isinstance(example_input, tuple) else (example_input,)), {}

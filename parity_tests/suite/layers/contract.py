@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -39,8 +39,8 @@ class Kind:
 
     Attributes:
         name: up to the first dash, what follows BatchEnsemble in the name of its layer.
-        torch: makes a base layer of torch, given dtype, device and options.
-        flax: makes one of Flax, given param_dtype, rngs and options.
+        make_torch: makes a base layer of torch, given dtype, device and options.
+        make_flax: makes one of Flax, given param_dtype, rngs and options.
         shape: that of inputs in torch's layout, whose rows divide among 3 members.
         fast: the names of r and s in torch, for each weight in the order of the draws. Norms draw nothing.
         drawn: the weights as they are drawn, in that order, and lecun_normal. None draws by another rule.
@@ -51,7 +51,7 @@ class Kind:
         exact: whether a member has the very bits of its layer where sums have no rounding.
         torch_options: options of torch that a member keeps.
         flax_options: options of Flax that a member keeps.
-        run_apart: whether tests of its own run the members of these, over masks, states or steps.
+        run_apart: whether tests of its own run the members of Flax, over masks, states or steps.
         shapes: other shapes of inputs in both frameworks.
         without_bias: the options of both for a layer without biases, where there are any.
         functions: options of Flax that are functions, called as nnx calls them, and options that they are called with.
@@ -66,8 +66,8 @@ class Kind:
     """
 
     name: str
-    torch: Callable[..., Any]
-    flax: Callable[..., Any]
+    make_torch: Callable[..., Any]
+    make_flax: Callable[..., Any]
     shape: tuple[int, ...]
     fast: Sequence[tuple[str, str]] = (("r", "s"),)
     drawn: Callable[[Arrays], list[np.ndarray]] | None = field(default_factory=lambda: _kernels("weight"))
@@ -112,12 +112,12 @@ class Kind:
 
     def torch_base(self, dtype: str = "float32", **options: Any) -> Any:
         """Makes torch's base layer, with weights that NumPy draws."""
-        return self.randomized(self.torch(**({"dtype": getattr(torch, dtype)} | options)))
+        return self.randomized(self.make_torch(**({"dtype": getattr(torch, dtype)} | options)))
 
     def flax_base(self, dtype: str = "float32", **options: Any) -> Any:
         """Makes Flax's base layer, with weights that NumPy draws."""
         options = {"param_dtype": jnp.dtype(dtype)} | options
-        return self.randomized(without_draws(lambda: self.flax(rngs=nnx.Rngs(0), **options)))
+        return self.randomized(without_draws(lambda: self.make_flax(rngs=nnx.Rngs(0), **options)))
 
     def bases(self, dtype: str = "float32") -> tuple[Any, Any]:
         """Makes base layers of equal weights."""
@@ -181,15 +181,15 @@ class Kind:
         """Calls a layer of either framework with an array of torch's layout, and returns another."""
         if isinstance(layer, nn.Module):
             tensor = torch.tensor(x, dtype=None if self.tokens else getattr(torch, dtype))
-            return self.torch_call(layer, tensor).detach().numpy()
+            return np.asarray(self.torch_call(layer, tensor).detach())
         array = jax_of(self.laid_out(x), None if self.tokens else dtype)
-        y = np.asarray(_jitted(layer, self.flax_call, array))  # type: ignore[call-arg]  # whose type nnx.jit loses
+        y = np.asarray(_jitted(self.flax_call)(layer, array))
         return np.moveaxis(y, -1, 1) if self.channels_last else y
 
 
-@partial(nnx.jit, static_argnums=1)
-def _jitted(layer: Any, call: Callable[[Any, Any], Any], x: jax.Array) -> jax.Array:
-    return call(layer, x)
+@cache
+def _jitted(call: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return nnx.jit(call)
 
 
 # Convolutions.
@@ -258,7 +258,7 @@ def conv(kind: str, axes: int = 2, name: str = "", ours: Any = None, theirs: Any
         "functions": {
             "promote_dtype": nnx.nn.dtypes.promote_dtype,
             "precision": "highest",
-            "dtype": jnp.float32,
+            "dtype": "float32",
             "padding": ((1, 0), 2),
             "kernel_dilation": 2,
             **(
@@ -340,7 +340,7 @@ def attention(name: str = "", ours: Any = None, theirs: Any = None, **changes: A
             "qkv_dot_general": jax.lax.dot_general,
             "out_dot_general_cls": lambda: jax.lax.dot_general,
             "attention_fn": nnx.dot_product_attention,
-            "dtype": jnp.float32,
+            "dtype": "float32",
         },
         "sharding": {
             "kernel_metadata": ("data", "model", None),
@@ -494,7 +494,7 @@ KINDS = [
             "promote_dtype": nnx.nn.dtypes.promote_dtype,
             "dot_general": jax.lax.dot_general,
             "precision": "highest",
-            "dtype": jnp.float32,
+            "dtype": "float32",
         },
         preferred=True,
         sharding={"kernel_metadata": ("data", "model"), "bias_metadata": ("model",)},
@@ -608,6 +608,8 @@ VARIANTS = [
         {"in_kv_features": 5},
         torch_call=lambda layer, x: layer(x, x[..., :5], x[..., :5])[0],
         flax_call=lambda layer, x: layer(x, x[..., :5]),
+        torch_options=({},),
+        flax_options=({},),
     ),
     *(
         _norm(
@@ -619,11 +621,6 @@ VARIANTS = [
         )
         for axes in (2, 3)
     ),
-    recurrent(
-        "LSTM-apart",
-        nnx.LSTMCell,
-        nn.LSTM,
-        torch_options=(),
-    ),
-    recurrent("LSTMCell-apart", nnx.LSTMCell, nn.LSTMCell, torch_options=()),
+    recurrent("LSTM-apart", nnx.LSTMCell, nn.LSTM, torch_options=(), flax_options=({},)),
+    recurrent("LSTMCell-apart", nnx.LSTMCell, nn.LSTMCell, torch_options=(), flax_options=({},)),
 ]

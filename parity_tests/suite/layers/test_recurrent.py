@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -355,7 +356,13 @@ def test_autocast_gives_the_dtypes_of_the_base_layer_for_states(kind, is_cell, d
     hx = torch.zeros((6, 3) if is_cell else (1, 6, 3), dtype=dtype)
     hx = (hx, hx) if kind == "LSTM" else hx
     with torch.autocast("cpu", torch.bfloat16):
-        results, expected = tensors(layer(x, hx)), tensors(base(x, hx))
+        try:
+            expected = tensors(base(x, hx))
+        except RuntimeError as refused:  # on a CPU without bfloat16
+            with pytest.raises(RuntimeError, match=re.escape(str(refused))):
+                layer(x, hx)
+            return
+        results = tensors(layer(x, hx))
     assert [t.dtype for t in results] == [t.dtype for t in expected]
     sum(t.float().sum() for t in results).backward()
     assert {p.grad.dtype for p in layer.parameters()} == {dtype}
@@ -416,24 +423,14 @@ def test_layers_of_another_kind_are_refused():
                     layer(base, num_members=4)
 
 
-def test_layers_with_a_forward_of_their_own_are_refused():
-    class TorchOwn(nn.LSTM):
-        def forward(self, x, hx=None):
-            return super().forward(x * 2, hx)
-
-    class FlaxOwn(nnx.GRUCell):
+def test_a_cell_with_a_call_of_its_own_is_refused():
+    class Own(nnx.GRUCell):
         def __call__(self, carry, inputs):
             return super().__call__(carry, inputs * 2)
 
-    with pytest.raises(TypeError, match="forward of its own"):
-        torch_layers.BatchEnsembleLSTM(TorchOwn(5, 3), num_members=4)
-    own = without_draws(lambda: FlaxOwn(5, 3, rngs=nnx.Rngs(0)))
-    for layer, base in (
-        (flax_layers.BatchEnsembleGRUCell, own),
-        (flax_layers.BatchEnsembleGRU, nnx.RNN(own)),
-    ):
-        with pytest.raises(TypeError, match="__call__ of its own"):
-            layer(base, num_members=4)
+    base = nnx.RNN(without_draws(lambda: Own(5, 3, rngs=nnx.Rngs(0))))
+    with pytest.raises(TypeError, match="__call__ of its own"):
+        flax_layers.BatchEnsembleGRU(base, num_members=4)
 
 
 def test_states_are_not_broadcast():

@@ -508,7 +508,7 @@ def test_members_with_other_options_or_plain_tensors_are_refused():
         def forward(self, x):
             return self.layer(x) * self.scale + self.offset
 
-    with pytest.raises(ValueError, match=r"network\.scale=1\.0"):
+    with pytest.raises(ValueError, match=r"member 0, where scale is 1\.0, and member 1, where it is 2\.0"):
         pt.Ensemble([Scaled(1.0), Scaled(2.0)])
     alike = [Scaled(1.0), Scaled(1.0)]
     alike[1].offset = torch.tensor([9.0])

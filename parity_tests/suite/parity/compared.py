@@ -135,10 +135,15 @@ def _codes() -> tuple[dict[Any, set[tuple[str, str]]], dict[type, set[tuple[str,
         for base in item.__mro__
         if base is item or base.__module__.startswith("probly_")
         for name, method in vars(base).items()
-        if inspect.isfunction(function := getattr(method, "__func__", method))
+        if inspect.isfunction(function := _function(method))
         if not name.startswith("_") or name in ("__call__", "__new__")
     }
     return functions, classes, methods
+
+
+def _function(attribute: Any) -> Any:
+    """Returns the function of a method, a class method or a property."""
+    return next((own for name in ("__func__", "fget", "func") if (own := getattr(attribute, name, None))), attribute)
 
 
 def name_of_test(item: Any) -> str:

@@ -39,7 +39,6 @@ from probly_torch.functional import linear as torch_linear
 from probly_torch.layers import _base as torch_base
 from probly_torch.layers import attention as torch_attention
 from probly_torch.layers import embed as torch_embed
-from probly_torch.layers import linear as torch_linear_layer
 from probly_torch.layers import norm as torch_norm
 from probly_torch.layers import recurrent as torch_recurrent
 from probly_torch.port import _functions as port_functions
@@ -674,7 +673,6 @@ def ported_gelu() -> None:
     test_port.test_operations("activations")
 
 
-linear_init = torch_linear_layer.BatchEnsembleLinear.__init__.__wrapped__  # inside what tells a seed from num_members
 MOMENTUM = "0.0 if self.momentum is None else self.momentum"
 # What is not a value or a gradient of one call: a fault in it, and the test of the suite that has to fail of it.
 BY_A_TEST: list[tuple[str, Any, str, str, Callable[[], None]]] = [
@@ -717,7 +715,7 @@ BY_A_TEST: list[tuple[str, Any, str, str, Callable[[], None]]] = [
         twice_rounded,
     ),
     ("draws that jit merges", pf.random.rounded, "jnp.maximum(x, jnp.finfo(x.dtype).min)", "x", made_under_jit),
-    ("s drawn around r's mean", linear_init, "init, s_mean, s_std", "init, r_mean, s_std", drawn_alike),
+    ("s drawn around r's mean", torch_base.Draws.fast_weights, "self.s_mean", "self.r_mean", drawn_alike),
     ("half of the bits", torch_threefry.words, "high ^ low", "high", random_bits),
     (
         "pairs with themselves",

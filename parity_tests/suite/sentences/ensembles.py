@@ -102,25 +102,27 @@ ROWS = {
     "members of another structure": Row(
         lambda f: f.package.Ensemble([network(f), network(f), f.sequential(f.linear(4, 3), f.linear(3, 5))]),
         ValueError,
-        "of one structure; got member 0 ... where member 2 ... Build them all alike: ensemble(network, num_members=3).",
+        "of one structure; got member 0, where 1.out_features is 2, and member 2, where it is 5. Build them all alike: "
+        "ensemble(network, num_members=3).",
         (TORCH,),
     ),
     "members of another structure in Flax": Row(
         lambda f: f.package.Ensemble([network(f), network(f), f.sequential(f.linear(4, 3), f.linear(3, 5))]),
         ValueError,
-        "of one structure; got member 0 ... where member 2 ... Build them all alike: ensemble(network, num_members=3).",
+        "got member 0, where layers.1.bias is Param of float32 (2,), and member 2, where it is Param of float32 (5,). "
+        "Build them all alike: ensemble(network, num_members=3).",
         (FLAX,),
     ),
     "members in two modes": Row(
         lambda f: f.package.Ensemble([network(f), evaluated(network(f))]),
         ValueError,
-        "with network.training=True where member 1 has network.training=False. Build ... num_members=2).",
+        "got member 0, where training is True, and member 1, where it is False. Build ... num_members=2).",
         (TORCH,),
     ),
     "members in two modes of Flax": Row(
         lambda f: f.package.Ensemble([nnx.Dropout(0.5), evaluated(nnx.Dropout(0.5))]),
         ValueError,
-        "with network.deterministic=False where member 1 has network.deterministic=True. Build ... num_members=2).",
+        "got member 0, where deterministic is False, and member 1, where it is True. Build ... num_members=2).",
         (FLAX,),
     ),
     "no network": Row(lambda f: f.package.batchensemble("mlp", 3), TypeError, "batchensemble(network, ...)."),
