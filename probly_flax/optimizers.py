@@ -93,7 +93,7 @@ def optimizer_to_arrays(
         >>> {name: array.shape for name, array in arrays.items()}
         {'weight.momentum_buffer': (2, 3), 'bias.momentum_buffer': (2,)}
     """
-    arrays = _arrays("optimizer_to_arrays", _state("optimizer_to_arrays", model, optimizer, flatten))
+    arrays = _arrays("optimizer_to_arrays", _state("optimizer_to_arrays", Inventory(model), optimizer, flatten))
     return {name: np.array(array) for name, array in arrays.items()}
 
 
@@ -126,7 +126,8 @@ def load_optimizer_arrays(
         Array(1, dtype=int32)
     """
     check_numpy("load_optimizer_arrays", arrays)
-    _load("load_optimizer_arrays", _state("load_optimizer_arrays", model, optimizer, flatten), optimizer, arrays)
+    state = _state("load_optimizer_arrays", Inventory(model), optimizer, flatten)
+    _load("load_optimizer_arrays", state, optimizer, arrays)
 
 
 def save_optimizer(
@@ -151,10 +152,11 @@ def save_optimizer(
         ...     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
         ...     save_optimizer(model, optimizer, f"{folder}/optimizer.safetensors")
     """
-    state = _state("save_optimizer", model, optimizer, flatten)
+    inventory = Inventory(model)
+    state = _state("save_optimizer", inventory, optimizer, flatten)
     identities = {name: name for name in state.steps} | identities_of(state.moments)
     kept, tied = keep_once(_arrays("save_optimizer", state), identities)
-    write_arrays(path, kept, metadata_of(Inventory(model), flatten) | tied)
+    write_arrays(path, kept, metadata_of(inventory, flatten) | tied)
 
 
 def load_optimizer(
@@ -183,13 +185,13 @@ def load_optimizer(
         ...     load_optimizer(model, optimizer, f"{folder}/optimizer.safetensors")
     """
     what = f"load_optimizer({os.fspath(path)!r})"
+    inventory = Inventory(model)
     with open_arrays("load_optimizer", path) as arrays:
         known = read_json(what, arrays.metadata, "flatten") if flatten is None else flatten
         if flatten != {} and (known or "flatten" not in arrays.metadata):
-            inventory = Inventory(model)
             sizes = linear_sizes(inventory.options, shapes_of(weights_of(what, inventory)))
             check_flattened(what, read_json(what, arrays.metadata, "options"), known, sizes)
-        _load(what, _state(what, model, optimizer, known), optimizer, arrays)
+        _load(what, _state(what, inventory, optimizer, known), optimizer, arrays)
 
 
 class _State(NamedTuple):
@@ -242,13 +244,13 @@ def _arrays(what: str, state: _State) -> Arrays:
     return Arrays({**{name: spec_of(weight) for name, weight in state.moments.items()}, **specs_of(counted)}, read)
 
 
-def _state(what: str, model: nnx.Module, optimizer: nnx.Optimizer, flatten: Flatten) -> _State:
+def _state(what: str, inventory: Inventory, optimizer: nnx.Optimizer, flatten: Flatten) -> _State:
     example = "nnx.Optimizer(model, optax.adamw(1e-3), wrt=nnx.Param)"
     check_optimizer(what, optimizer, (nnx.Optimizer,), "nnx.Optimizer, with optax.sgd, adam or adamw", example)
-    parameters = dict(_leaves(nnx.state(model, optimizer.wrt)))
+    parameters = dict(_leaves(nnx.state(inventory.model, optimizer.wrt)))
     moments, counts = _moments_and_counts(what, parameters, optimizer)
     trained = set().union(*moments.values()) or {*map(id, parameters.values())}
-    weights = weights_of(what, Inventory(model), flatten)
+    weights = weights_of(what, inventory, flatten)
     weights = {name: weight for name, weight in weights.items() if any(id(v) in trained for v in weight.variables)}
     check_whole(what, [name for name, weight in weights.items() if any(id(v) not in trained for v in weight.variables)])
     check_separate(what, [name for name, weight in weights.items() if weight.also])

@@ -57,13 +57,18 @@ class Inventory:
                 options[path]["flatten_channels"] = channels
         return options
 
+    @cached_property
+    def _state(self) -> dict[str, Any]:
+        state = self.model.state_dict()
+        return {name: value for name, value in state.items() if name.rpartition(".")[2] != "_extra_state"}
+
     def weights(self, what: str) -> dict[str, Tensor]:
-        """Returns every tensor of the state_dict, but for extra states, which are no weights.
+        """Returns every tensor of the state_dict. Extra states are no weights.
 
         Raises:
             ValueError: naming every weight that has no memory, or no strides.
         """
-        state = {name: v for name, v in self.model.state_dict().items() if name.rpartition(".")[2] != "_extra_state"}
+        state = dict(self._state)
         check_tensors(
             what,
             [name for name, v in state.items() if not isinstance(v, Tensor)],

@@ -133,7 +133,6 @@ def save_optimizer(
     """
     slots = _slots(_parameters("save_optimizer", model, optimizer))
     inventory = inventory_of("save_optimizer", model)
-    inventory.weights("save_optimizer")  # which have to be there
     kept, tied = keep_once(_arrays(optimizer, slots), _identities(slots))
     write_arrays(path, kept, metadata_of("save_optimizer", inventory, flatten) | tied)
 

@@ -218,19 +218,15 @@ def _identities(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def flatten_sizes(what: str, inventory: Inventory, flatten: Flatten) -> dict[str, Any]:
-    """Checks `flatten`, whose layers are known by the options that are recorded for them."""
-    return (
-        {}
-        if flatten is None
-        else check_flatten(what, flatten, linear_sizes(inventory.options, _shapes(what, inventory)))
-    )
+def flatten_sizes(what: str, inventory: Inventory, flatten: Flatten) -> dict[str, Any] | None:
+    """Checks that weights are there, and `flatten`, whose layers are known by the options recorded for them."""
+    shapes = _shapes(what, inventory)
+    return None if flatten is None else check_flatten(what, flatten, linear_sizes(inventory.options, shapes))
 
 
 def metadata_of(what: str, inventory: Inventory, flatten: Flatten) -> dict[str, str]:
     """Returns what a file records beside the arrays."""
-    sizes = None if flatten is None else flatten_sizes(what, inventory, flatten)
-    recorded = {"flatten": sizes, "options": inventory.options or None}
+    recorded = {"flatten": flatten_sizes(what, inventory, flatten), "options": inventory.options or None}
     written = {key: json.dumps(value) for key, value in recorded.items() if value is not None}
     return {"framework": "torch", **written}
 

@@ -566,3 +566,17 @@ def test_files_are_plain_and_damage_is_named(tmp_path):
     for module, pair in ((torch_optimizers, ours), (flax_optimizers, theirs)):
         with pytest.raises(ValueError, match=r"state\.safetensors"):
             module.load_optimizer(*pair, path)
+
+
+def test_the_state_of_a_model_without_memory_is_refused(tmp_path):
+    model = nn.Linear(3, 2, device="meta")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    path = tmp_path / "optimizer.safetensors"
+    pt.optimizers.save_optimizer(twin := nn.Linear(3, 2), torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9), path)
+    for call in (
+        lambda: pt.optimizers.optimizer_to_arrays(model, optimizer),
+        lambda: pt.optimizers.save_optimizer(model, optimizer, tmp_path / "other.safetensors"),
+        lambda: pt.optimizers.load_optimizer(model, optimizer, path),
+    ):
+        with pytest.raises(ValueError, match="meta"):
+            call()
