@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,18 +13,22 @@ NOT_CALLED = "it is not called, and its weights may be read past it"
 
 
 class Calls:
-    """The calls of the layers that have members, in their order, with their outputs."""
+    """The calls of the layers that have members, in their order; with their outputs if these are kept."""
 
-    def __init__(self) -> None:
-        self.outputs: list[tuple[str, np.ndarray]] = []
+    def __init__(self, keep: bool = False) -> None:
+        self.keep = keep
+        self.paths: list[str] = []
+        self.outputs: list[np.ndarray] = []
         self.entered: str | None = None  # the layer that is running, or was when an error was raised
 
     def enter(self, path: str) -> None:
         self.entered = path
 
-    def leave(self, path: str, output: np.ndarray) -> None:
-        self.outputs.append((path, output))
+    def leave(self, path: str, output: Callable[[], np.ndarray]) -> None:
         self.entered = None
+        self.paths.append(path)
+        if self.keep:
+            self.outputs.append(output())
 
 
 class Mismatch(NamedTuple):
@@ -35,31 +39,44 @@ class Mismatch(NamedTuple):
     suspects: dict[str, str]
 
 
-def refused(calls: Calls) -> Mismatch:
-    """Blames the layer that did not take what it was given, which a member alone takes."""
-    return Mismatch(0, float("inf"), {calls.entered or "": OTHER_ROWS})
+Run = Callable[[int | None, Calls], list[np.ndarray]]  # the outputs of a member alone, or of all for None
 
 
-def mismatch(
-    i: int,
-    rows: Sequence[np.ndarray],
-    alone: Sequence[np.ndarray],
-    calls_alone: Calls,
-    layers: Sequence[str],
-    calls: Calls,
+def first_mismatch(
+    run: Run, num_members: int, layers: Sequence[str], refusals: tuple[type[Exception], ...]
 ) -> Mismatch | None:
-    """Compares the outputs that member i has among others, `rows`, with those that it has alone; None if they agree."""
-    distance = max((_distance(*both) for both in zip(rows, alone, strict=True)), default=0.0)
-    if distance <= ROUNDING:
-        return None
-    called = {path for path, _ in calls.outputs}
-    suspects = {path: NOT_CALLED for path in layers if path not in called}
-    if not suspects:
-        for (path, of_all), (other, own) in zip(calls.outputs, calls_alone.outputs, strict=False):
-            size = len(own) if own.ndim else 0
-            if path != other or _distance(of_all[i * size : (i + 1) * size], own) > ROUNDING:
-                return Mismatch(i, distance, {path: OTHER_ROWS})
-    return Mismatch(i, distance, suspects)
+    """Compares the outputs that each member has among others with those that it has alone; None if all agree.
+
+    Outputs of layers are kept only once there is something to find. A layer that raises one of these errors among
+    others, and not alone, is the one that is to blame; outside of all layers, those that a member does not call are.
+    """
+    calls_alone, calls = Calls(), Calls()
+    alone = [run(i, calls_alone) for i in range(num_members)]
+    not_called = {path: NOT_CALLED for path in layers if path not in calls_alone.paths}
+    try:
+        together = run(None, calls)
+    except refusals:
+        suspects = not_called if calls.entered is None else {calls.entered: OTHER_ROWS}
+        if not suspects:
+            raise
+        return Mismatch(0, float("inf"), suspects)
+    for i, own in enumerate(alone):
+        distance = max((_distance(rows[i], y) for rows, y in zip(together, own, strict=True)), default=0.0)
+        if distance > ROUNDING:
+            return Mismatch(i, distance, not_called or _first_layer(run, i))
+    return None
+
+
+def _first_layer(run: Run, i: int) -> dict[str, str]:
+    """Returns the first layer whose rows are not those of member i alone, if there is one."""
+    of_all, of_one = Calls(keep=True), Calls(keep=True)
+    run(None, of_all)
+    run(i, of_one)
+    for path, rows, other, own in zip(of_all.paths, of_all.outputs, of_one.paths, of_one.outputs, strict=False):
+        size = len(own) if own.ndim else 0
+        if path != other or _distance(rows[i * size : (i + 1) * size], own) > ROUNDING:
+            return {path: OTHER_ROWS}
+    return {}
 
 
 def _distance(rows: np.ndarray, alone: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from probly_common.mismatch import Calls, Mismatch, mismatch, refused
+from probly_common.mismatch import Calls, Mismatch, first_mismatch
 
 
 def find_mismatch(model: Any, args: Any, kwargs: Any, layers: Sequence[str] = ()) -> Mismatch | None:
@@ -21,42 +21,29 @@ def find_mismatch(model: Any, args: Any, kwargs: Any, layers: Sequence[str] = ()
     `layers` are those that have members, by their paths in one member.
     """
     wide = copy.deepcopy(model).eval().double()
-    members = [_run(member, args, kwargs, layers, Calls()) for member in wide]
-    calls = Calls()
-    try:
-        y, _ = _run(wide, args, kwargs, layers, calls, "network")
-    except (RuntimeError, ValueError, IndexError):
-        if calls.entered is None:
-            raise
-        return refused(calls)
-    rows = [[each[i] for each in y] for i in range(len(members))]
-    found = (mismatch(i, rows[i], *alone, layers, calls) for i, alone in enumerate(members))
-    return next((each for each in found if each), None)
 
+    def run(i: int | None, calls: Calls) -> list[np.ndarray]:
+        network, prefix = (wide, "network.") if i is None else (wide[i], "")
+        given = tree_map_only(Tensor, _wide, (args, kwargs))
+        recording = _recording({path: network.get_submodule(f"{prefix}{path}".strip(".")) for path in layers}, calls)
+        with torch.no_grad(), torch.random.fork_rng(devices=()), recording:
+            torch.manual_seed(0)
+            outputs = network(*given[0], **given[1])
+        return [_array(y) for y in tree_leaves(outputs) if isinstance(y, Tensor)]
 
-def _run(
-    network: nn.Module, args: Any, kwargs: Any, layers: Sequence[str], calls: Calls, prefix: str = ""
-) -> tuple[list[np.ndarray], Calls]:
-    """Returns the outputs, and adds the calls of the layers."""
-    given = tree_map_only(Tensor, _wide, (args, kwargs))
-    with torch.no_grad(), torch.random.fork_rng(devices=()), _recording(network, layers, calls, prefix):
-        torch.manual_seed(0)
-        outputs = network(*given[0], **given[1])
-    return [_array(y) for y in tree_leaves(outputs) if isinstance(y, Tensor)], calls
+    return first_mismatch(run, model.num_members, layers, (RuntimeError, ValueError, IndexError))
 
 
 @contextmanager
-def _recording(network: nn.Module, layers: Sequence[str], calls: Calls, prefix: str) -> Iterator[None]:
+def _recording(layers: Mapping[str, nn.Module], calls: Calls) -> Iterator[None]:
     def enter(path: str) -> Any:
         return lambda layer, args: calls.enter(path)
 
     def leave(path: str) -> Any:
-        return lambda layer, args, output: calls.leave(path, _array(tree_leaves(output)[0]))
+        return lambda layer, args, output: calls.leave(path, lambda: _array(tree_leaves(output)[0]))
 
-    hooks = []
-    for path in layers:
-        layer = network.get_submodule(f"{prefix}.{path}".strip("."))
-        hooks += [layer.register_forward_pre_hook(enter(path)), layer.register_forward_hook(leave(path))]
+    hooks = [layer.register_forward_pre_hook(enter(path)) for path, layer in layers.items()]
+    hooks += [layer.register_forward_hook(leave(path)) for path, layer in layers.items()]
     yield
     for hook in hooks:
         hook.remove()

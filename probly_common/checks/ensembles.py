@@ -93,7 +93,7 @@ def check_same_structure(what: str, difference: Difference | None, i: int, num_m
         if first is HELD_BY_FUNCTION:
             raise ValueError(
                 f"{what} expects functions that hold no part of the network, since a copy would call the original's; "
-                f"got {path}. Make it a method: class Network(...): def forward(self, x): ..."
+                f"got {path}. Make it a method of the network's class: def act(self, x): return self.linear(x)."
             )
         raise ValueError(
             f"{what} expects members of one structure; got member 0, where {path or 'the network'} is {first}, and "

@@ -10,6 +10,7 @@ from torch import nn
 import probly_flax as pf
 import probly_torch as pt
 from parity_tests.kit.trees import jax_of
+from parity_tests.standard import assert_close
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.standard_normal((4, 8)).astype("float32")
@@ -50,6 +51,13 @@ class TorchPast(nn.Module):
         return self.head(nn.functional.linear(x, self.qkv.weight))
 
 
+class TorchPastBoth(TorchPast):
+    """Reads the bias too, whose members do not fit."""
+
+    def forward(self, x):
+        return self.head(nn.functional.linear(x, self.qkv.weight) * self.qkv.bias.view(8))
+
+
 class FlaxPast(nnx.Module):
     def __init__(self, rngs):
         self.qkv, self.head = nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
@@ -58,12 +66,18 @@ class FlaxPast(nnx.Module):
         return self.head(x @ self.qkv.kernel[...])
 
 
+class FlaxPastBoth(FlaxPast):
+    def __call__(self, x):
+        return self.head(x @ self.qkv.kernel[...] + self.qkv.bias[...].reshape(1, 8))
+
+
 PAST = "it is not called, and its weights may be read past it"
 OTHER = "its rows do not follow the batch"
 CASES = {  # the networks, an input, and the layer that has to be shared
     "positions": (TorchPositions, FlaxPositions, tokens(6), "positions", OTHER),
     "positions of a length that does not divide": (TorchPositions, FlaxPositions, tokens(7), "positions", OTHER),
     "a weight read past its layer": (TorchPast, FlaxPast, X, "qkv", PAST),
+    "a bias read past its layer, of another shape": (TorchPastBoth, FlaxPastBoth, X, "qkv", PAST),
 }
 
 
@@ -85,7 +99,7 @@ def test_layers_that_members_cannot_have_are_named_and_shared(name):
         assert str(model.report).endswith(f"{path} is shared: {reason}")
         y = model(x)
         for i, member in enumerate(model):
-            np.testing.assert_allclose(numpy(y[i]), numpy(member(x)), rtol=1e-5, atol=1e-6)
+            assert_close(numpy(y[i]), numpy(member(x)), "float32")
         excluded = package.batchensemble(network, 3, exclude=path)  # draws the same
         np.testing.assert_array_equal(numpy(excluded(x)), numpy(y))
         excluded.check(x)
