@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class _Report:
+class _Report(ABC):
     """What both reports do with what they hold."""
 
     comparisons: tuple[Comparison, ...]
@@ -31,9 +32,9 @@ class _Report:
         return bool(self.comparisons) and all(comparison.holds for comparison in self.comparisons)
 
     @property
+    @abstractmethod
     def verdict(self) -> str:
         """The last line."""
-        raise NotImplementedError
 
     def __bool__(self) -> bool:
         """Returns `passed`."""
@@ -76,15 +77,15 @@ class _Report:
         }
         render.save(f"{type(self).__name__}.save", path, content)
 
-    def _title(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _title(self) -> str: ...
 
+    @abstractmethod
     def _parts(self) -> list[str]:
         """Returns what a page has below its title, as HTML."""
-        raise NotImplementedError
 
-    def _figure(self) -> Figure:
-        raise NotImplementedError
+    @abstractmethod
+    def _figure(self) -> Figure: ...
 
 
 @dataclass(frozen=True)

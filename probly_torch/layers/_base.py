@@ -58,10 +58,6 @@ class MemberLayer(nn.Module, Generic[BaseLayer]):
 
     num_members: int
 
-    def member(self, i: int) -> BaseLayer:
-        """Returns member i as an ordinary layer."""
-        raise NotImplementedError
-
     def keep_members(self, indices: Sequence[int]) -> None:
         """Drops every other member, in place."""
         indices = member_indices(type(self).__name__, indices, self.num_members)

@@ -29,11 +29,6 @@ BOTH = TORCH_ONLY | FLAX_ONLY
 TABLE = (
     (
         "test_networks.test_the_same_seed_draws_the_same_fast_weights_whatever_the_order_of_definition",
-        "batchensemble",
-        BOTH,
-    ),
-    (
-        "test_networks.test_the_same_seed_draws_the_same_fast_weights_whatever_the_order_of_definition",
         "batchensemble normal",
         BOTH,
     ),
