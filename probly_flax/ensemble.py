@@ -90,6 +90,16 @@ class Ensemble(nnx.Module):
         found = find_mismatch(self, args, kwargs)
         check_members_alone("Ensemble.check", found, self.num_members)
 
+    def explain(self) -> str:
+        """Says how members run.
+
+        Example:
+            >>> print(Ensemble([nnx.Linear(2, 3, rngs=nnx.Rngs(i)) for i in range(4)], chunk_size=2).explain())
+            2 at a time, by jax.vmap
+        """
+        size = self.chunk_size
+        return "at once, by jax.vmap" if size is None else f"{min(size, self.num_members)} at a time, by jax.vmap"
+
     def __len__(self) -> int:
         return self.num_members
 

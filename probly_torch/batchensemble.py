@@ -34,7 +34,8 @@ from probly_common.report import Exclude, Excluder, Report, ReportRow, make_repo
 from probly_torch import random
 from probly_torch._check import find_mismatch
 from probly_torch._kinds import KINDS
-from probly_torch._members import has_hooks, lazy_names
+from probly_torch._members import lazy_names
+from probly_torch._state import has_hooks
 from probly_torch.ensemble import Ensemble
 from probly_torch.functional import split_members, tile_members
 from probly_torch.layers._base import BatchEnsembleLayer, takes_shared_batch

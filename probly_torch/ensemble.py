@@ -30,8 +30,11 @@ from probly_common.checks.ensembles import (
 from probly_common.checks.rows import check_chunk_size, check_in_axes, check_member_axis, check_rows_of_batch
 from probly_common.checks.values import check_module, check_num_members
 from probly_torch import random
+from probly_torch._calls import run
 from probly_torch._check import find_mismatch
-from probly_torch._members import lazy_names, member, mlp_layers, named_tensors, run, run_mlp, stack, structure
+from probly_torch._copies import Pool
+from probly_torch._members import lazy_names, named_tensors, stack, structure
+from probly_torch._mlp import mlp_layers, run_mlp
 from probly_torch._reset import register_reset, reset_by_layer, reset_by_rule, seeded
 from probly_torch.random import Rngs
 
@@ -66,6 +69,7 @@ class Ensemble(nn.Module):
     """
 
     _network: nn.Module
+    _pool: Pool
     _seeds: Random | None = None  # of calls that draw, as Dropout does; None leaves them to torch's global generator
 
     def __init__(self, members: Sequence[nn.Module], *, chunk_size: int | None = None) -> None:
@@ -82,6 +86,7 @@ class Ensemble(nn.Module):
         for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
             self.__dict__[registry] = network.__dict__[registry]  # the network's own, so that names stay natural
         self.__dict__["_network"] = network  # not a submodule: it would appear a second time
+        self._pool = Pool(network, num_members)
         self.training = network.training
 
     def forward(self, *args: Any, in_axes: int | None = None, **kwargs: Any) -> Any:
@@ -94,9 +99,11 @@ class Ensemble(nn.Module):
         if self.chunk_size is None and len(args) == 1 and not kwargs:
             layers = mlp_layers(self._network, args[0], in_axes)
             if layers:
+                if not torch.compiler.is_compiling():
+                    self._pool.ways["at once, by batched products"] = None
                 return run_mlp(layers, self.num_members, args[0], in_axes)
         with self._seeded():
-            return run(self._network, self.num_members, args, kwargs, in_axes, self.chunk_size)
+            return run(self._pool, args, kwargs, in_axes, self.chunk_size)
 
     def _seeded(self) -> AbstractContextManager[None]:
         """Seeds the masks of Dropout from the ensemble's rngs, anew for each call."""
@@ -131,6 +138,20 @@ class Ensemble(nn.Module):
         found = find_mismatch(self, args, kwargs)
         check_members_alone("Ensemble.check", found, self.num_members)
 
+    def explain(self) -> str:
+        """Says how members ran in the calls so far, a line for each way: at once, or in turn and why.
+
+        Members run in turn where torch.vmap fails, is slower, or would do otherwise than members do alone. To know it,
+        the first call in each mode runs a copy of the network once more.
+
+        Example:
+            >>> model = Ensemble([nn.LSTM(2, 3) for _ in range(4)])
+            >>> _ = model(torch.ones(5, 2))
+            >>> print(model.explain())
+            in turn: torch.vmap has no rules for recurrent kernels
+        """
+        return "\n".join(self._pool.ways) or "no call yet"
+
     def __len__(self) -> int:
         return self.num_members
 
@@ -144,7 +165,7 @@ class Ensemble(nn.Module):
             pruned = Ensemble([self[i] for i in indices], chunk_size=self.chunk_size)
             pruned._seeds = copy.deepcopy(self._seeds)
             return pruned
-        return member(self._network, member_index("Ensemble", item, self.num_members))
+        return self._pool.member(member_index("Ensemble", item, self.num_members))
 
     def extra_repr(self) -> str:
         chunks = "" if self.chunk_size is None else f", chunk_size={self.chunk_size}"

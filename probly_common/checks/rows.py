@@ -66,6 +66,16 @@ def check_output_leaf(what: str, leaf: Any) -> None:
         )
 
 
+def check_outputs_alike(what: str, kind: str, found: Sequence[Any]) -> None:
+    """Raises unless what each member returns can be stacked, or is one constant."""
+    other = next((each for each in found if each != found[0]), found[0])
+    if other != found[0]:
+        raise ValueError(
+            f"{what} expects members whose outputs have one {kind}; got {found[0]} and {other}. Run each by itself: "
+            f"[member(x) for member in model]."
+        )
+
+
 def check_batch_first(what: str, paths: Sequence[str], fix: str) -> None:
     if paths:
         raise ValueError(

@@ -23,6 +23,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from probly_common.report import Report, ReportRow
 from probly_torch import layers, losses
+from probly_torch._copies import Pool
 from probly_torch.batchensemble import BatchEnsemble
 from probly_torch.ensemble import Ensemble
 from probly_torch.random import Rngs, RngStream
@@ -113,6 +114,7 @@ def _known() -> list[Any]:
         plain_adamw,
         Ensemble,
         BatchEnsemble,
+        Pool,
         Report,
         ReportRow,
         Rngs,

@@ -77,6 +77,10 @@ ONLY_FLAX_FILES = {
 }
 ONLY_TORCH_FILES = {
     **dict.fromkeys(
+        (f"_{name}.py" for name in ("calls", "copies", "mlp", "state")),
+        "torch's modules are run on copies; jax.vmap runs a network that nnx.merge makes anew",
+    ),
+    **dict.fromkeys(
         (f"port/_{name}.py" for name in ("functions", "helpers", "layers", "proof", "source", "trace", "translate")),
         "networks are translated from torch to Flax only",
     ),

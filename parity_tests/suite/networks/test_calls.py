@@ -1,0 +1,249 @@
+"""Calls leak nothing: members are what networks side by side are, in Python, in threads, in the backward pass."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+
+import probly_torch as pt
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(3, 3), nn.Parameter(torch.randn(3))
+        self.steps, self.cache, self.seen = 0, None, []
+
+
+class Counts(Net):
+    def forward(self, x):
+        self.steps += 1
+        return self.linear(x) * min(1, self.steps / 10)
+
+
+class Caches(Net):
+    def forward(self, x):
+        if self.cache is None:
+            self.cache = 2 * self.scale.detach()
+        return self.linear(x) * self.cache
+
+
+class Keeps(Net):
+    def forward(self, x):
+        self.seen.append(self.linear(x))
+        return sum(self.seen)
+
+
+class AsksForGradients(Net):
+    def forward(self, x):
+        y = self.linear(x)
+        return 2 * y if y.requires_grad else y
+
+
+class OwnGenerator(Net):
+    def forward(self, x):
+        return self.linear(x) * torch.rand(3, generator=torch.Generator().manual_seed(1))
+
+
+class ChangesInputs(Net):
+    def forward(self, x):
+        return self.linear(x.mul_(2))
+
+
+class LooksAtValues(Net):
+    def forward(self, x):
+        return self.linear(x) if self.scale.sum() > 0 else -self.linear(x)
+
+
+class ClipsWeights(Net):
+    def forward(self, x):
+        with torch.no_grad():
+            self.linear.weight.clamp_(-0.1, 0.1)
+        return self.linear(x)
+
+
+class Checkpoints(Net):
+    reentrant = False
+
+    def forward(self, x):
+        return checkpoint(lambda z: torch.tanh(self.linear(z) * self.scale), x, use_reentrant=self.reentrant)
+
+
+class ReentrantCheckpoints(Checkpoints):
+    reentrant = True
+
+
+class Plain(Net):
+    def forward(self, x):
+        return torch.tanh(self.linear(x)) * self.scale
+
+
+AT_ONCE = "at once, by torch.vmap"
+WAYS = {
+    Plain: AT_ONCE,
+    Counts: AT_ONCE,
+    Caches: "in turn: the network keeps tensors of the call",
+    Keeps: "in turn: the network keeps tensors of the call",
+    AsksForGradients: "in turn: the network asks for requires_grad",
+    OwnGenerator: "in turn: the network draws from a generator of its own",
+    ChangesInputs: "in turn: the network changes its inputs in place",
+    LooksAtValues: "in turn: vmap: It looks like you're attempting to use a Tensor in some data-dependent",
+    ClipsWeights: AT_ONCE,
+    Checkpoints: "in turn: a backward pass runs parts of the network again",
+    ReentrantCheckpoints: "in turn: In order to use an autograd.Function with functorch transforms",
+}
+
+
+def members_and_model(net, **options):
+    torch.manual_seed(0)
+    members = [net() for _ in range(4)]
+    return members, pt.Ensemble(members, **options)
+
+
+def alone(members, x):
+    return torch.stack([member(x.clone()) for member in members])
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+@pytest.mark.parametrize("net", WAYS, ids=lambda net: net.__name__)
+def test_two_calls_and_their_gradients_are_those_of_networks_side_by_side(net, chunk_size):
+    """With as many rows as members, so that nothing stacked passes for a row."""
+    members, model = members_and_model(net, chunk_size=chunk_size)
+    first, second = torch.randn(4, 3), torch.randn(4 if chunk_size or net is Keeps else 2**15, 3)
+    for x in (first, second) if net is ReentrantCheckpoints else ():
+        x.requires_grad_()
+    given = first.clone()
+    results = []
+    for run in (lambda x: model(x), lambda x: alone(members, x)):
+        y, z = run(first), run(second)
+        with torch.no_grad():
+            run(first)
+        (y.pow(2).sum() + z.sum() / len(z)).backward()
+        results.append((y, z))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for name, stacked in model.named_parameters():
+        own = [member.get_parameter(name) for member in members]
+        torch.testing.assert_close(stacked.detach(), torch.stack([p.detach() for p in own]))
+        if own[0].grad is not None:
+            torch.testing.assert_close(stacked.grad, torch.stack([p.grad for p in own]), rtol=1e-4, atol=1e-5)
+    assert torch.equal(first, given)
+    if chunk_size is None:
+        assert model.explain().startswith(WAYS[net])
+
+
+def test_what_calls_leave_is_each_members_and_is_copied_and_pickled():
+    for net in (Counts, Caches):
+        members, model = members_and_model(net)
+        for x in (torch.randn(2, 3), torch.randn(2**14, 3), torch.randn(5, 3)):
+            with torch.no_grad():
+                torch.testing.assert_close(model(x), alone(members, x))
+        x = torch.randn(2, 3)
+        for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert [member.steps for member in other] == [member.steps for member in members]
+            with torch.no_grad():
+                torch.testing.assert_close(alone(other, x), alone(copy.deepcopy(members), x))
+        model.eval()
+        assert [member.training for member in model] == [False] * 4
+        assert [member.steps for member in model] == [member.steps for member in members]
+
+
+def test_what_users_change_is_seen_by_the_next_call():
+    _, model = members_and_model(Plain)
+    x = torch.randn(2, 3)
+    model(x)
+    with torch.no_grad():
+        model.scale.zero_()
+    assert not model(x).any()
+    with torch.no_grad():
+        model.scale.fill_(1)
+    model.linear.register_forward_hook(lambda layer, args, y: y + torch.inf)
+    assert (model(x) == 1).all()
+    model.linear = nn.Identity()
+    torch.testing.assert_close(model(x), torch.tanh(x).expand(4, 2, 3))
+
+
+def test_threads_may_call_one_model_while_others_save_it():
+    members, model = members_and_model(Plain)
+    wrong = []
+
+    def work(rows):
+        for _ in range(20):
+            x = torch.randn(rows, 3)
+            with torch.no_grad():
+                wrong.extend([] if torch.allclose(model(x), alone(members, x), atol=1e-5) else [rows])
+            assert all(value.shape[0] == 4 for value in model.state_dict().values())
+
+    threads = [threading.Thread(target=work, args=(rows,)) for rows in (20, 20, 2**13, 2**13)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert isinstance(model.scale, nn.Parameter)
+
+
+def test_hooks_see_one_member_at_a_time():
+    _, model = members_and_model(Plain)
+    seen = []
+
+    class Recorder:
+        def note(self, layer, args, y):
+            self.last = y
+            seen.append(y.shape)
+
+    recorder, gradients = Recorder(), []
+    model.linear.register_forward_hook(recorder.note)
+    model.linear.register_full_backward_hook(lambda layer, given, got: gradients.append(got[0].shape))
+    model(torch.randn(2, 3)).sum().backward()
+    assert seen == gradients == [(2, 3)] * 4
+    assert recorder.last.shape == (2, 3)
+    assert model.explain() == "in turn: hooks are given the tensors of one member"
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_weights_that_are_computed_are_computed_for_each_member(norm):
+    members = [norm(nn.Linear(3, 2)) for _ in range(3)]
+    model = pt.Ensemble(members)
+    for x in (torch.randn(2, 3), torch.randn(2**14, 3)):
+        with parametrize.cached():
+            y = model(x)
+        torch.testing.assert_close(y, alone(members, x))
+
+
+def test_weights_changed_in_place_by_an_embedding_are_changed_in_every_member():
+    members = [nn.Sequential(nn.Embedding(5, 3, max_norm=0.1), nn.Linear(3, 2)) for _ in range(3)]
+    model, x = pt.Ensemble(members, chunk_size=1), torch.arange(5)
+    torch.testing.assert_close(model(x), alone(members, x))
+    torch.testing.assert_close(model.get_parameter("0.weight").detach(), torch.stack([m[0].weight for m in members]))
+
+
+def test_outputs_that_are_no_tensors():
+    class Kept:
+        pass
+
+    class Returns(Net):
+        def forward(self, x):
+            kept = Kept()
+            kept.y = self.linear(x)
+            return {"logits": kept.y, "cache": kept, "width": 3}
+
+    _, model = members_and_model(Returns)
+    y = model(torch.randn(2, 3))
+    assert [each.y.tolist() for each in y["cache"]] == y["logits"].tolist()
+    assert y["width"] == 3
+    assert model.explain() == "in turn: the network returns a Kept"
+
+
+def test_exported_programs_take_other_batch_sizes():
+    model = pt.ensemble(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)), 3).eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (torch.randn(4, 3),), dynamic_shapes=(({0: batch},),))
+    x = torch.randn(7, 3)
+    torch.testing.assert_close(program.module()(x), model(x))
