@@ -1,9 +1,9 @@
-"""Tells what a conversion did to each layer."""
+"""Tells what a conversion did to each layer, and how each parameter of an ensemble started."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,11 +12,14 @@ Exclude = str | type | Callable[[str, Any], bool]
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One layer: its path, its class, what was done with it, and its parameters before and after."""
+    """One layer: its path, its class, what was done with it, and its parameters before and after.
+
+    Of an ensemble: one parameter, the class of its layer, and the rule that it started by.
+    """
 
     path: str
     kind: str
-    action: str  # "converted", "shared" or "excluded"
+    action: str  # "converted", "shared" or "excluded"; or the rule
     before: int
     after: int
     reason: str = ""  # why it is shared, if an example input said so
@@ -24,9 +27,9 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class Report:
-    """A table of the layers that have parameters; print it, or read its rows."""
+    """A table of the layers that have parameters, or of parameters; print it, or read its rows."""
 
-    rows: tuple[ReportRow, ...]
+    rows: tuple[ReportRow, ...] = field(hash=False)  # nnx hashes it with the model at every call
 
     def __str__(self) -> str:
         header = ("path", "kind", "action", "before", "after")
@@ -98,6 +101,20 @@ def make_report(what: str, rows: Sequence[ReportRow]) -> Report:
             f"recurrent, or registered); got layers: {kinds}. For members with weights of their own, call "
             f"ensemble(network, num_members)."
         )
+    return Report(tuple(rows))
+
+
+def report_of_starts(
+    num_members: int, sizes: Mapping[str, int], layers: Mapping[str, Any], rules: Mapping[str, str], otherwise: str
+) -> Report:
+    """Returns how each parameter of an ensemble started, by its rule or by what all others started by."""
+    rows = []
+    for path, size in sizes.items():
+        holder = path
+        while holder not in layers:
+            holder = holder.rpartition(".")[0]
+        rule = rules.get(path, otherwise)
+        rows.append(ReportRow(path, type(layers[holder]).__name__, rule, size // num_members, size))
     return Report(tuple(rows))
 
 

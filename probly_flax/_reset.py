@@ -1,19 +1,27 @@
-"""How `ensemble` re-initialises a copied network: every parameter by a rule, or an error that names it."""
+"""How `ensemble` starts the members that it copies: every parameter by a rule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
-from probly_common.checks.ensembles import check_reset, check_reset_type, check_reset_value
+from probly_common.checks.ensembles import check_reset_type, check_reset_value
+from probly_common.starts import CONSTANT, DRAWN, KEPT, REGISTERED, apply_reset, starts_otherwise
+from probly_flax import random
 from probly_flax._kinds import KINDS
 from probly_flax.random import Rngs
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
-_RULES: dict[type, Callable[..., Any]] = {each: row.reset for row in KINDS.rows if row.reset for each in row.types}
+# By type, each with what a report calls it.
+_RULES: dict[type, tuple[str, Callable[..., Any]]] = {
+    each: (f"as {each.__name__}", row.reset) for row in KINDS.rows if row.reset for each in row.types
+}
 
 
 def register_reset(reset_type: type[nnx.Module] | type[nnx.Param]) -> Callable[[Rule], Rule]:
@@ -46,36 +54,80 @@ def register_reset(reset_type: type[nnx.Module] | type[nnx.Param]) -> Callable[[
     check_reset_type("register_reset", reset_type, (nnx.Module, nnx.Param))
 
     def register(rule: Rule) -> Rule:
-        _RULES[reset_type] = rule
+        _RULES[reset_type] = REGISTERED, rule
         return rule
 
     return register
 
 
-def reset_by_rule(member: nnx.Module, reset: Callable[[nnx.Param, Rngs], Array], rngs: Rngs) -> None:
+def reset_by_rule(member: nnx.Module, reset: Callable[..., Array], rngs: Rngs) -> None:
     for path, parameter in named_parameters(member):
-        _set(path, parameter, reset(parameter, rngs))
+        _set(path, parameter, apply_reset(reset, path, parameter, rngs))
 
 
-def reset_by_layer(member: nnx.Module, rngs: Rngs) -> None:
+def reset_by_layer(member: nnx.Module, rngs: Rngs) -> dict[str, str]:
     """Resets every layer with parameters by its own rule, inner layers first.
 
-    What these rules left is then reset by its own type's rule.
+    What these rules left is then reset by its own type's rule, or drawn of the mean and spread that it has. Returns the
+    rule of each parameter.
     """
-    before = {path: parameter.get_raw_value() for path, parameter in named_parameters(member)}
+    before = {id(parameter): parameter.get_raw_value() for _, parameter in named_parameters(member)}
+    rules: dict[int, str] = {}
     for _, layer in list(nnx.iter_modules(member)):
-        rule = _rule(type(layer))
+        name, rule = _rule(type(layer))
         if rule is not None:
             rule(layer, rngs)
-    left = [
-        (path, parameter, _rule(type(parameter)))
-        for path, parameter in named_parameters(member)
-        if parameter.get_raw_value() is before[path]
+            for _, parameter in named_parameters(layer):
+                if parameter.get_raw_value() is not before.get(id(parameter)):
+                    before[id(parameter)], rules[id(parameter)] = parameter.get_raw_value(), name
+    for path, parameter in named_parameters(member):
+        if id(parameter) not in rules:
+            name, rule = _rule(type(parameter))
+            if rule is not None:
+                value = rule(parameter, rngs)
+            else:
+                name, value = _like(parameter[...], rngs)
+            rules[id(parameter)] = name
+            _set(path, parameter, value)
+    return {path: rules[id(parameter)] for path, parameter in named_parameters(member)}
+
+
+def other_starts(base: nnx.Module, stacked: nnx.Module, rules: dict[str, str]) -> list[str]:
+    """Lists the parameters of the base that do not start as its first member's do."""
+    drawn = dict(named_parameters(stacked))
+    pairs = [(path, p[...], drawn[path][...]) for path, p in named_parameters(base)]
+    return [
+        path
+        for path, value, new in pairs
+        if _is_known(value, new) and starts_otherwise(rules[path], np.asarray(value), np.asarray(new)[0])
     ]
-    check_reset("ensemble", [path for path, _, rule in left if rule is None])
-    for path, parameter, rule in left:
-        if rule is not None:
-            _set(path, parameter, rule(parameter, rngs))
+
+
+def _is_known(*values: Array) -> bool:
+    return not any(isinstance(value, jax.core.Tracer) for value in values)
+
+
+def _like(value: Array, rngs: Rngs) -> tuple[str, Array]:
+    """Returns a draw of the same mean and spread, unless the values are all equal; and which it is."""
+    if _is_known(value) and _is_constant(np.asarray(value)):
+        return CONSTANT, value
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
+        return KEPT, value
+    if jnp.iscomplexobj(value):
+        return DRAWN, jax.lax.complex(*(_drawn_like(rngs.params(), part) for part in (value.real, value.imag)))
+    return DRAWN, _drawn_like(rngs.params(), value)
+
+
+@jax.jit
+def _drawn_like(key: Array, value: Array) -> Array:
+    value = value.astype(random.draw_dtype(value.dtype))
+    drawn = value.mean() + value.std() * random.normal(key, value.shape, value.dtype)
+    return jnp.where(_is_constant(value), value, drawn)  # whose values are not known yet under a trace
+
+
+def _is_constant(values: Any) -> Any:
+    flat = values.ravel()
+    return (flat == flat[:1]).all()
 
 
 def named_parameters(module: nnx.Module) -> list[tuple[str, nnx.Param]]:
@@ -88,5 +140,5 @@ def _set(path: str, parameter: nnx.Param, value: Array) -> None:
     parameter.set_value(value.astype(parameter.dtype))
 
 
-def _rule(own_type: type) -> Callable[..., Any] | None:
-    return next((_RULES[each] for each in own_type.__mro__ if each in _RULES), None)
+def _rule(own_type: type) -> tuple[str, Callable[..., Any] | None]:
+    return next((_RULES[each] for each in own_type.__mro__ if each in _RULES), ("", None))

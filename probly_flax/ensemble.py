@@ -20,16 +20,19 @@ from probly_common.checks.ensembles import (
     check_member_count,
     check_members_alone,
     check_same_structure,
+    construct,
     member_index,
     member_indices,
-    takes_rngs_by_name,
+    warn_of_other_starts,
 )
 from probly_common.checks.rows import check_chunk_size, check_in_axes, check_member_axis, check_rows_of_batch
 from probly_common.checks.values import check_module, check_num_members, check_seed
+from probly_common.report import Report, report_of_starts
+from probly_common.starts import CONSTRUCTOR, KEPT, RESET
 from probly_flax import random
 from probly_flax._check import find_mismatch
 from probly_flax._members import is_batch, is_stateful, member, run, stack, structure
-from probly_flax._reset import named_parameters, register_reset, reset_by_layer, reset_by_rule
+from probly_flax._reset import named_parameters, other_starts, register_reset, reset_by_layer, reset_by_rule
 from probly_flax.random import Rngs
 
 __all__ = ["Ensemble", "ensemble", "register_reset"]
@@ -60,6 +63,8 @@ class Ensemble(nnx.Module):
         >>> bool(jnp.allclose(model[1](jnp.ones((5, 2))), model(jnp.ones((5, 2)))[1]))
         True
     """
+
+    report: Report | None = None  # how each parameter started, if `ensemble` made the members
 
     def __init__(self, members: Sequence[nnx.Module], *, chunk_size: int | None = None) -> None:
         check_list_of_members("Ensemble", members, (list, tuple, nnx.List))
@@ -120,32 +125,47 @@ def ensemble(
     *,
     rngs: Rngs | int = 0,
     reset_params: bool = True,
-    reset: Callable[[nnx.Param, Rngs], Array] | None = None,
+    reset: Callable[..., Array] | None = None,
     chunk_size: int | None = None,
     example_input: Any = None,
 ) -> Ensemble:
     """Makes a deep ensemble: members of one structure, each with weights of its own.
 
+    Members start as the network does: by its constructor, where that is given; else each layer by its default
+    initialisers. Parameters without a rule, as class tokens, are drawn with the mean and standard deviation that they
+    have in the network; constants are kept. The model's `report` says which rule each had. A warning names weights of
+    another spread than their rule's; trained weights of the same spread cannot be told.
+
     Args:
-        base: a network, copied for each member and re-initialised as its layers are by default; or a constructor,
-            called with each member's rngs, for an initialisation of its own; or a list of networks, stacked as
-            they are; or a Linen module, initialised with each of the keys that its seed splits into, and called as
-            Linen modules are: `model(x, train=True, rngs=nnx.Rngs(0), mutable=["batch_stats"])`.
+        base: a network, copied for each member and drawn anew; or a constructor, called with each member's rngs; or a
+            list of networks, stacked as they are; or a Linen module, initialised with each of the keys that its seed
+            splits into, and called as Linen modules are:
+            `model(x, train=True, rngs=nnx.Rngs(0), mutable=["batch_stats"])`.
         num_members: the number of members E.
         rngs: a seed or an Rngs, split as `nnx.split_rngs` splits it: members are drawn from keys of their own.
         reset_params: False keeps the weights of the base network in every member.
-        reset: a rule for this call: given a parameter and the member's rngs, it returns the new value.
+        reset: a rule for this call, of (parameter, rngs) or of (name, parameter, rngs): given the member's rngs, it
+            returns the new value.
         chunk_size: how many members run at a time; None for all.
         example_input: what a Linen module is initialised with.
     Raises:
-        ValueError: if a parameter has no rule to re-initialise it, or a constructor ignores its rngs.
+        ValueError: if a constructor or a rule makes equal members.
         TypeError: if base is none of the three.
     Example:
-        >>> model = ensemble(lambda rngs: nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), nnx.relu), 5)
+        >>> rngs = nnx.Rngs(0)
+        >>> net = nnx.Sequential(nnx.Linear(2, 8, rngs=rngs), nnx.relu, nnx.Linear(8, 3, rngs=rngs))
+        >>> model = ensemble(net, 5)
         >>> model(jnp.ones((7, 2))).shape
         (5, 7, 3)
-        >>> base = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-        >>> model = ensemble(base, 5, reset=lambda p, rngs: jax.random.normal(rngs.params(), p.shape))
+        >>> def reset_head(name, parameter, rngs):
+        ...     is_head = name.startswith("layers.2.")
+        ...     return jax.random.normal(rngs.params(), parameter.shape) if is_head else parameter[...]
+        >>> model = ensemble(net, 5, reset=reset_head)
+        >>> print(ensemble(lambda rngs: nnx.Linear(2, 3, rngs=rngs), 5).report)
+        path    kind    action       before  after
+        bias    Linear  constructor       3     15
+        kernel  Linear  constructor       6     30
+                        total             9     45
     """
     what = "ensemble"
     num_members, chunk_size = check_num_members(what, num_members), check_chunk_size(what, chunk_size)
@@ -155,19 +175,20 @@ def ensemble(
     if isinstance(base, (list, tuple)):
         check_base_options(what, "a list of networks", given)
         check_member_count(what, len(base), num_members)
-        return Ensemble(base, chunk_size=chunk_size)
+        return _with_report(Ensemble(base, chunk_size=chunk_size), {}, KEPT)
     if isinstance(base, linen.Module):
         check_base_options(what, "a Linen module", given)
         check_example_input(what, example_input)
         key = rngs.params() if isinstance(rngs, Rngs) else random.key(check_seed(what, rngs))
         keys = random.split(key, num_members)
         build = nnx.vmap(lambda key: nnx.bridge.ToNNX(base).lazy_init(example_input, rngs=key))
-        return _from_stacked(build(keys), num_members, chunk_size)
+        return _with_report(_from_stacked(build(keys), num_members, chunk_size), {}, CONSTRUCTOR)
     rngs = random.as_rngs(what, rngs)
     make: Callable[[Rngs], nnx.Module]
+    rules: dict[str, str] = {}
     if isinstance(base, nnx.Module):
         check_same_structure(what, structure(base).difference(base, base), 0, num_members)
-        make = partial(_copy, base, reset_params, reset)
+        make = partial(_copy, base, reset_params, reset, rules)
     elif callable(base):
         check_base_options(what, "a constructor", given)
         make = partial(_construct, base)
@@ -177,6 +198,16 @@ def ensemble(
     model = _from_stacked(nnx.split_rngs(splits=num_members)(nnx.vmap(make))(rngs), num_members, chunk_size)
     if reset is not None or not isinstance(base, nnx.Module):
         check_independent(what, num_members, _members_differ(model))
+    elif reset_params:
+        warn_of_other_starts(what, other_starts(base, model.stacked, rules), len(rules), num_members)
+    copied = KEPT if reset is None else RESET
+    return _with_report(model, rules, copied if isinstance(base, nnx.Module) else CONSTRUCTOR)
+
+
+def _with_report(model: Ensemble, rules: dict[str, str], otherwise: str) -> Ensemble:
+    sizes = {path: parameter[...].size for path, parameter in named_parameters(model.stacked)}
+    layers = {".".join(map(str, path)): layer for path, layer in nnx.iter_modules(model.stacked)}
+    model.report = report_of_starts(model.num_members, sizes, layers, rules, otherwise)
     return model
 
 
@@ -188,20 +219,23 @@ def _from_stacked(stacked: nnx.Module, num_members: int, chunk_size: int | None)
 
 
 def _construct(constructor: Callable[..., nnx.Module], rngs: Rngs) -> nnx.Module:
-    """Passes rngs by name where the constructor has that name, as keyword-only ones need."""
-    member = constructor(rngs=rngs) if takes_rngs_by_name("ensemble", constructor) else constructor(rngs)
+    member = construct("ensemble", constructor, rngs)
     check_module("ensemble", "what the constructor returns", member, nnx.Module)
     return member
 
 
 def _copy(
-    base: nnx.Module, reset_params: bool, reset: Callable[[nnx.Param, Rngs], Array] | None, rngs: Rngs
+    base: nnx.Module,
+    reset_params: bool,
+    reset: Callable[..., Array] | None,
+    rules: dict[str, str],
+    rngs: Rngs,
 ) -> nnx.Module:
     member = nnx.clone(base)
     if reset is not None:
         reset_by_rule(member, reset, rngs)
     elif reset_params:
-        reset_by_layer(member, rngs)
+        rules |= reset_by_layer(member, rngs)
     _rekey(member, rngs)
     return member
 

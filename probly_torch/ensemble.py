@@ -23,19 +23,22 @@ from probly_common.checks.ensembles import (
     check_members_alone,
     check_run_once,
     check_same_structure,
+    construct,
     member_index,
     member_indices,
-    takes_rngs_by_name,
+    warn_of_other_starts,
 )
 from probly_common.checks.rows import check_chunk_size, check_in_axes, check_member_axis, check_rows_of_batch
 from probly_common.checks.values import check_module, check_num_members
+from probly_common.report import Report, report_of_starts
+from probly_common.starts import CONSTRUCTOR, KEPT, RESET
 from probly_torch import random
 from probly_torch._calls import run
 from probly_torch._check import find_mismatch
 from probly_torch._copies import Pool
 from probly_torch._members import lazy_names, named_tensors, stack, structure
 from probly_torch._mlp import mlp_layers, run_mlp
-from probly_torch._reset import register_reset, reset_by_layer, reset_by_rule, seeded
+from probly_torch._reset import other_starts, register_reset, reset_by_layer, reset_by_rule, seeded
 from probly_torch.random import Rngs
 
 __all__ = ["Ensemble", "ensemble", "register_reset"]
@@ -68,6 +71,7 @@ class Ensemble(nn.Module):
         True
     """
 
+    report: Report | None = None  # how each parameter started, if `ensemble` made the members
     _network: nn.Module
     _pool: Pool
     _seeds: Random | None = None  # of calls that draw, as Dropout does; None leaves them to torch's global generator
@@ -178,28 +182,43 @@ def ensemble(
     *,
     rngs: Rngs | int = 0,
     reset_params: bool = True,
-    reset: Callable[[Tensor, Rngs], Tensor] | None = None,
+    reset: Callable[..., Tensor] | None = None,
     chunk_size: int | None = None,
 ) -> Ensemble:
     """Makes a deep ensemble: members of one structure, each with weights of its own.
 
+    Members start as the network does: by its constructor, where that is given; else each layer by its
+    `reset_parameters`, and then by the network's own `init_weights()` or `_init_weights(module)`, as those of
+    transformers and timm. Parameters without a rule, as class tokens, are drawn with the mean and standard deviation
+    that they have in the network; constants and frozen ones are kept. The model's `report` says which rule each had. A
+    warning names weights of another spread than their rule's; trained weights of the same spread cannot be told.
+
     Args:
-        base: a network, copied for each member and re-initialised as its layers are by default; or a constructor,
-            called with each member's rngs, for an initialisation of its own; or a list of networks, stacked as
-            they are.
+        base: a network, copied for each member and drawn anew; or a constructor, called for each member with its rngs,
+            or without where it takes none; or a list of networks, stacked as they are.
         num_members: the number of members E.
-        rngs: a seed or an Rngs. Members are drawn from keys of their own; torch's global generator is left alone.
+        rngs: a seed or an Rngs. Members are drawn from keys of their own, which also seed torch's global generators for
+            layers that draw from them; these are left as they were.
         reset_params: False keeps the weights of the base network in every member.
-        reset: a rule for this call: given a parameter and the member's rngs, it returns the new value.
+        reset: a rule for this call, of (parameter, rngs) or of (name, parameter, rngs): given the member's rngs, it
+            returns the new value.
         chunk_size: how many members run at a time; None for all.
     Raises:
-        ValueError: if a parameter has no rule to re-initialise it, or a constructor ignores its rngs.
+        ValueError: if a constructor or a rule makes equal members.
         TypeError: if base is none of the three.
     Example:
-        >>> model = ensemble(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3)), 5)
+        >>> net = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> model = ensemble(net, 5)
         >>> model(torch.ones(7, 2)).shape
         torch.Size([5, 7, 3])
-        >>> model = ensemble(nn.Linear(2, 3), 5, reset=lambda p, rngs: random.normal(rngs.params(), p.shape))
+        >>> def reset_head(name, parameter, rngs):
+        ...     return random.normal(rngs.params(), parameter.shape) if name.startswith("2.") else parameter
+        >>> model = ensemble(net, 5, reset=reset_head)
+        >>> print(ensemble(lambda: nn.Linear(2, 3), 5).report)
+        path    kind    action       before  after
+        weight  Linear  constructor       6     30
+        bias    Linear  constructor       3     15
+                        total             9     45
     """
     what = "ensemble"
     num_members, chunk_size = check_num_members(what, num_members), check_chunk_size(what, chunk_size)
@@ -208,12 +227,13 @@ def ensemble(
     if isinstance(base, (list, tuple)):
         check_base_options(what, "a list of networks", given)
         check_member_count(what, len(base), num_members)
-        return Ensemble(base, chunk_size=chunk_size)
+        return _with_report(Ensemble(base, chunk_size=chunk_size), {}, KEPT)
     make: Callable[[Rngs], nn.Module]
+    rules: dict[str, str] = {}
     if isinstance(base, nn.Module):
         check_initialized(what, lazy_names(base))
         check_same_structure(what, structure(base).difference(base, base), 0, num_members)
-        make = partial(_copy, base, reset_params, reset)
+        make = partial(_copy, base, reset_params, reset, rules)
     elif callable(base):
         check_base_options(what, "a constructor", given)
         make = partial(_construct, base)
@@ -230,6 +250,16 @@ def ensemble(
     )
     if reset is not None or not isinstance(base, nn.Module):
         check_independent(what, num_members, _members_differ(model))
+    elif reset_params:
+        warn_of_other_starts(what, other_starts(base, model, rules), len(rules), num_members)
+    copied = KEPT if reset is None else RESET
+    return _with_report(model, rules, copied if isinstance(base, nn.Module) else CONSTRUCTOR)
+
+
+def _with_report(model: Ensemble, rules: dict[str, str], otherwise: str) -> Ensemble:
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    layers = dict(model._network.named_modules())
+    model.report = report_of_starts(model.num_members, sizes, layers, rules, otherwise)
     return model
 
 
@@ -245,18 +275,23 @@ def _word(key: Tensor) -> int:
 
 
 def _construct(constructor: Callable[..., nn.Module], rngs: Rngs) -> nn.Module:
-    """Passes rngs by name where the constructor has that name, as keyword-only ones need."""
-    member = constructor(rngs=rngs) if takes_rngs_by_name("ensemble", constructor) else constructor(rngs)
+    member = construct("ensemble", constructor, rngs)
     check_module("ensemble", "what the constructor returns", member, nn.Module)
     return member
 
 
-def _copy(base: nn.Module, reset_params: bool, reset: Callable[[Tensor, Rngs], Tensor] | None, rngs: Rngs) -> nn.Module:
+def _copy(
+    base: nn.Module,
+    reset_params: bool,
+    reset: Callable[..., Tensor] | None,
+    rules: dict[str, str],
+    rngs: Rngs,
+) -> nn.Module:
     member = copy.deepcopy(base)
     if reset is not None:
         reset_by_rule(member, reset, rngs)
     elif reset_params:
-        reset_by_layer(member, rngs)
+        rules |= reset_by_layer(member, rngs, base)
     return member
 
 

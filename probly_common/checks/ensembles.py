@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -159,12 +160,16 @@ def check_member_count(what: str, found: int, num_members: int) -> None:
         )
 
 
-def check_reset(what: str, uncovered: Sequence[str]) -> None:
-    if uncovered:
-        raise ValueError(
-            f"{what} expects a rule to re-initialise every parameter; got none for {', '.join(uncovered)}. Pass a "
-            f"constructor, {what}(lambda rngs: Network(...), num_members); or a rule for this call, "
-            f"{what}(network, num_members, reset=lambda parameter, rngs: ...); or register one, @register_reset(type)."
+def warn_of_other_starts(what: str, names: Sequence[str], num_parameters: int, num_members: int) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"{what} expects a network whose weights are as its layers draw them, to draw them anew for each member; "
+            f"got other spreads in {len(names)} of {num_parameters} parameters: {', '.join(names[:3])}{more}. To keep "
+            f"the weights, pass reset_params=False: {what}(network, {num_members}, reset_params=False). For members "
+            f"that start as the network did, pass its constructor: {what}(Network, {num_members}), or "
+            f"{what}(lambda rngs: Network(...), {num_members}).",
+            stacklevel=3,
         )
 
 
@@ -185,27 +190,27 @@ def check_example_input(what: str, example_input: Any) -> None:
         )
 
 
-def takes_rngs_by_name(what: str, constructor: Callable[..., Any]) -> bool:
-    """Tells whether a function, a class or a partial has a parameter called rngs, or takes one argument of any name."""
+def construct(what: str, constructor: Callable[..., Any], rngs: Any) -> Any:
+    """Calls a function, a class or a partial with rngs: by that name, or as the one argument that it needs, if any."""
     function: Any = constructor
-    given = 0
+    given, named = 0, set[str]()
     while isinstance(function, functools.partial):
-        given += len(function.args)
+        given, named = given + len(function.args), named | function.keywords.keys()
         function = function.func
     if isinstance(function, type):  # an nnx class hides the signature of its __init__
         function, given = next(vars(c)["__init__"] for c in function.__mro__ if "__init__" in vars(c)), given + 1
     parameters = inspect.signature(function).parameters
     if "rngs" in parameters:
-        return True
+        return constructor(rngs=rngs)
     positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][given:]
-    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-    required = [p.name for p in positional if p.default is p.empty]
-    if len(required) > 1 or not (positional or takes_any):
+    takes_any = not positional and any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    required = [p.name for p in positional if p.default is p.empty and p.name not in named]
+    if len(required) > 1:
         raise TypeError(
-            f"{what} expects a constructor that takes the member's rngs; got one that takes "
-            f"{', '.join(required) or 'nothing'}. Wrap it: {what}(lambda rngs: Network(...), num_members)."
+            f"{what} expects a constructor that takes the member's rngs, or nothing; got one that takes "
+            f"{', '.join(required)}. Wrap it: {what}(lambda rngs: Network(...), num_members)."
         )
-    return False
+    return constructor(rngs) if required or takes_any else constructor()
 
 
 def check_independent(what: str, num_members: int, differ: bool) -> None:

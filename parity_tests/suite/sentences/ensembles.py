@@ -1,31 +1,14 @@
 """Networks that cannot be converted, and lists that are no members."""
 
-import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
 from torch import nn
 
-from parity_tests.suite.sentences.frameworks import FLAX, TORCH, converted, deep, drawn, model, network
+from parity_tests.suite.sentences.frameworks import FLAX, TORCH, converted, deep, model, network
 from parity_tests.suite.sentences.harness import Row
 
 ENSEMBLE = "call ensemble(network, num_members)."
-
-
-class TorchToken(nn.Linear):
-    def __init__(self):
-        super().__init__(4, 2)
-        self.token = nn.Parameter(torch.zeros(3))
-
-
-class FlaxToken(nnx.Linear):
-    def __init__(self, rngs):
-        super().__init__(4, 2, rngs=rngs)
-        self.token = nnx.Param(jnp.zeros(3))
-
-
-def holding_token(f):
-    return nn.ModuleDict({"head": TorchToken()}) if f is TORCH else nnx.Dict(head=drawn(FlaxToken))
 
 
 def many(f):
@@ -60,11 +43,6 @@ ROWS = {
         "match none of: layers.0, layers.1, ... layers.19 and 3 more. Pass exclude='layers.0', or leave it out.",
         (FLAX,),
     ),
-    "a parameter without a rule": Row(
-        lambda f: f.package.ensemble(holding_token(f), 2),
-        ValueError,
-        "got none for head.token. Pass a constructor, ... or register one, @register_reset(type).",
-    ),
     "a constructor that ignores its rngs": Row(
         lambda f: f.package.ensemble(lambda rngs: seeded(f), 3),
         ValueError,
@@ -96,7 +74,8 @@ ROWS = {
     "a class without rngs": Row(
         lambda f: f.package.ensemble(nn.Linear, 3),
         TypeError,
-        "takes in_features, out_features. Wrap it: ensemble(lambda rngs: Network(...), num_members).",
+        "expects a constructor that takes the member's rngs, or nothing; got one that takes in_features, out_features. "
+        "Wrap it: ensemble(lambda rngs: Network(...), num_members).",
         (TORCH,),
     ),
     "members of another structure": Row(
@@ -165,10 +144,10 @@ ROWS = {
         ValueError,
         "normal(rngs.params(), parameter.shape).",
     ),
-    "a constructor without rngs": Row(
-        lambda f: f.package.ensemble(lambda: network(f), 3),
-        TypeError,
-        "ensemble(lambda rngs: Network(...), num_members).",
+    "a constructor that draws nothing": Row(
+        lambda f: f.package.ensemble(lambda: seeded(f), 3),
+        ValueError,
+        "got 3 equal ones. Draw from the rngs that are given: ensemble(lambda rngs: Network(rngs=rngs), 3).",
     ),
     "a constructor with other arguments": Row(
         lambda f: f.package.ensemble(lambda width, depth: network(f), 3),
