@@ -33,7 +33,7 @@ _RULES: dict[type, Callable[..., Any]] = {}
 # each module in turn.
 _OF_LAYERS = ("reset_parameters", "_reset_parameters")
 _OF_NETWORKS = ("init_weights", "initialize_weights", "_init_weights", "_initialize_weights")
-_DONE = "_is_hf_initialized"  # by which transformers marks modules that it has started
+_DONE = "_is_hf_initialized"  # by which transformers marks modules that it has started, to leave them as they are
 
 
 def register_reset(reset_type: type[nn.Module] | type[nn.Parameter]) -> Callable[[Rule], Rule]:
@@ -98,8 +98,6 @@ def reset_by_layer(member: nn.Module, rngs: Rngs, base: nn.Module) -> dict[str, 
         if _is_number(parameter):
             parameter.fill_(torch.nan)
     layers = list(reversed(list(member.modules())))
-    for layer in layers:
-        vars(layer).pop(_DONE, None)
     rules: dict[Tensor, str] = {}
     for layer in layers:
         if _rule(type(layer)) is None:
@@ -153,6 +151,8 @@ def _method(layer: nn.Module, name: str) -> Callable[[], Any] | None:
 
 def _run(call: Callable[[], Any], layer: nn.Module, name: str, rules: dict[Tensor, str]) -> bool:
     """Runs a rule, notes which parameters it set, and tells whether it set any."""
+    for module in layer.modules():
+        vars(module).pop(_DONE, None)
     before = {p: p.clone() for p in layer.parameters()}
     call()
     changed = [p for p in layer.parameters() if p not in before or not _is_same(p, before[p])]

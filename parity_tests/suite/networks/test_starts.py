@@ -113,6 +113,20 @@ class ImageModel(nn.Module):
             nn.init.ones_(module.bias)
 
 
+class Decoder(nn.Module):
+    """Holds a Transformer, and starts it by its own methods, as wrappers of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.ModuleList([Transformer()])
+
+    def init_weights(self):
+        self.model[0].init_weights()
+
+    def _init_weights(self, module):
+        raise AssertionError("given modules of another network")
+
+
 @pytest.mark.parametrize("holder", [lambda network: network, nn.Sequential], ids=["alone", "inside"])
 def test_a_networks_own_initialiser_starts_its_members(holder):
     model = pt.ensemble(holder(Transformer()), 3)
@@ -128,6 +142,7 @@ def test_a_networks_own_initialiser_starts_its_members(holder):
         if rules(model)[name] == "init_weights" and "bias" not in name:
             assert all(abs(row.std().item() / 0.02 - 1) < 0.6 for row in parameter)
             assert not torch.equal(parameter[0], parameter[1])
+    assert rules(pt.ensemble(Decoder(), 3))["model.0.token"] == "init_weights"
     model = pt.ensemble(ImageModel(), 3)
     assert set(rules(model).values()) == {"_init_weights"}
     assert (model.get_parameter("body.2.bias") == 1).all()
