@@ -32,7 +32,7 @@ _RULES: dict[type, Callable[..., Any]] = {}
 # Methods that start weights: those of layers, and those that networks run after their layers'. Either takes nothing, or
 # each module in turn.
 _OF_LAYERS = ("reset_parameters", "_reset_parameters")
-_OF_NETWORKS = ("init_weights", "initialize_weights", "_init_weights", "_initialize_weights")
+_OF_NETWORKS = ("init_weights", "_init_weights", "_initialize_weights")
 _DONE = "_is_hf_initialized"  # by which transformers marks modules that it has started, to leave them as they are
 
 
