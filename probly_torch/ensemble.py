@@ -46,6 +46,12 @@ __all__ = ["Ensemble", "ensemble", "register_reset"]
 _INITIAL_COUNT, _CALLS_COUNT = 2**32 - 1, 2**32 - 2  # of a member's stream, far from those that rules draw
 
 
+_SHARED = (
+    *("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"),
+    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+
+
 class Ensemble(nn.Module):
     """Networks of one structure with stacked weights, run at once.
 
@@ -87,7 +93,7 @@ class Ensemble(nn.Module):
     def _adopt(self, network: nn.Module, num_members: int, chunk_size: int | None) -> None:
         """Takes over a stacked network."""
         self.num_members, self.chunk_size = num_members, chunk_size
-        for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+        for registry in _SHARED:
             self.__dict__[registry] = network.__dict__[registry]  # the network's own, so that names stay natural
         self.__dict__["_network"] = network  # not a submodule: it would appear a second time
         self._pool = Pool(network, num_members)
@@ -119,6 +125,18 @@ class Ensemble(nn.Module):
     def train(self, mode: bool = True) -> Ensemble:
         self._network.train(mode)  # the network's own, which may keep a part of it in one mode
         self.training = self._network.training
+        return self
+
+    # What the network's class makes of its state, such as an extra state, is kept.
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._network._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._network._load_from_state_dict(*args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Ensemble:
+        self._network._apply(fn, recurse)
         return self
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Ensemble:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,26 @@ class EnsembleMixin(LightningModule):
         """
         return decay_groups(self, weight_decay, fast_lr_multiplier, decay, no_decay)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips each member of an Ensemble by the norm of its own gradients; all other parameters, by their joint norm.
+
+        Members trained together would else be scaled by the one with the largest gradients. The loss is as it is: one
+        that is a mean over members has gradients 1/E as large as those of a member alone.
+        """
+        stacked = {p: m.num_members for m in self.modules() if isinstance(m, Ensemble) for p in m.parameters()}
+        if gradient_clip_val is None or gradient_clip_algorithm == "value" or not stacked:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        own = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for num_members in set(stacked.values()):
+            clip_by_member([p.grad for p in own if stacked.get(p) == num_members], float(gradient_clip_val))
+        nn.utils.clip_grad_norm_([p for p in own if p not in stacked], gradient_clip_val)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint[_KEY] = random_states(self)
@@ -107,6 +127,15 @@ class EnsembleMixin(LightningModule):
         if resumes and states and len(states) == self.trainer.world_size:
             set_random_state(states[self.global_rank])
             set_dropout_state(self, states[self.global_rank])
+
+
+@torch.no_grad()
+def clip_by_member(gradients: Sequence[Any], max_norm: float) -> None:
+    """Scales, in place, the rows of each member to a joint norm of at most max_norm."""
+    if gradients:
+        norms = torch.stack([g.flatten(1).norm(dim=1) if g.ndim > 1 else g.abs() for g in gradients]).norm(dim=0)
+        for g in gradients:
+            g.mul_((max_norm / (norms + 1e-6)).clamp(max=1).reshape(-1, *[1] * (g.ndim - 1)))
 
 
 def member_outputs(what: str, model: nn.Module, inputs: Any, in_axes: int | None = None) -> Any:

@@ -664,3 +664,29 @@ def test_a_registered_rule_goes_first_and_serves_subclasses():
 
     model = pt.ensemble(nn.Sequential(Wide()), 2)
     assert not torch.equal(*model.get_parameter("0.scale"))
+
+
+def test_torch_networks_keep_what_they_make_of_their_state():
+    class Own(nn.Linear):
+        extra, moved = "a", 0
+
+        def get_extra_state(self):
+            return self.extra
+
+        def set_extra_state(self, state):
+            self.extra = state
+
+        def _apply(self, fn, recurse=True):
+            self.moved += 1
+            return super()._apply(fn, recurse)
+
+    first, second = (pt.Ensemble([Own(2, 3) for _ in range(3)]) for _ in range(2))
+    network = first._network
+    network.extra = "b"
+    network.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.update({f"{prefix}more": "c"}))
+    state = first.state_dict()
+    assert (state["_extra_state"], state.pop("more")) == ("b", "c")
+    second.load_state_dict(state)
+    assert second[1].extra == "b"
+    assert second.double()[2].moved == 1
+    assert second(torch.ones(4, 2, dtype=torch.float64)).dtype == torch.float64

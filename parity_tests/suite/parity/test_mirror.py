@@ -73,6 +73,7 @@ ONLY_FLAX = {
 }
 ONLY_FLAX_FILES = {
     "_layouts.py": "torch names its own tensors; each nnx layer needs a layout",
+    "training/_clipping.py": "Lightning's modules clip by themselves",
     **dict.fromkeys((f"training/{name}.py" for name in ("_checks_fit", "_fit", "_steps")), "Lightning has its own"),
 }
 ONLY_TORCH_FILES = {
@@ -103,9 +104,13 @@ ONLY_TORCH_NAMES = {
     ),
 }
 ONLY_FLAX_NAMES = {
-    "training": dict.fromkeys(
-        ("TrainState", "fit", "make_eval_step", "make_train_step"), "nnx has no trainer: steps and a loop around them"
-    ),
+    "training": {
+        "clip_by_member_norm": "Lightning's modules clip by themselves",
+        **dict.fromkeys(
+            ("TrainState", "fit", "make_eval_step", "make_train_step"),
+            "nnx has no trainer: steps and a loop around them",
+        ),
+    },
 }
 OTHER_DEFAULT = {
     ("random.bits", "dtype"): "jax names its default by None",

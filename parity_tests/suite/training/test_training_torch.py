@@ -11,15 +11,20 @@ import sys
 import textwrap
 from pathlib import Path
 
+import jax.numpy as jnp
 import lightning
+import numpy as np
 import pytest
 import torch
+from flax import nnx
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import probly_flax as pf
 import probly_torch as pt
 from parity_tests.standard import assert_close, assert_same_trajectory
+from probly_flax.training import clip_by_member_norm
 from probly_torch import losses, metrics
 from probly_torch.training import (
     EnsembleClassifier,
@@ -569,3 +574,42 @@ def test_the_command_line_trains_and_its_checkpoint_restores(tmp_path):
         assert (type(module.model), module.weight_decay) == (pt.BatchEnsemble, 0.01)
         assert [g["lr"] for g in module.configure_optimizers()["optimizer"].param_groups] == [0.1, 0.05, 0.1]
     main(["test", "--config", str(config), "--ckpt_path", str(path), "--trainer.logger", "false"])
+
+
+def test_members_are_clipped_by_their_own_norms_in_both_packages():
+    """Norms of 203, .57 and .41 become 1, .57 and .41, as they would alone; the head is clipped by its own."""
+
+    class Headed(EnsembleMixin):
+        def __init__(self):
+            super().__init__()
+            self.model, self.head = pt.Ensemble([nn.Linear(2, 3) for _ in range(3)]), nn.Linear(3, 1)
+
+    class FlaxHeaded(nnx.Module):
+        def __init__(self):
+            self.model = pf.Ensemble([nnx.Linear(2, 3, rngs=nnx.Rngs(i)) for i in range(3)])
+            self.head = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+
+    module, flax_module = Headed(), FlaxHeaded()
+    rows = np.random.default_rng(0).normal(size=(3, 9)).astype(np.float32)
+    rows *= np.array([203, 0.57, 0.41], np.float32)[:, None] / np.linalg.norm(rows, axis=1, keepdims=True)
+    weight, bias = rows[:, :6].reshape(3, 3, 2), rows[:, 6:]
+    module.model.weight.grad, module.model.bias.grad = torch.tensor(weight), torch.tensor(bias)
+    for parameter in module.head.parameters():
+        parameter.grad = torch.full_like(parameter, 5)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    module.configure_gradient_clipping(optimizer, 1.0, "norm")
+    norms = torch.cat([module.model.weight.grad.flatten(1), module.model.bias.grad], dim=1).norm(dim=1)
+    torch.testing.assert_close(norms, torch.tensor([1, 0.57, 0.41]))
+    torch.testing.assert_close(module.head.weight.grad, torch.full((1, 3), 0.5))
+
+    gradients = nnx.state(flax_module, nnx.Param)
+    gradients["model"]["stacked"]["kernel"].set_value(jnp.asarray(weight.swapaxes(1, 2)))
+    gradients["model"]["stacked"]["bias"].set_value(jnp.asarray(bias))
+    for name in ("kernel", "bias"):
+        gradients["head"][name].set_value(jnp.full_like(gradients["head"][name].get_value(), 5))
+    clip = clip_by_member_norm(flax_module, 1.0)
+    clipped, _ = clip.update(gradients, clip.init(gradients))
+    ours = np.swapaxes(clipped["model"]["stacked"]["kernel"].get_value(), 1, 2)
+    np.testing.assert_allclose(ours, module.model.weight.grad, rtol=1e-6)
+    np.testing.assert_allclose(clipped["model"]["stacked"]["bias"].get_value(), module.model.bias.grad, rtol=1e-6)
+    np.testing.assert_allclose(clipped["head"]["kernel"].get_value()[:, 0], module.head.weight.grad[0], rtol=1e-6)
