@@ -74,17 +74,19 @@ def run(
     mapped = [own or (in_axes == 0 and is_batch(x)) for x, own in zip(inputs, draws, strict=True)]
     batches = [x for x, is_mapped in zip(inputs, mapped, strict=True) if is_mapped]
     graph, state = nnx.split(stacked)
+    constants: dict[tuple[Any, str], Any] = {}
 
     def row(state: nnx.State, batches: list[Any]) -> tuple[Any, nnx.State]:
         """Returns one member's outputs, and the variables that it changed."""
         own = iter(batches)
         leaves = [next(own) if is_mapped else x for x, is_mapped in zip(inputs, mapped, strict=True)]
         args, kwargs = jax.tree.unflatten(structure, leaves)
-        before = {path: variable.get_raw_value() for path, variable in nnx.to_flat_state(state)}
+        before = {path: _raw(value) for path, value in nnx.to_flat_state(state)}
         member = nnx.merge(graph, state)
         y = member(*args, **kwargs)
         after = nnx.to_flat_state(nnx.state(member))
-        return y, nnx.from_flat_state([(path, v) for path, v in after if v.get_raw_value() is not before.get(path)])
+        constants.update(_constants(member))
+        return y, nnx.from_flat_state([(path, v) for path, v in after if _raw(v) is not before.get(path)])
 
     try:
         if chunk_size is None or chunk_size >= num_members:
@@ -102,7 +104,26 @@ def run(
         raise
     if updates:
         nnx.update(stacked, updates)
+    modules = dict(nnx.iter_modules(stacked))
+    for (path, name), value in constants.items() - _constants(stacked).items():
+        setattr(modules[path], name, value)  # the same in all members, since no array decides it
     return y
+
+
+def _raw(value: Any) -> Any:
+    """Returns what a variable holds; a plain array, as a table of positions may be, is that itself."""
+    return value.get_raw_value() if isinstance(value, nnx.Variable) else value
+
+
+def _constants(network: nnx.Module) -> dict[tuple[Any, str], Any]:
+    """Returns the numbers and strings that modules have as attributes, which a call may change."""
+    kinds = (bool, int, float, complex, str, type(None))
+    return {
+        (path, name): value
+        for path, module in nnx.iter_modules(network)
+        for name, value in vars(module).items()
+        if isinstance(value, kinds)
+    }
 
 
 def _misses_rngs(layer: nnx.Module) -> bool:

@@ -335,7 +335,7 @@ def _cast(module: nnx.Module, dtype: str) -> nnx.Module:
     with jax.enable_x64(True):
         model = nnx.clone(module)
         for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState))):
-            if is_floating(variable.get_value()):
+            if isinstance(variable, nnx.Variable) and is_floating(variable.get_value()):
                 variable.set_value(jax_of(np.asarray(variable.get_value()), dtype))
         for _, layer in nnx.iter_modules(model):
             for name in ("dtype", "param_dtype"):

@@ -4,12 +4,16 @@ import copy
 import pickle
 import threading
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
+from flax import nnx
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
+import probly_flax as pf
 import probly_torch as pt
 
 
@@ -239,6 +243,39 @@ def test_outputs_that_are_no_tensors():
     assert [each.y.tolist() for each in y["cache"]] == y["logits"].tolist()
     assert y["width"] == 3
     assert model.explain() == "in turn: the network returns a Kept"
+
+
+class FlaxTable(nnx.Module):
+    """Plain arrays, alone and in a list, one of which a call changes; a number that a call changes."""
+
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(3, 2, rngs=rngs)
+        self.table, self.tables, self.calls = (
+            jnp.arange(3, dtype="float32")[None],
+            nnx.List([jnp.ones((1, 2), "float32")]),
+            0,
+        )
+
+    def __call__(self, x):
+        self.calls += 1
+        y = self.linear(x + self.table) * self.tables[0] * self.calls
+        self.table = self.table + y.mean()
+        return y
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_flax_members_keep_plain_arrays_and_numbers_that_calls_change(chunk_size, jit):
+    members = [FlaxTable(nnx.Rngs(i)) for i in range(3)]
+    model, x = pf.Ensemble(members, chunk_size=chunk_size), jnp.ones((4, 3), "float32")
+    call = nnx.jit(lambda model, x: model(x)) if jit else lambda model, x: model(x)
+    for _ in range(3):
+        y = call(model, x)
+        for own, member in zip(y, members, strict=True):
+            np.testing.assert_allclose(own, member(x), rtol=1e-5)
+    assert [member.calls for member in model] == [3, 3, 3]
+    np.testing.assert_allclose(model[1].table, members[1].table, rtol=1e-5)
+    assert model.explain() == ("at once, by jax.vmap" if chunk_size is None else "2 at a time, by jax.vmap")
 
 
 def test_exported_programs_take_other_batch_sizes():
