@@ -21,13 +21,31 @@ def stack(members: Sequence[nnx.Module]) -> nnx.Module:
     for i, member in enumerate(members):
         difference = structure(members[0], member).difference(members[0], member)
         check_same_structure("Ensemble", difference, i, len(members))
-    return nnx.merge(nnx.graphdef(members[0]), _stacked([nnx.state(member) for member in members]))
+    state = _with_member_axis(_stacked([nnx.state(member) for member in members]))
+    return nnx.merge(nnx.graphdef(members[0]), state)
 
 
 def member(stacked: nnx.Module, i: int) -> nnx.Module:
     """Returns member i of a stacked network, with variables of its own."""
     graph, state = nnx.split(stacked)
-    return nnx.merge(graph, _row(state, i))
+    return nnx.merge(graph, _without_member_axis(_row(state, i)))
+
+
+# Members are on no axis of devices, which the partition specs of stacked variables say.
+PARTITION = {nnx.PARTITION_NAME: None}
+
+
+def _with_member_axis(state: nnx.State) -> nnx.State:
+    return nnx.spmd.add_axis(state, 0, PARTITION) if _is_partitioned(state) else state
+
+
+def _without_member_axis(state: nnx.State) -> nnx.State:
+    return nnx.spmd.remove_axis(state, 0, PARTITION) if _is_partitioned(state) else state
+
+
+def _is_partitioned(state: nnx.State) -> bool:
+    values = (value for _, value in nnx.to_flat_state(state) if isinstance(value, nnx.Variable))
+    return any(value.get_metadata().get("out_sharding") for value in values)
 
 
 # One program for all arrays: op by op JAX would compile several for each shape.
@@ -82,7 +100,7 @@ def run(
         leaves = [next(own) if is_mapped else x for x, is_mapped in zip(inputs, mapped, strict=True)]
         args, kwargs = jax.tree.unflatten(structure, leaves)
         before = {path: _raw(value) for path, value in nnx.to_flat_state(state)}
-        member = nnx.merge(graph, state)
+        member = nnx.merge(graph, _without_member_axis(state))
         y = member(*args, **kwargs)
         after = nnx.to_flat_state(nnx.state(member))
         constants.update(_constants(member))
@@ -103,7 +121,7 @@ def run(
         check_dropout_rngs("Ensemble", [".".join(map(str, path)) for path in missing], error)
         raise
     if updates:
-        nnx.update(stacked, updates)
+        nnx.update(stacked, _with_member_axis(updates))
     modules = dict(nnx.iter_modules(stacked))
     for (path, name), value in constants.items() - _constants(stacked).items():
         setattr(modules[path], name, value)  # the same in all members, since no array decides it

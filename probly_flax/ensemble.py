@@ -31,7 +31,7 @@ from probly_common.report import Report, report_of_starts
 from probly_common.starts import CONSTRUCTOR, KEPT, RESET
 from probly_flax import random
 from probly_flax._check import find_mismatch
-from probly_flax._members import is_batch, is_stateful, member, run, stack, structure
+from probly_flax._members import PARTITION, is_batch, is_stateful, member, run, stack, structure
 from probly_flax._reset import named_parameters, other_starts, register_reset, reset_by_layer, reset_by_rule
 from probly_flax.random import Rngs
 
@@ -181,7 +181,9 @@ def ensemble(
         check_example_input(what, example_input)
         key = rngs.params() if isinstance(rngs, Rngs) else random.key(check_seed(what, rngs))
         keys = random.split(key, num_members)
-        build = nnx.vmap(lambda key: nnx.bridge.ToNNX(base).lazy_init(example_input, rngs=key))
+        build = nnx.vmap(
+            lambda key: nnx.bridge.ToNNX(base).lazy_init(example_input, rngs=key), transform_metadata=PARTITION
+        )
         return _with_report(_from_stacked(build(keys), num_members, chunk_size), {}, CONSTRUCTOR)
     rngs = random.as_rngs(what, rngs)
     make: Callable[[Rngs], nnx.Module]
@@ -195,7 +197,8 @@ def ensemble(
     else:
         check_module(what, "base", base, nnx.Module)
 
-    model = _from_stacked(nnx.split_rngs(splits=num_members)(nnx.vmap(make))(rngs), num_members, chunk_size)
+    make_all = nnx.split_rngs(splits=num_members)(nnx.vmap(make, transform_metadata=PARTITION))
+    model = _from_stacked(make_all(rngs), num_members, chunk_size)
     if reset is not None or not isinstance(base, nnx.Module):
         check_independent(what, num_members, _members_differ(model))
     elif reset_params:

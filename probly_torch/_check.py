@@ -18,13 +18,22 @@ from probly_common.mismatch import Calls, Mismatch, first_mismatch
 def find_mismatch(model: Any, args: Any, kwargs: Any, layers: Sequence[str] = ()) -> Mismatch | None:
     """Compares the model's outputs with each member's, in eval mode and, where weights are floating, in float64.
 
-    `layers` are those that have members, by their paths in one member.
+    A network that cannot run in float64, as grouped products of experts cannot, is compared in its own dtype. `layers`
+    are those that have members, by their paths in one member.
     """
-    wide = copy.deepcopy(model).eval().double()
+    given = tree_map_only(Tensor, lambda x: x.detach().clone(), (args, kwargs))
+    evaluated = copy.deepcopy(model).eval()
+    try:
+        wide = copy.deepcopy(evaluated).double()
+        return _mismatch(wide, tree_map_only(Tensor, _wide, given), layers)
+    except RuntimeError:
+        return _mismatch(evaluated, given, layers)
 
+
+def _mismatch(model: Any, inputs: Any, layers: Sequence[str]) -> Mismatch | None:
     def run(i: int | None, calls: Calls) -> list[np.ndarray]:
-        network, prefix = (wide, "network.") if i is None else (wide[i], "")
-        given = tree_map_only(Tensor, _wide, (args, kwargs))
+        network, prefix = (model, "network.") if i is None else (model[i], "")
+        given = tree_map_only(Tensor, torch.clone, inputs)
         recording = _recording({path: network.get_submodule(f"{prefix}{path}".strip(".")) for path in layers}, calls)
         with torch.no_grad(), torch.random.fork_rng(devices=()), recording:
             torch.manual_seed(0)
@@ -50,7 +59,7 @@ def _recording(layers: Mapping[str, nn.Module], calls: Calls) -> Iterator[None]:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return (x.double() if x.is_floating_point() else x).detach().clone()
+    return x.double() if x.is_floating_point() else x
 
 
 def _array(tensor: Tensor) -> np.ndarray:

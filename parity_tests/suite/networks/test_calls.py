@@ -6,6 +6,7 @@ import threading
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from flax import nnx
@@ -276,6 +277,28 @@ def test_flax_members_keep_plain_arrays_and_numbers_that_calls_change(chunk_size
     assert [member.calls for member in model] == [3, 3, 3]
     np.testing.assert_allclose(model[1].table, members[1].table, rtol=1e-5)
     assert model.explain() == ("at once, by jax.vmap" if chunk_size is None else "2 at a time, by jax.vmap")
+
+
+@pytest.mark.usefixtures("four_devices")
+@pytest.mark.parametrize("way", ["list", "network", "constructor"])
+def test_the_members_of_sharded_flax_networks_are_on_no_axis_of_devices(way):
+    def network(rngs):
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
+        return nnx.Linear(3, 8, kernel_init=init, param_dtype=jnp.float32, rngs=rngs)
+
+    def spec(layer):
+        return tuple(layer.kernel.get_metadata("out_sharding"))
+
+    model = {
+        "list": lambda: pf.Ensemble([network(nnx.Rngs(i)) for i in range(3)]),
+        "network": lambda: pf.ensemble(network(nnx.Rngs(0)), 3),
+        "constructor": lambda: pf.ensemble(network, 3),
+    }[way]()
+    assert spec(model.stacked) == spec(model[[0, 2]].stacked) == (None, None, "model")
+    assert spec(model[1]) == (None, "model")
+    nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    x = jnp.ones((4, 3), "float32")
+    np.testing.assert_allclose(model(x)[1], model[1](x), rtol=1e-6)
 
 
 def test_exported_programs_take_other_batch_sizes():

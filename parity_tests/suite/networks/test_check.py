@@ -164,3 +164,19 @@ def test_what_a_member_alone_refuses_is_the_callers_error():
     for package, network, x in both(TorchPast, FlaxPast, X[:, :5]):
         with pytest.raises((RuntimeError, TypeError), match=r"8|shape"):
             package.batchensemble(network, 3, example_input=x)
+
+
+def test_a_network_that_cannot_run_in_float64_is_compared_in_its_own_dtype():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.linear(x) @ torch.eye(3)
+
+    x = torch.randn(4, 3)
+    pt.batchensemble(Experts(), 3, example_input=x).check(x)
+    pt.Ensemble([Experts() for _ in range(3)]).check(x)
+    with pytest.raises(RuntimeError, match="multiplied"):
+        pt.Ensemble([Experts() for _ in range(3)]).check(torch.randn(4, 2))
