@@ -105,8 +105,9 @@ class _Call:
         if torch.compiler.is_compiling():
             return self._traced(rows, batches)
         with self.pool.lent() as copies:
-            reason = self.reason
+            reason = self.reason or _DIFFER * copies.differ
             if not reason:
+                before = self._buffer_versions(rows)
                 try:
                     outputs = self._by_vmap(*copies.of_all(), self.inputs, rows, batches)
                     if copies.note_changes(at_once=True):
@@ -119,6 +120,8 @@ class _Call:
                         raise
                     copies.reset()
                     reason = self.reason = self.pool.reasons[self.mode] = _first_line(error)
+                    if self._buffer_versions(rows) != before:  # a second run would change them twice
+                        raise
             try:
                 outputs = self._in_turn(copies, start, count, rows, batches)
             except Exception:
@@ -159,6 +162,9 @@ class _Call:
             _set_draws(draws, torch_draws)
         self.pool.reasons[self.mode] = reason
         return reason
+
+    def _buffer_versions(self, rows: Sequence[Tensor]) -> list[int]:
+        return [rows[i]._version for i in self.buffers if not rows[i].is_inference()]
 
     def _by_vmap(
         self,

@@ -212,6 +212,25 @@ def test_hooks_see_one_member_at_a_time():
     assert model.explain() == "in turn: hooks are given the tensors of one member"
 
 
+def test_a_later_call_that_vmap_cannot_run_changes_no_statistics_twice():
+    class Drops(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            y = self.norm(x)
+            return y if len(x) < 4 else y[y[:, 0] > torch.inf]
+
+    model = pt.Ensemble([Drops() for _ in range(2)])
+    model(torch.randn(3, 3))
+    with pytest.raises(RuntimeError, match="vmap"):
+        model(torch.randn(4, 3))
+    assert model.norm.num_batches_tracked.tolist() == [2, 2]
+    assert model(torch.randn(5, 3)).shape == (2, 0, 3)
+    assert model.norm.num_batches_tracked.tolist() == [3, 3]
+
+
 @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
 def test_weights_that_are_computed_are_computed_for_each_member(norm):
     members = [norm(nn.Linear(3, 2)) for _ in range(3)]
