@@ -95,6 +95,11 @@ TABLE = (
         "EnsembleMetrics",
         TORCH_ONLY,
     ),
+    (
+        "test_training_torch.test_members_are_clipped_by_their_own_norms_in_both_packages",
+        "clip_by_member_norm",
+        FLAX_ONLY,
+    ),
     ("test_training_flax.test_what_is_logged", "TrainState fit make_eval_step make_train_step", FLAX_ONLY),
     ("test_port.test_registered_rules", "port register_rule", TORCH_ONLY),
     ("test_port.test_buffers_and_parameters_of_ones_own", "to_flax_source", TORCH_ONLY),

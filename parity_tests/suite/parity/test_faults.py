@@ -24,16 +24,19 @@ import probly_torch.metrics as torch_metrics
 from parity_tests import standard
 from parity_tests.suite.layers import test_contract, test_norm, test_recurrent
 from parity_tests.suite.layers.contract import KINDS as LAYERS
+from parity_tests.suite.networks import test_calls
 from parity_tests.suite.parity import test_machines, test_orders, test_random
 from parity_tests.suite.port import test_port
 from parity_tests.suite.subjects.all import BY_NAME
 from parity_tests.suite.subjects.comparison import DTYPES, Comparison
-from parity_tests.suite.training import test_losses, test_metrics, test_plots, test_uncertainty
+from parity_tests.suite.training import test_losses, test_metrics, test_plots, test_training_torch, test_uncertainty
 from probly_common import drawing
 from probly_flax.functional import linear as flax_linear
 from probly_flax.layers import embed as flax_embed
 from probly_flax.layers import norm as flax_norm
-from probly_torch import _members as torch_members
+from probly_torch import _calls as torch_calls
+from probly_torch import _copies as torch_copies
+from probly_torch import _mlp as torch_mlp
 from probly_torch.functional import conv as torch_conv
 from probly_torch.functional import linear as torch_linear
 from probly_torch.layers import _base as torch_base
@@ -44,6 +47,7 @@ from probly_torch.layers import recurrent as torch_recurrent
 from probly_torch.port import _functions as port_functions
 from probly_torch.random import _threefry as torch_threefry
 from probly_torch.random import _xla as torch_xla
+from probly_torch.training import _mixin as torch_mixin
 
 
 @dataclass(frozen=True)
@@ -223,7 +227,7 @@ OF_MEMBERS = [
     ),
     Fault(
         "the first member's layers for all",
-        torch_members.run_mlp,
+        torch_mlp.run_mlp,
         "torch.baddbmm(layer.bias[:, :, None], layer.weight,",
         "torch.baddbmm(layer.bias[:, :, None], layer.weight[:1].expand_as(layer.weight),",
         "Ensemble-shared_batch",
@@ -615,6 +619,18 @@ def torch_norm_in_float32() -> None:
     test_norm.test_each_torch_member_is_the_ordinary_layer_over_several_steps("BatchNorm1d", {}, last=False)
 
 
+def counters() -> None:
+    test_calls.test_what_calls_leave_is_each_members_and_is_copied_and_pickled()
+
+
+def asks() -> None:
+    test_calls.test_two_calls_and_their_gradients_are_those_of_networks_side_by_side(test_calls.AsksForGradients, None)
+
+
+def clipped() -> None:
+    test_training_torch.test_members_are_clipped_by_their_own_norms_in_both_packages()
+
+
 def torch_lstm() -> None:
     test_recurrent.test_torch_members_are_ordinary_layers_bit_for_bit("LSTM", {}, states=True)
 
@@ -717,6 +733,21 @@ BY_A_TEST: list[tuple[str, Any, str, str, Callable[[], None]]] = [
     ("draws that jit merges", pf.random.rounded, "jnp.maximum(x, jnp.finfo(x.dtype).min)", "x", made_under_jit),
     ("s drawn around r's mean", torch_base.Draws.fast_weights, "self.s_mean", "self.r_mean", drawn_alike),
     ("half of the bits", torch_threefry.words, "high ^ low", "high", random_bits),
+    (
+        "one copy for all members",
+        torch_copies.Copies.of_each,
+        "list(zip(self.networks, self.states, strict=True))",
+        "[self.of_all()] * num_members",
+        counters,
+    ),
+    ("a watch that sees nothing", torch_calls._Watch.__torch_function__, "name in _TELLING", "not name", asks),
+    (
+        "members clipped together",
+        torch_mixin.clip_by_member.__wrapped__,
+        ".norm(dim=0)",
+        ".norm().expand(len(gradients[0]))",
+        clipped,
+    ),
     (
         "pairs with themselves",
         pt.uncertainty.disagreement,
