@@ -122,9 +122,10 @@ def run(
         raise
     if updates:
         nnx.update(stacked, _with_member_axis(updates))
-    modules = dict(nnx.iter_modules(stacked))
-    for (path, name), value in constants.items() - _constants(stacked).items():
-        setattr(modules[path], name, value)  # the same in all members, since no array decides it
+    if changed := constants.items() - _constants(stacked).items():  # in all members alike, since no array decides it
+        modules = dict(nnx.iter_modules(stacked))
+        for (path, name), value in changed:
+            setattr(modules[path], name, value)
     return y
 
 

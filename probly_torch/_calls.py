@@ -14,19 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from probly_common.checks.rows import check_output_leaf, check_outputs_alike
+from probly_common.checks.rows import CONSTANTS, check_output_leaf, check_outputs_alike
 from probly_torch._copies import Copies, Pool
 from probly_torch._members import like
+from probly_torch._reset import seeded
 from probly_torch._state import Slots
 
 _LARGE = 2**14  # elements of one member's activations, from which a CPU is faster member by member: up to 2 x
-_CONSTANTS = (bool, int, float, str, type(None))
 # What torch.vmap answers, or does, otherwise than torch does for a member alone.
 _TELLING = {"requires_grad", "grad_fn", "is_leaf", "grad", "_version", "register_hook", "retain_grad"}
 _DIFFER = "what calls have left in members differs"
@@ -72,8 +73,8 @@ class _Call:
         self.tensors = list({id(t): t for t in of_slots if t is not None}.values())  # tied weights once
         places = {id(tensor): i for i, tensor in enumerate(self.tensors)}
         self.places = [None if t is None else places[id(t)] for t in of_slots]
-        buffers = {id(buffer) for buffer in pool.network.buffers()}
-        self.buffers = [i for i, tensor in enumerate(self.tensors) if id(tensor) in buffers]
+        of_all = zip(self.places, self.state.are_buffers, strict=True)
+        self.buffers = list(dict.fromkeys(place for place, is_buffer in of_all if is_buffer and place is not None))
         self.of_slots = of_slots
         self.reason = self._reason(chunk_size)
         self.mode = torch.is_grad_enabled(), chunk_size is None, self.state.modes
@@ -88,7 +89,7 @@ class _Call:
             return "with torch.vmap, an exported program would have one batch size"
         if self.state.not_at_once:
             return self.state.not_at_once
-        if self.state.have_hooks():
+        if self.state.have_hooks or _has_any_global_hook():
             return "hooks are given the tensors of one member"
         devices = {tensor.device.type for tensor in self.tensors}
         available = (device for device in devices if torch.amp.is_autocast_available(device))
@@ -139,27 +140,31 @@ class _Call:
             if copies.differ:
                 return _DIFFER
             trial = copies.fork()
-        rows, batches = ([x[:size].clone() for x in tensors] for tensors in (self.tensors, self.batches))
+        before = [x[:size] for x in (*self.tensors, *self.batches)]
+        copied = [x.clone() for x in before]
+        rows, batches = copied[: len(self.tensors)], copied[len(self.tensors) :]
         given = [x.clone() if isinstance(x, Tensor) else x for x in self.inputs]
-        draws, torch_draws = _draws(), _torch_draws()
+        draws = random.getstate(), np.random.get_state(legacy=True)
         try:
-            with _disable_current_modes(), torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x):
+            unseen = torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x)  # by those of a checkpoint
+            with seeded(0), _disable_current_modes(), unseen:
                 watch = _Watch()
                 self._by_vmap(*trial.of_all(), given, rows, batches, watch)
             reason = watch.found
             if trial.note_changes(at_once=True):
                 reason = _KEEPS
-            if repr(draws) != repr(_draws()):
+            if repr(draws) != repr((random.getstate(), np.random.get_state(legacy=True))):
                 reason = "the network draws from Python's or NumPy's generator"
-            if any(map(_is_changed, [*self.inputs, *self.batches], [*given, *batches])):
+            if any(map(_is_changed, [*self.inputs, *before[len(rows) :]], [*given, *batches])):
                 reason = "the network changes its inputs in place"
-            weights = [row for row, tensor in zip(rows, self.tensors, strict=True) if tensor.requires_grad]
-            if size < self.pool.num_members and (trial.are_changed or any(map(_is_changed, weights, weights))):
+            weights_change = any(_is_changed(x, y) for x, y in zip(before, rows, strict=False) if x.requires_grad)
+            if size < self.pool.num_members and (trial.are_changed or weights_change):
                 reason = "chunks have no part in what others change in the network"
         except Exception as error:
             reason = _first_line(error)
         finally:
-            _set_draws(draws, torch_draws)
+            random.setstate(draws[0])
+            np.random.set_state(draws[1])
         self.pool.reasons[self.mode] = reason
         return reason
 
@@ -189,7 +194,7 @@ class _Call:
                 tensors, assigned = vmap(of_all, randomness="different")(rows, batches)
         finally:
             slots.fill(before)
-        objects = [y for y in leaves if y is not Tensor and not isinstance(y, _CONSTANTS)]
+        objects = [y for y in leaves if y is not Tensor and not isinstance(y, CONSTANTS)]
         if objects:
             raise TypeError(f"the network returns a {type(objects[0]).__name__}")
         own = iter(tensors)
@@ -271,9 +276,9 @@ class _Call:
 
     def _given(self) -> Iterator[list[Any]]:
         """Yields the inputs as they were: members that run one after another may change them in place."""
-        of_all = list(zip(self.inputs, self.mapped, strict=True))
-        first = [x.clone() if isinstance(x, Tensor) and not own else x for x, own in of_all]
-        yield first
+        of_all = zip(self.inputs, self.mapped, strict=True)
+        first = [x.clone() if isinstance(x, Tensor) and not is_mapped else None for x, is_mapped in of_all]
+        yield [x if y is None else y for x, y in zip(self.inputs, first, strict=True)]
         while True:
             yield [x.clone() if _may_be_changed(y) else x for x, y in zip(self.inputs, first, strict=True)]
 
@@ -344,7 +349,7 @@ def _joined(column: Sequence[Any], join: Callable[[list[Tensor]], Tensor]) -> An
     if all(isinstance(y, Tensor) for y in column):
         check_outputs_alike("Ensemble", "shape", [tuple(y.shape[join is torch.cat :]) for y in column])
         return join(list(column))
-    if all(isinstance(y, _CONSTANTS) for y in column):
+    if all(isinstance(y, CONSTANTS) for y in column):
         check_outputs_alike("Ensemble", "value", column)
         return column[0]
     return [each for y in column for each in (y if join is torch.cat else [y])]
@@ -377,23 +382,6 @@ def _no_cache() -> Iterator[None]:
     parametrize._cache.clear()
     yield
     parametrize._cache.clear()
-
-
-def _draws() -> Any:
-    """Returns where Python's and NumPy's generators are."""
-    return random.getstate(), np.random.get_state(legacy=True)
-
-
-def _torch_draws() -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
-
-
-def _set_draws(draws: Any, torch_draws: Sequence[Tensor]) -> None:
-    random.setstate(draws[0])
-    np.random.set_state(draws[1])
-    torch.set_rng_state(torch_draws[0])
-    if torch_draws[1:]:
-        torch.cuda.set_rng_state_all(torch_draws[1:])
 
 
 _attention = threading.Lock()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from probly_common.mismatch import Calls, Mismatch, first_mismatch
+from probly_torch._reset import seeded
 
 
 def find_mismatch(model: Any, args: Any, kwargs: Any, layers: Sequence[str] = ()) -> Mismatch | None:
@@ -21,22 +22,19 @@ def find_mismatch(model: Any, args: Any, kwargs: Any, layers: Sequence[str] = ()
     A network that cannot run in float64, as grouped products of experts cannot, is compared in its own dtype. `layers`
     are those that have members, by their paths in one member.
     """
-    given = tree_map_only(Tensor, lambda x: x.detach().clone(), (args, kwargs))
-    evaluated = copy.deepcopy(model).eval()
+    inputs = args, kwargs
     try:
-        wide = copy.deepcopy(evaluated).double()
-        return _mismatch(wide, tree_map_only(Tensor, _wide, given), layers)
+        return _mismatch(copy.deepcopy(model).eval().double(), tree_map_only(Tensor, _wide, inputs), layers)
     except RuntimeError:
-        return _mismatch(evaluated, given, layers)
+        return _mismatch(copy.deepcopy(model).eval(), inputs, layers)
 
 
 def _mismatch(model: Any, inputs: Any, layers: Sequence[str]) -> Mismatch | None:
     def run(i: int | None, calls: Calls) -> list[np.ndarray]:
         network, prefix = (model, "network.") if i is None else (model[i], "")
-        given = tree_map_only(Tensor, torch.clone, inputs)
+        given = tree_map_only(Tensor, lambda x: x.detach().clone(), inputs)
         recording = _recording({path: network.get_submodule(f"{prefix}{path}".strip(".")) for path in layers}, calls)
-        with torch.no_grad(), torch.random.fork_rng(devices=()), recording:
-            torch.manual_seed(0)
+        with torch.no_grad(), seeded(0), recording:
             outputs = network(*given[0], **given[1])
         return [_array(y) for y in tree_leaves(outputs) if isinstance(y, Tensor)]
 

@@ -42,7 +42,8 @@ class Copies:
         """Passes on the mode of each module; returns False if something else of the network was changed."""
         if state is self.state:
             return True
-        if not state.differs_in_modes(self.state) or any(len(s.modules) != len(state.modules) for s in self.states):
+        as_many = all(len(own.modules) == len(state.modules) for own in self.states)
+        if not (as_many and state.differs_only_in_modes(self.state)):
             return False
         for own in self.states:
             for module, like_it in zip(own.modules, state.modules, strict=True):
@@ -93,7 +94,7 @@ class Pool:
         """Returns the network's state, as users have it now."""
         if not self._state.unchanged():
             before, self._state = self._state, State(self.network)
-            if not self._state.differs_in_modes(before):
+            if not self._state.differs_only_in_modes(before):
                 self.reasons.clear()
                 self.change_weights.clear()
         return self._state

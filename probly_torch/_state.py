@@ -30,12 +30,14 @@ class Slots:
         self.modules = list(network.modules())
         self.registries: list[dict[str, Any]] = [each for m in self.modules for each in (m._parameters, m._buffers)]
         self.slots = [(registry, name) for registry in self.registries for name in registry]
+        self.are_buffers = [i % 2 == 1 for i, registry in enumerate(self.registries) for _ in registry]
         self.modes = tuple(m.training for m in self.modules)
-        self.width, self.have_attention, self.not_at_once = 0, False, ""
+        self.width, self.have_attention, self.have_hooks, self.not_at_once = 0, False, False, ""
         for module in self.modules:
             if isinstance(module, nn.Linear):
                 self.width = max(self.width, module.in_features, module.out_features)
             self.have_attention |= isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+            self.have_hooks |= _has_own_hooks(module)
             self.not_at_once = self.not_at_once or _why_not_at_once(module)
 
     def fill(self, tensors: Iterable[Tensor | None]) -> None:
@@ -44,9 +46,6 @@ class Slots:
 
     def tensors(self) -> list[Tensor | None]:
         return [registry[name] for registry, name in self.slots]
-
-    def have_hooks(self) -> bool:
-        return any(map(has_hooks, self.modules))
 
 
 def _why_not_at_once(module: nn.Module) -> str:
@@ -81,7 +80,7 @@ class State(Slots):
         for part, _, _, noted in self._parts:
             yield from zip(part if isinstance(part, dict) else noted, noted, strict=False)
 
-    def differs_in_modes(self, other: State) -> bool:
+    def differs_only_in_modes(self, other: State) -> bool:
         """Tells whether nothing but train and eval mode differs."""
         ours, theirs = ([(n, v) for n, v in each._noted() if n != "training"] for each in (self, other))
         same = len(ours) == len(theirs) and all(a is b for (_, a), (_, b) in zip(ours, theirs, strict=True))
@@ -148,7 +147,11 @@ def _is_copied(value: Any) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    return _has_any_global_hook() or any(vars(module)[hooks] for hooks in HOOKS)
+    return _has_any_global_hook() or _has_own_hooks(module)
+
+
+def _has_own_hooks(module: nn.Module) -> bool:
+    return any(vars(module)[hooks] for hooks in HOOKS)
 
 
 def called_by_hooks(network: nn.Module) -> list[Any]:

@@ -58,8 +58,11 @@ def check_output_rows(what: str, shape: Sequence[int], rows: int) -> None:
         )
 
 
+CONSTANTS = (bool, int, float, str, type(None))  # that outputs may hold beside tensors
+
+
 def check_output_leaf(what: str, leaf: Any) -> None:
-    if leaf is not None and not isinstance(leaf, (bool, int, float, str)):
+    if not isinstance(leaf, CONSTANTS):
         raise TypeError(
             f"{what} expects outputs that are tensors or arrays, alone or in tuples, lists and dicts; got "
             f"{type_name(leaf)}. Return its arrays, as in a dict."
